@@ -1,0 +1,725 @@
+"""From a call to a canonical problem: every check, every error text, and where arrays lie.
+
+An operation of the API arrives here with the caller's arguments. They are checked, all of them,
+before anything is written; x is viewed as one of the four canonical problems described in
+`backends/__init__.py`; a kernel of the chosen backend runs; and the result is handed back in the
+caller's shape and strides.
+"""
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _dispatch
+from ._threads import threads_for
+from .backends import ACTIVATIONS
+
+Array = NDArray[Any]
+
+# x's dtype -> the dtype of statistics and, inside the kernels, of every sum's result.
+STATS_DTYPE = {
+    np.dtype(np.float32): np.dtype(np.float32),
+    np.dtype(np.float64): np.dtype(np.float64),
+}
+
+CHANNELS_LAST = {"NCHW": False, "channels_first": False, "NHWC": True, "channels_last": True}
+
+
+class Stats(NamedTuple):
+    """What the backward pass needs of the forward pass.
+
+    Attributes
+    ----------
+    mean : ndarray or None
+        The mean of every normalised unit; None for RMS norm.
+    rstd : ndarray
+        One over the square root of its variance (mean square in RMS norm) plus eps.
+    """
+
+    mean: Array | None
+    rstd: Array
+
+
+class Gradients(NamedTuple):
+    """Gradients with respect to x, weight and bias; None where they were not asked for."""
+
+    x: Array | None
+    weight: Array | None
+    bias: Array | None
+
+
+# --------------------------------------------------------------------------------------------
+# Checks
+# --------------------------------------------------------------------------------------------
+
+
+def _listed(options: Sequence[object]) -> str:
+    return ", ".join(map(repr, options))
+
+
+def _array(name: str, a: object) -> Array:
+    # A subclass may redefine arithmetic (masked arrays) or shape (matrix): taking only its data
+    # would silently drop what it means. A memmap is plain memory.
+    if type(a) is np.ndarray:
+        return a
+    if isinstance(a, np.memmap):
+        return a.view(np.ndarray)
+    raise TypeError(
+        f"{name} must be a numpy.ndarray, got {type(a).__module__}.{type(a).__qualname__}"
+    )
+
+
+def _input(a: object) -> Array:
+    x = _array("x", a)
+    if x.dtype not in STATS_DTYPE or not x.dtype.isnative:
+        raise TypeError(
+            f"x must have dtype {' or '.join(map(str, STATS_DTYPE))}, got {x.dtype.str}"
+        )
+    return x
+
+
+def _like(name: str, a: object, x: Array) -> Array:
+    """Check an array that must have the shape and dtype of x."""
+    a = _array(name, a)
+    if a.dtype != x.dtype:
+        raise TypeError(f"{name} must have x's dtype {x.dtype}, got {a.dtype}")
+    if a.shape != x.shape:
+        raise ValueError(f"{name} must have x's shape {x.shape}, got {a.shape}")
+    return a
+
+
+def _sized(name: str, a: object, shape: tuple[int, ...], dtype: np.dtype[Any], of: str) -> Array:
+    """Check a parameter or statistic; `of` says in the error where the shape comes from."""
+    a = _array(name, a)
+    if a.dtype != dtype:
+        raise TypeError(f"{name} must have dtype {dtype}, got {a.dtype}")
+    if a.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, {of}, got {a.shape}")
+    return a
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.number)):
+        raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
+    if isinstance(value, np.complexfloating):
+        raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
+    return float(value)
+
+
+def _eps(value: object, *, positive: bool = False) -> float:
+    eps = _number("eps", value)
+    if not (0 < eps < math.inf if positive else 0 <= eps < math.inf):
+        bound = "> 0 when the batch is normalised by its own statistics" if positive else ">= 0"
+        raise ValueError(f"eps must be finite and {bound}, got {value!r}")
+    return eps
+
+
+def flag(name: str, value: object) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+    return bool(value)
+
+
+def _integers(name: str, value: object) -> tuple[int, ...]:
+    """Check an int or a sequence of ints."""
+    if isinstance(value, (str, bytes, bool)):
+        raise TypeError(f"{name} must be an int or a sequence of ints, got {value!r}")
+    try:
+        return (operator.index(value),)  # type: ignore[arg-type]
+    except TypeError:
+        pass
+    try:
+        return tuple(operator.index(v) for v in value)  # type: ignore[attr-defined]
+    except TypeError:
+        raise TypeError(f"{name} must be an int or a sequence of ints, got {value!r}") from None
+
+
+def _need(need: object) -> tuple[bool, bool, bool]:
+    if not isinstance(need, (tuple, list)):
+        raise TypeError(f"need must be a sequence of three bools, got {type(need).__name__}")
+    if len(need) != 3:
+        raise ValueError(f"need must hold three bools (x, weight, bias), got {len(need)} values")
+    x, weight, bias = (flag(f"need[{i}]", v) for i, v in enumerate(need))
+    return x, weight, bias
+
+
+def _activation(activation: object, return_stats: bool) -> int:
+    if activation is not None and not isinstance(activation, str):
+        raise TypeError(f"activation must be a string or None, got {type(activation).__name__}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {_listed(ACTIVATIONS)}, got {activation!r}")
+    if activation is not None and return_stats:
+        raise ValueError(
+            "return_stats must be False with an activation: backward differentiates the "
+            f"normalization alone, and activation is {activation!r}"
+        )
+    return ACTIVATIONS.index(activation)
+
+
+def _out(
+    name: str, out: object, x: Array, same_as: dict[str, Array], others: dict[str, Array | None]
+) -> Array:
+    """Check an output: it may be one of `same_as` itself, and shares no memory otherwise."""
+    checked = _like(name, out, x)
+    if not checked.flags.writeable:
+        raise ValueError(f"{name} must be writeable, got a read-only array")
+    for other, a in (same_as | others).items():
+        if a is None or not np.may_share_memory(checked, a):
+            continue
+        if other in same_as and _place(a) == _place(checked):
+            continue
+        if np.shares_memory(checked, a):
+            allowed = " or ".join(f"{s} itself" for s in same_as)
+            raise ValueError(
+                f"{name} must not overlap {other} (it may be {allowed}), got a view of its memory"
+            )
+    return checked
+
+
+def _place(a: Array) -> tuple[int, tuple[int, ...]]:
+    return a.__array_interface__["data"][0], a.strides
+
+
+def _stats(
+    stats: object, centred: bool, shape: tuple[int, ...], dtype: np.dtype[Any], of: str
+) -> Stats:
+    if not isinstance(stats, tuple) or len(stats) != 2:
+        raise TypeError(
+            f"stats must be the Stats(mean, rstd) of the forward pass, got {type(stats).__name__}"
+        )
+    mean, rstd = stats
+    if centred:
+        mean = _sized("stats.mean", mean, shape, dtype, of)
+    elif mean is not None:
+        raise ValueError(f"stats.mean must be None in RMS norm, got {type(mean).__name__}")
+    return Stats(mean, _sized("stats.rstd", rstd, shape, dtype, of))
+
+
+# --------------------------------------------------------------------------------------------
+# Where arrays lie
+# --------------------------------------------------------------------------------------------
+
+
+class Frame(NamedTuple):
+    """How arrays of x's shape are read: transposed by `perm`, then reshaped to `shape`.
+
+    The permutation is chosen so that for x, and for whatever lies as x does, the transposed array
+    is C-contiguous and the reshape is a view. Anything that lies otherwise is copied.
+    """
+
+    problem: str
+    perm: tuple[int, ...]
+    shape: tuple[int, ...]
+    axes: tuple[int, ...]  # the normalised axes, in the order in which D runs over them
+    kept: tuple[int, ...]  # the others, outermost first
+
+    def lay(self, a: Array | None) -> Array | None:
+        """Return `a` in its canonical shape."""
+        if a is None:
+            return None
+        a = a.transpose(self.perm)
+        if not (a.flags.c_contiguous and a.flags.aligned):
+            a = np.array(a, order="C")
+        return a.reshape(self.shape)
+
+    def place(self, out: Array) -> Array:
+        """Return where a kernel is to write `out`: its own memory if that lies as x does."""
+        lain = out.transpose(self.perm)
+        if lain.flags.c_contiguous and lain.flags.aligned:
+            return lain.reshape(self.shape)
+        return np.empty(self.shape, out.dtype)
+
+    def deliver(self, placed: Array, out: Array) -> Array:
+        """Bring what a kernel wrote to where the caller wants it."""
+        if not np.may_share_memory(placed, out):
+            lain = out.transpose(self.perm)
+            lain[...] = placed.reshape(lain.shape)
+        return out
+
+
+def _memory_order(x: Array) -> list[int]:
+    """Return the axes longer than 1, outermost in memory first; logical order if x has gaps."""
+    axes = [i for i in range(x.ndim) if x.shape[i] != 1]
+    order = sorted(axes, key=lambda i: -x.strides[i])
+    if x.transpose(order + [i for i in range(x.ndim) if i not in axes]).flags.c_contiguous:
+        return order
+    return axes
+
+
+def _frame(x: Array, axes: tuple[int, ...], per_image: bool = False) -> tuple[list[int], Frame]:
+    """Split x in memory order into what lies before, inside and after `axes`.
+
+    With `per_image`, axis 0 must come first. A memory order in which these parts do not follow each
+    other is given up for the nearest one in which they do, at the price of a copy.
+    """
+    order = _memory_order(x)
+    inner = [i for i in order if i in axes]
+    first = order.index(inner[0]) if inner else len(order)
+    before, after = order[:first], order[first + len(inner) :]
+    if order[first : first + len(inner)] != inner:
+        before, after = [i for i in order if i not in axes], []
+    if per_image:
+        image = [0] if x.shape[0] != 1 else []
+        inside = before[len(image) :]
+        if before[: len(image)] != image or (inside and after):
+            before, after = image, [i for i in _memory_order(x) if i not in (0, *axes)]
+    # Axes of length 1 lie anywhere: put them where they disturb nothing.
+    short = [i for i in range(x.ndim) if x.shape[i] == 1]
+    inner += [i for i in short if i in axes]
+    kept = [i for i in short if i not in axes] + before
+    sizes = [math.prod(x.shape[i] for i in part) for part in (kept, inner, after)]
+    perm = (*kept, *inner, *after)
+    return sizes, Frame("", perm, tuple(sizes), tuple(inner), (*kept, *after))
+
+
+def _axis_frame(x: Array, axes: tuple[int, ...]) -> Frame:
+    """View x as rows (M, D) or columns (N, D, S) with `axes` as D."""
+    (outer, size, inner), frame = _frame(x, axes)
+    if inner == 1:
+        return frame._replace(problem="rows", shape=(outer, size))
+    return frame._replace(problem="columns", shape=(outer, size, inner))
+
+
+def _channel_frame(x: Array, channel_axis: int, per_image: bool) -> Frame:
+    """View x as channels_first (N, C, S) or channels_last (N, S, C)."""
+    (outer, channels, inner), frame = _frame(x, (channel_axis,), per_image)
+    images = x.shape[0] if per_image else 1
+    if inner == 1 and not (per_image and outer == images):
+        return frame._replace(problem="channels_last", shape=(images, outer // images, channels))
+    return frame._replace(problem="channels_first", shape=(outer, channels, inner))
+
+
+def _new(x: Array) -> Array:
+    """Return an uninitialised array with x's strides if x is dense, in C order otherwise."""
+    return np.empty_like(x, order="K" if x.transpose(_full_order(x)).flags.c_contiguous else "C")
+
+
+def _full_order(x: Array) -> list[int]:
+    order = _memory_order(x)
+    return [i for i in range(x.ndim) if i not in order] + order
+
+
+# --------------------------------------------------------------------------------------------
+# Normalization over axes: layer norm and RMS norm
+# --------------------------------------------------------------------------------------------
+
+
+def _normalized_axes(
+    x: Array, normalized_shape: object, axis: object
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Check normalized_shape and axis against x; return both as tuples, axes not negative."""
+    shape = _integers("normalized_shape", normalized_shape)
+    if not shape:
+        raise ValueError("normalized_shape must name at least one axis, got an empty sequence")
+    if axis is None:
+        if len(shape) > x.ndim:
+            raise ValueError(f"normalized_shape must have at most x's {x.ndim} axes, got {shape}")
+        axes = tuple(range(x.ndim - len(shape), x.ndim))
+    else:
+        given = _integers("axis", axis)
+        if len(given) != len(shape):
+            raise ValueError(
+                f"axis must name one axis per entry of normalized_shape {shape}, got {axis!r}"
+            )
+        if any(not -x.ndim <= a < x.ndim for a in given):
+            raise ValueError(
+                f"axis must lie in [{-x.ndim}, {x.ndim}) for x of shape {x.shape}, got {axis!r}"
+            )
+        axes = tuple(a % x.ndim for a in given)
+        if len(set(axes)) != len(axes):
+            raise ValueError(f"axis must name different axes, got {axis!r}")
+    if shape != tuple(x.shape[a] for a in axes):
+        where = "trailing axes" if axis is None else f"axes {axes}"
+        raise ValueError(
+            f"normalized_shape must match the {where} of x of shape {x.shape}, got {shape}"
+        )
+    return shape, axes
+
+
+def _axis_parameter(
+    frame: Frame, axes: tuple[int, ...], a: Array | None, dtype: np.dtype[Any]
+) -> Array | None:
+    """Flatten a parameter, whose axes follow `axes`, to (D,) in memory order."""
+    if a is None:
+        return None
+    return np.ascontiguousarray(a.transpose([axes.index(i) for i in frame.axes]), dtype).reshape(-1)
+
+
+def _axis_stats_shape(x: Array, axes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(n for i, n in enumerate(x.shape) if i not in axes)
+
+
+def _kept_rank(frame: Frame) -> list[int]:
+    """Return the permutation that brings x's kept axes from logical to memory order."""
+    return [sorted(frame.kept).index(i) for i in frame.kept]
+
+
+def axis_norm(
+    x: object,
+    residual: object,
+    normalized_shape: object,
+    weight: object,
+    bias: object,
+    eps: object,
+    *,
+    axis: object,
+    center: bool,
+    add: bool,
+    out: object,
+    sum_out: object = None,
+    return_stats: object,
+    backend: str | None,
+) -> Any:
+    """Layer norm (`center`) or RMS norm, of x or with `add` of x + residual."""
+    x = _input(x)
+    acc = STATS_DTYPE[x.dtype]
+    shape, axes = _normalized_axes(x, normalized_shape, axis)
+    of = "as normalized_shape"
+    weight = None if weight is None else _sized("weight", weight, shape, x.dtype, of)
+    bias = None if bias is None else _sized("bias", bias, shape, x.dtype, of)
+    eps = float(np.finfo(acc).eps) if eps is None and not center else _eps(eps)
+    return_stats = flag("return_stats", return_stats)
+    summands = {"x": x}
+    if add:
+        summands["residual"] = residual = _like("residual", residual, x)
+    parameters = {"weight": weight, "bias": bias}
+    if out is not None:
+        out = _out("out", out, x, summands, parameters)
+    if sum_out is not None:
+        sum_out = _out("sum_out", sum_out, x, summands, parameters)
+        if out is not None and np.shares_memory(out, sum_out):
+            raise ValueError("sum_out must not overlap out, got a view of its memory")
+    backend = _dispatch.resolve(backend)
+
+    y = _new(x) if out is None else out
+    total = None if not add else _new(x) if sum_out is None else sum_out
+    if x.size == 0:
+        zeros = np.zeros(_axis_stats_shape(x, axes), acc)
+        stats = Stats(zeros if center else None, zeros.copy())
+    else:
+        frame = _axis_frame(x, axes)
+        lying = tuple(x.shape[i] for i in frame.kept)
+        mean = np.empty(lying, acc) if center else None
+        rstd = np.empty(lying, acc)
+        flat = frame.shape[:1] if frame.problem == "rows" else frame.shape[::2]
+        y_placed = frame.place(y)
+        total_placed = None if total is None else frame.place(total)
+        _dispatch.kernel(frame.problem, "normalize", backend)(
+            frame.lay(x),
+            frame.lay(residual) if add else None,
+            _axis_parameter(frame, axes, weight, acc),
+            _axis_parameter(frame, axes, bias, acc),
+            eps,
+            y_placed,
+            total_placed,
+            None if mean is None else mean.reshape(flat),
+            rstd.reshape(flat),
+            threads_for(x.nbytes),
+        )
+        frame.deliver(y_placed, y)
+        if total is not None:
+            frame.deliver(total_placed, total)
+        logical = np.argsort(_kept_rank(frame))
+        stats = Stats(None if mean is None else mean.transpose(logical), rstd.transpose(logical))
+    result = (y, total) if add else (y,)
+    if return_stats:
+        return (*result, stats)
+    return result if add else y
+
+
+def axis_norm_backward(
+    grad_y: object,
+    x: object,
+    normalized_shape: object,
+    stats: object,
+    weight: object,
+    *,
+    axis: object,
+    center: bool,
+    grad_sum: object,
+    need: object,
+    backend: str | None,
+) -> Gradients:
+    """The gradients of `axis_norm`; with add, x is the sum and `grad_sum` its other gradient."""
+    x = _input(x)
+    acc = STATS_DTYPE[x.dtype]
+    grad_y = _like("grad_y", grad_y, x)
+    shape, axes = _normalized_axes(x, normalized_shape, axis)
+    kept_shape = _axis_stats_shape(x, axes)
+    stats = _stats(stats, center, kept_shape, acc, "x's without the normalised axes")
+    weight = (
+        None if weight is None else _sized("weight", weight, shape, x.dtype, "as normalized_shape")
+    )
+    grad_sum = None if grad_sum is None else _like("grad_sum", grad_sum, x)
+    need_x, need_weight, need_bias = _need(need)
+    need_bias = need_bias and center
+    backend = _dispatch.resolve(backend)
+
+    grad_dtype = acc if weight is None else weight.dtype
+    if x.size == 0:
+        zeros = np.zeros(shape, grad_dtype)
+        return Gradients(
+            _new(x) if need_x else None,
+            zeros if need_weight else None,
+            zeros.copy() if need_bias else None,
+        )
+    frame = _axis_frame(x, axes)
+    flat = frame.shape[:1] if frame.problem == "rows" else frame.shape[::2]
+    size = frame.shape[1]
+    grad_x = _new(x) if need_x else None
+    grad_x_placed = None if grad_x is None else frame.place(grad_x)
+    grad_weight = np.empty(size, acc) if need_weight else None
+    grad_bias = np.empty(size, acc) if need_bias else None
+
+    def laid_stat(a: Array | None) -> Array | None:
+        return (
+            None
+            if a is None
+            else np.ascontiguousarray(a.transpose(_kept_rank(frame))).reshape(flat)
+        )
+
+    _dispatch.kernel(frame.problem, "backward", backend)(
+        frame.lay(grad_y),
+        frame.lay(x),
+        laid_stat(stats.mean),
+        laid_stat(stats.rstd),
+        _axis_parameter(frame, axes, weight, acc),
+        frame.lay(grad_sum),
+        grad_x_placed,
+        grad_weight,
+        grad_bias,
+        threads_for(x.nbytes),
+    )
+    if grad_x is not None:
+        frame.deliver(grad_x_placed, grad_x)
+
+    def parameter_shaped(a: Array | None) -> Array | None:
+        if a is None:
+            return None
+        lying = a.reshape([x.shape[i] for i in frame.axes])
+        return np.ascontiguousarray(
+            lying.transpose([frame.axes.index(i) for i in axes]), grad_dtype
+        )
+
+    return Gradients(grad_x, parameter_shaped(grad_weight), parameter_shaped(grad_bias))
+
+
+# --------------------------------------------------------------------------------------------
+# Normalization over channels: batch, instance and group norm
+# --------------------------------------------------------------------------------------------
+
+
+class _Channels(NamedTuple):
+    """x's channel axis, and the shape of its statistics in the kernels: (B, G)."""
+
+    axis: int
+    count: int
+    stats: tuple[int, int]
+    per_image: bool
+
+
+def _channels(op: str, x: Array, layout: object, num_groups: object, frozen: bool) -> _Channels:
+    if not isinstance(layout, str):
+        raise TypeError(f"layout must be a string, got {type(layout).__name__}")
+    if layout not in CHANNELS_LAST:
+        raise ValueError(f"layout must be one of {_listed(list(CHANNELS_LAST))}, got {layout!r}")
+    # torch lets an empty 1-d array pass as a batch without channels; so do we.
+    if x.ndim < 2 and x.size > 0 or x.ndim == 0:
+        raise ValueError(f"x must have at least 2 axes, (N, C, ...), got shape {x.shape}")
+    axis = x.ndim - 1 if CHANNELS_LAST[layout] else min(1, x.ndim - 1)
+    images, count = x.shape[0], x.shape[axis]
+    if op == "group_norm":
+        if isinstance(num_groups, (bool, float, str)) or not hasattr(num_groups, "__index__"):
+            raise TypeError(f"num_groups must be an int, got {type(num_groups).__name__}")
+        groups = operator.index(num_groups)  # type: ignore[arg-type]
+        if groups < 1 or count % groups:
+            raise ValueError(
+                f"num_groups must be at least 1 and divide x's {count} channels, got {groups}"
+            )
+        return _Channels(axis, count, (images, groups), True)
+    per_image = op == "instance_norm" and not frozen
+    return _Channels(axis, count, (images if per_image else 1, count), per_image)
+
+
+def _stats_shape(channels: _Channels) -> tuple[int, ...]:
+    """Return the public shape of the statistics, from the kernels' (B, G)."""
+    return channels.stats if channels.per_image else channels.stats[1:]
+
+
+def _running_statistics(
+    running: tuple[object, object], channels: _Channels, x: Array, update: bool
+) -> tuple[Array, Array] | None:
+    names = ("running_mean", "running_var")
+    given = [name for name, a in zip(names, running, strict=True) if a is not None]
+    if not given:
+        return None
+    if len(given) == 1:
+        missing = names[1 - names.index(given[0])]
+        raise ValueError(f"{missing} must be given with {given[0]}, got None")
+    mean, var = (
+        _sized(name, a, (channels.count,), x.dtype, "one per channel")
+        for name, a in zip(names, running, strict=True)
+    )
+    for name, a in zip(names, (mean, var), strict=True):
+        if update and not a.flags.writeable:
+            raise ValueError(f"{name} must be writeable where it is updated, got a read-only array")
+    return mean, var
+
+
+def channel_norm(
+    op: str,
+    x: object,
+    weight: object,
+    bias: object,
+    eps: object,
+    *,
+    num_groups: object = None,
+    running: tuple[object, object] = (None, None),
+    frozen: bool = False,
+    momentum: object = 0.0,
+    layout: object,
+    activation: object,
+    residual: object,
+    out: object,
+    return_stats: object,
+    backend: str | None,
+) -> Any:
+    """Batch, instance or group norm; `frozen` uses the running statistics and leaves them alone."""
+    x = _input(x)
+    acc = STATS_DTYPE[x.dtype]
+    channels = _channels(op, x, layout, num_groups, frozen)
+    per_channel = (channels.count,)
+    weight = (
+        None
+        if weight is None
+        else _sized("weight", weight, per_channel, x.dtype, "one per channel")
+    )
+    bias = None if bias is None else _sized("bias", bias, per_channel, x.dtype, "one per channel")
+    statistics = _running_statistics(running, channels, x, update=not frozen)
+    if frozen and statistics is None:
+        raise ValueError(
+            "running_mean and running_var must be given where x's own statistics are not used, got None"
+        )
+    eps = _eps(eps, positive=op == "batch_norm" and not frozen)
+    momentum = _number("momentum", momentum)
+    return_stats = flag("return_stats", return_stats)
+    activation = _activation(activation, return_stats)
+    residual = None if residual is None else _like("residual", residual, x)
+    if out is not None:
+        same_as = {"x": x} if residual is None else {"x": x, "residual": residual}
+        running_mean, running_var = statistics or (None, None)
+        others = dict(weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+        out = _out("out", out, x, same_as, others)
+    per_statistic = x.size // max(1, math.prod(channels.stats))
+    if op != "group_norm" and not frozen and per_statistic == 1:
+        unit = "channel" if op == "batch_norm" else "channel of an image"
+        raise ValueError(
+            f"x must hold more than one value per {unit} to have a variance, got shape {x.shape}"
+        )
+    backend = _dispatch.resolve(backend)
+
+    y = _new(x) if out is None else out
+    if frozen:
+        assert statistics is not None
+        running_mean, running_var = statistics
+        mean = running_mean.astype(acc)
+        rstd = (1 / np.sqrt(running_var.astype(np.float64) + eps)).astype(acc)
+    elif x.size == 0:
+        mean, rstd = np.zeros(channels.stats, acc), np.zeros(channels.stats, acc)
+    else:
+        mean, rstd = np.empty(channels.stats, acc), np.empty(channels.stats, acc)
+    stats_shape = _stats_shape(channels)
+    if x.size == 0:
+        return (
+            (y, Stats(mean.reshape(stats_shape), rstd.reshape(stats_shape))) if return_stats else y
+        )
+
+    frame = _channel_frame(x, channels.axis, per_image=channels.per_image)
+    placed = frame.place(y)
+    residual = frame.lay(residual)
+    weight = None if weight is None else np.ascontiguousarray(weight, acc)
+    bias = None if bias is None else np.ascontiguousarray(bias, acc)
+    threads = threads_for(x.nbytes)
+    if frozen:
+        kernel = _dispatch.kernel(frame.problem, "apply", backend)
+        kernel(
+            frame.lay(x), residual, weight, bias, activation, placed,
+            mean.reshape(1, -1), rstd.reshape(1, -1), threads,
+        )  # fmt: skip
+    else:
+        kernel = _dispatch.kernel(frame.problem, "normalize", backend)
+        var = np.empty(channels.stats, acc)
+        kernel(
+            frame.lay(x), residual, weight, bias, eps, activation, placed, mean, var, rstd, threads
+        )
+        if statistics is not None:
+            _update_running_statistics(statistics, mean, var, per_statistic, momentum)
+    frame.deliver(placed, y)
+    return (y, Stats(mean.reshape(stats_shape), rstd.reshape(stats_shape))) if return_stats else y
+
+
+def _update_running_statistics(
+    running: tuple[Array, Array], mean: Array, var: Array, count: int, momentum: float
+) -> None:
+    """Move the running statistics towards the means over the batch of mean and unbiased variance."""
+    new_mean = mean.mean(axis=0, dtype=np.float64)
+    new_var = var.mean(axis=0, dtype=np.float64) * (count / (count - 1))
+    for old, new in zip(running, (new_mean, new_var), strict=True):
+        old[...] = (1 - momentum) * old.astype(np.float64) + momentum * new
+
+
+def channel_norm_backward(
+    op: str,
+    grad_y: object,
+    x: object,
+    stats: object,
+    weight: object,
+    *,
+    num_groups: object = None,
+    frozen: bool = False,
+    layout: object,
+    need: object,
+    backend: str | None,
+) -> Gradients:
+    """The gradients of `channel_norm`, through the statistics or, `frozen`, past them."""
+    x = _input(x)
+    acc = STATS_DTYPE[x.dtype]
+    grad_y = _like("grad_y", grad_y, x)
+    channels = _channels(op, x, layout, num_groups, frozen)
+    count = channels.count
+    stats = _stats(stats, True, _stats_shape(channels), acc, "as the forward pass returns them")
+    weight = (
+        None if weight is None else _sized("weight", weight, (count,), x.dtype, "one per channel")
+    )
+    need_x, need_weight, need_bias = _need(need)
+    backend = _dispatch.resolve(backend)
+
+    grad_dtype = acc if weight is None else weight.dtype
+    grad_x = _new(x) if need_x else None
+    grad_weight = np.zeros(count, acc) if need_weight else None
+    grad_bias = np.zeros(count, acc) if need_bias else None
+    if x.size:
+        frame = _channel_frame(x, channels.axis, per_image=channels.per_image)
+        placed = None if grad_x is None else frame.place(grad_x)
+        _dispatch.kernel(frame.problem, "backward_apply" if frozen else "backward", backend)(
+            frame.lay(grad_y),
+            frame.lay(x),
+            np.ascontiguousarray(stats.mean).reshape(channels.stats),
+            np.ascontiguousarray(stats.rstd).reshape(channels.stats),
+            None if weight is None else np.ascontiguousarray(weight, acc),
+            placed,
+            grad_weight,
+            grad_bias,
+            threads_for(x.nbytes),
+        )
+        if grad_x is not None:
+            frame.deliver(placed, grad_x)
+    return Gradients(
+        grad_x,
+        None if grad_weight is None else grad_weight.astype(grad_dtype, copy=False),
+        None if grad_bias is None else grad_bias.astype(grad_dtype, copy=False),
+    )

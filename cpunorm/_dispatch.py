@@ -1,0 +1,165 @@
+"""From a canonical problem to the function of a backend that solves it."""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import platform
+import shutil
+import sysconfig
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from . import _threads
+from .backends import BACKENDS
+
+_current: ContextVar[str] = ContextVar("cpunorm_backend", default="auto")
+
+
+@cache
+def _load(name: str) -> ModuleType | str:
+    """Return the backend's module, or why it cannot be had."""
+    try:
+        return importlib.import_module(f".backends.{name}", __package__)
+    except ImportError as error:
+        return str(error)
+
+
+def check_backend(name: str) -> None:
+    """Raise if `name` is neither 'auto' nor a backend that is available here."""
+    if not isinstance(name, str):
+        raise TypeError(f"backend must be a string or None, got {type(name).__name__}")
+    if name != "auto" and name not in BACKENDS:
+        known = ", ".join(map(repr, ("auto", *BACKENDS)))
+        raise ValueError(f"backend must be one of {known}, got {name!r}")
+    if name != "auto" and isinstance(reason := _load(name), str):
+        raise RuntimeError(f"backend {name!r} is not available here: {reason}")
+
+
+def resolve(name: str | None) -> str:
+    """Return the backend that `backend=name` stands for, checked.
+
+    'auto' is the compiled backend, and NumPy where it could not be built: Numba would have to
+    compile before it answers, so it runs only when it is asked for.
+    """
+    name = _current.get() if name is None else name
+    check_backend(name)
+    if name == "auto":
+        return "numpy" if isinstance(_load("cython"), str) else "cython"
+    return name
+
+
+def kernel(problem: str, verb: str, backend: str) -> Callable[..., None]:
+    """Return the function of a resolved backend for one verb of a canonical problem."""
+    return getattr(getattr(_load(backend), problem), verb)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Make `name` the default backend inside a ``with`` block.
+
+    The choice belongs to the current thread (or asynchronous task) alone, and nests.
+
+    Parameters
+    ----------
+    name : {"auto", "cython", "numba", "numpy"}
+        What ``backend=None`` stands for inside the block.
+
+    Raises
+    ------
+    ValueError
+        If there is no backend of that name.
+    RuntimeError
+        If the backend is not available here.
+
+    Examples
+    --------
+    >>> import cpunorm, numpy as np
+    >>> with cpunorm.use_backend("numpy"):
+    ...     y = cpunorm.rms_norm(np.ones((2, 4)), 4)
+    """
+    check_backend(name)
+    token = _current.set(name)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def available_backends() -> tuple[str, ...]:
+    """Return the names of the backends that can be used here, best first.
+
+    Examples
+    --------
+    >>> import cpunorm
+    >>> "numpy" in cpunorm.available_backends()
+    True
+    """
+    found = importlib.util.find_spec("numba") is not None
+    return tuple(
+        name
+        for name in BACKENDS
+        # Importing Numba takes longer than everything else here: ask only whether it is there.
+        if (found if name == "numba" else not isinstance(_load(name), str))
+    )
+
+
+def config() -> dict[str, Any]:
+    """Return what `show_config` prints."""
+    compiled = _load("cython")
+
+    def version(package: str) -> str:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
+
+    return {
+        "cpunorm": version("cpunorm"),
+        "location": str(Path(__file__).parent),
+        "python": platform.python_version(),
+        "numpy": version("numpy"),
+        "numba": version("numba"),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "backends": list(available_backends()),
+        "default backend": resolve(None),
+        "compiled backend": f"missing: {compiled}" if isinstance(compiled, str) else "available",
+        "instruction set": None if isinstance(compiled, str) else compiled.ISA,
+        "threads": _threads.get_num_threads(),
+    }
+
+
+def show_config() -> None:
+    """Print versions, backends, instruction set and threads.
+
+    Examples
+    --------
+    >>> import cpunorm
+    >>> cpunorm.show_config()  # doctest: +ELLIPSIS
+    cpunorm ...
+    """
+    for key, value in config().items():
+        text = ", ".join(value) if isinstance(value, list) else value
+        print(f"{key:<17} {text}")
+
+
+def warn_if_not_compiled() -> None:
+    """Warn when the compiled backend is missing on a machine that could have built it."""
+    reason = _load("cython")
+    if not isinstance(reason, str):
+        return
+    candidates = ((sysconfig.get_config_var("CC") or "").split(" ")[0], "cc", "gcc", "clang")
+    compiler = next(filter(None, (shutil.which(c) for c in candidates if c)), None)
+    if compiler:
+        warnings.warn(
+            f"cpunorm runs on NumPy because its compiled backend is missing ({reason}), although "
+            f"there is a C compiler ({compiler}). Build it with `pip install -e .` in the "
+            "checkout, or reinstall cpunorm.",
+            RuntimeWarning,
+            stacklevel=3,
+        )

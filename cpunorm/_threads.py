@@ -1,0 +1,94 @@
+"""How many threads a call may use. This module answers, and nothing else keeps a count."""
+
+import operator
+import os
+
+# Below this many bytes of x, waking a second thread costs more than it brings.
+SERIAL_BYTES = 64 * 1024
+
+
+def _default_num_threads() -> int:
+    # OMP_NUM_THREADS may be a list, one entry per nesting level; ours is the outermost.
+    requested = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if requested.isdecimal() and int(requested) > 0:
+        return int(requested)
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+_num_threads = _default_num_threads()
+_forked = False
+
+
+def _after_fork_in_child() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def get_num_threads() -> int:
+    """Return the largest number of threads a call may use.
+
+    In a forked child this is always 1: the threads of the parent's pool do not survive a
+    fork, and neither OpenMP nor Numba can start a second pool in its place.
+
+    Returns
+    -------
+    int
+        At least 1.
+
+    Examples
+    --------
+    >>> import cpunorm
+    >>> cpunorm.get_num_threads() >= 1
+    True
+    """
+    return 1 if _forked else _num_threads
+
+
+def set_num_threads(n: int) -> None:
+    """Set the largest number of threads a call may use, for every backend.
+
+    At import it is `OMP_NUM_THREADS` where that is set, else the number of CPUs this process
+    may run on. The number of threads never changes the bits of a result.
+
+    Parameters
+    ----------
+    n : int
+        At least 1.
+
+    Raises
+    ------
+    TypeError
+        If `n` is not an integer.
+    ValueError
+        If `n` is less than 1.
+
+    Examples
+    --------
+    >>> import cpunorm
+    >>> before = cpunorm.get_num_threads()
+    >>> cpunorm.set_num_threads(1)
+    >>> cpunorm.get_num_threads()
+    1
+    >>> cpunorm.set_num_threads(before)
+    """
+    global _num_threads
+    if isinstance(n, bool):
+        raise TypeError("n must be an integer, got bool")
+    try:
+        n = operator.index(n)
+    except TypeError:
+        raise TypeError(f"n must be an integer, got {type(n).__name__}") from None
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
+    _num_threads = n
+
+
+def threads_for(nbytes: int) -> int:
+    """Return the number of threads for an x of `nbytes` bytes."""
+    return 1 if nbytes < SERIAL_BYTES else get_num_threads()

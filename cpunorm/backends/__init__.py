@@ -1,0 +1,60 @@
+"""The contract every backend fulfils: four canonical problems, and the verbs each one has.
+
+A backend is a module with one attribute per problem (`rows`, `columns`, `channels_first`,
+`channels_last`), and on each of them one function per verb, with these arguments:
+
+    rows, columns
+        normalize(x, residual, weight, bias, eps, y, total, mean, rstd, threads)
+        backward(grad_y, x, mean, rstd, weight, grad_total,
+                 grad_x, grad_weight, grad_bias, threads)
+
+    channels_first, channels_last
+        normalize(x, residual, weight, bias, eps, activation, y, mean, var, rstd, threads)
+        apply(x, residual, weight, bias, activation, y, mean, rstd, threads)
+        moments(x, mean, var, threads)
+        backward(grad_y, x, mean, rstd, weight, grad_x, grad_weight, grad_bias, threads)
+        backward_apply(...)    # as backward, with the statistics held constant
+
+Shapes, all arrays C-contiguous, aligned, and of no zero size:
+
+    =================  ==========  ===============  ==============  ==========================
+    problem            x           weight, bias     mean, var, rstd statistics over
+    =================  ==========  ===============  ==============  ==========================
+    rows               (M, D)      (D,)             (M,)            D
+    columns            (N, D, S)   (D,)             (N, S)          D
+    channels_first     (N, C, S)   (C,)             (B, G)          N/B images, C/G channels, S
+    channels_last      (N, S, C)   (C,)             (B, G)          N/B images, S, C/G channels
+    =================  ==========  ===============  ==============  ==========================
+
+What a statistic covers is said by the shape of `mean`: B is N (instance and group norm) or 1
+(batch norm), G the number of groups; with B = 1 and N > 1 the batch is reduced and G = C.
+
+- `x`, `y`, `residual`, `total`, `grad_*` of the size of x have x's dtype; parameters, statistics,
+  `grad_weight` and `grad_bias` the accumulation dtype (float64 for float64, else float32).
+- Outputs are passed in, uninitialised: `y`, `total`, `mean`, `var` (biased), `rstd`, `grad_*`.
+  `y` or `total` may be x or residual itself (and grad_x may not alias anything).
+- None is allowed for `residual` (then `total` is None too in rows and columns), `weight`, `bias`,
+  `grad_total`, and each of `grad_x`, `grad_weight`, `grad_bias` (not wanted).
+- rows and columns: residual is added *before* the normalization and the sum is written to `total`;
+  `mean=None` asks for RMS norm (no centring; `grad_bias` is None).
+- channels_*: residual is added after the affine step and before the activation. `activation` is an
+  index into ACTIVATIONS.
+- `threads` >= 1 is the largest number of threads to use; the bits of the result do not depend on it.
+- y = (x - mean)·rstd·weight + bias, centred, with the mean held to float64 where the kernel computed
+  it itself; variance by the shifted, corrected two-pass formula inside blocks merged in float64.
+"""
+
+CHANNEL_VERBS = ("normalize", "apply", "moments", "backward", "backward_apply")
+
+KERNELS = (
+    ("rows", "normalize"),
+    ("rows", "backward"),
+    ("columns", "normalize"),
+    ("columns", "backward"),
+    *(("channels_first", verb) for verb in CHANNEL_VERBS),
+    *(("channels_last", verb) for verb in CHANNEL_VERBS),
+)
+
+BACKENDS = ("cython", "numba", "numpy")
+
+ACTIVATIONS = (None, "relu", "silu", "gelu", "sigmoid", "tanh")

@@ -1,0 +1,189 @@
+"""The named cases: one list of operations, shapes and modes, which tests and benchmarks share.
+
+A `Case` says which public function is called, on which shape of x and with which arguments that are
+not arrays; `Case.arrays` makes the arrays. Sizes stand around the vector lengths (1, 15, 16, 17, 31, 32,
+33), at primes, at the edges (one image, one channel, one pixel), beyond one block of a kernel (some
+thousand values) and beyond L2.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+
+CHANNEL_OPS = ("batch_norm", "instance_norm", "group_norm")
+ROW_OPS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
+OPS = CHANNEL_OPS + ROW_OPS
+LAYOUTS = ("NCHW", "NHWC")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: `op(x of shape, **kwargs)`, plus the arrays the operation takes."""
+
+    op: str
+    shape: tuple[int, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """batch_norm-2x3x17x33-training=True-layout=NHWC, the name of the test."""
+        options = (f"{k}={v}".replace(" ", "") for k, v in self.kwargs.items())
+        return "-".join([self.op, "x".join(map(str, self.shape)), *options])
+
+    @property
+    def is_channel_op(self) -> bool:
+        return self.op in CHANNEL_OPS
+
+    @property
+    def is_rms(self) -> bool:
+        return "rms" in self.op
+
+    @property
+    def adds(self) -> bool:
+        """Whether residual is added before the normalization (and is not optional)."""
+        return self.op.startswith("add_")
+
+    @property
+    def takes_running_statistics(self) -> bool:
+        return self.op in ("batch_norm", "instance_norm")
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the statistics are the running ones."""
+        return not self.kwargs.get("training", self.kwargs.get("use_input_stats", True))
+
+    @property
+    def parameter_shape(self) -> tuple[int, ...]:
+        """The shape of weight and bias."""
+        if self.is_channel_op:
+            return (self.shape[-1 if self.kwargs["layout"] == "NHWC" else 1],)
+        normalized = self.kwargs["normalized_shape"]
+        return (normalized,) if isinstance(normalized, int) else tuple(normalized)
+
+    def arrays(
+        self,
+        dtype: Any = np.float32,
+        *,
+        weight: bool = True,
+        bias: bool = True,
+        residual: bool = False,
+        running: bool = True,
+    ) -> dict[str, np.ndarray]:
+        """The arrays of the call by argument name: offset mean, random weight, always the same."""
+        rng = np.random.default_rng(crc32(str(self).encode()))
+
+        def draw(shape, scale=1.0, offset=0.0):
+            return (scale * rng.standard_normal(shape) + offset).astype(dtype)
+
+        made = {"x": draw(self.shape, 1.5, 2.0)}
+        if weight:
+            made["weight"] = draw(self.parameter_shape, 0.5, 1.0)
+        if bias and not self.is_rms:
+            made["bias"] = draw(self.parameter_shape)
+        if residual or self.adds:
+            made["residual"] = draw(self.shape, 1.0, -0.5)
+        if self.takes_running_statistics and (running or self.is_frozen):
+            made["running_mean"] = draw(self.parameter_shape, 0.5, 2.0)
+            made["running_var"] = np.square(draw(self.parameter_shape)) + dtype(0.5)
+        return made
+
+    def grad_y(self, dtype: Any = np.float32) -> np.ndarray:
+        """A random upstream gradient, with an offset."""
+        rng = np.random.default_rng(crc32(str(self).encode()) + 1)
+        return (rng.standard_normal(self.shape) + 0.25).astype(dtype)
+
+
+def in_layout(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
+    """An (N, C, *spatial) shape as the layout has it."""
+    return shape if layout == "NCHW" else (shape[0], *shape[2:], shape[1])
+
+
+def channel_cases(shape: tuple[int, ...], groups: tuple[int, ...]) -> Iterator[Case]:
+    """Every mode of batch, instance and group norm that an (N, C, *spatial) shape allows."""
+    spatial = math.prod(shape[2:])
+    modes: list[tuple[str, dict[str, Any]]] = [
+        *([("batch_norm", {"training": True})] if shape[0] * spatial > 1 else []),
+        ("batch_norm", {"training": False}),
+        *([("instance_norm", {})] if spatial > 1 else []),
+        ("instance_norm", {"use_input_stats": False}),
+        *(("group_norm", {"num_groups": g}) for g in groups),
+    ]
+    for layout in LAYOUTS:
+        for op, kwargs in modes:
+            yield Case(op, in_layout(shape, layout), {**kwargs, "layout": layout})
+
+
+def row_cases(shape: tuple[int, ...], normalized: Any, axis: Any = None) -> Iterator[Case]:
+    """Layer and RMS norm, alone and after an addition, over `axis` (None: the trailing axes)."""
+    for op in ROW_OPS:
+        yield Case(op, shape, {"normalized_shape": normalized, "axis": axis})
+
+
+# (N, C, *spatial) and the numbers of groups.
+CHANNEL_SHAPES: dict[tuple[int, ...], tuple[int, ...]] = {
+    (2, 3): (1, 3),
+    (1, 1): (1,),
+    (1, 1, 2): (1,),
+    (5, 1, 15): (1,),
+    (3, 16, 1): (4,),
+    (7, 17, 1, 1): (17,),
+    (17, 33): (3, 11),
+    (4099, 33): (11,),
+    (5, 7, 11): (7,),
+    (1, 31, 16): (1,),
+    (3, 32, 17): (8,),
+    (2, 33, 31): (11,),
+    (2, 6, 7, 7): (1, 2, 3, 6),
+    (1, 15, 8, 4): (5,),
+    (2, 3, 17, 33): (3,),
+    (3, 64, 5, 3): (32,),
+    (2, 130, 3, 11): (2, 10),
+    (2, 515, 2): (5,),
+    (1, 3, 129, 129): (1, 3),
+    (66, 2, 71, 73): (1,),
+    (2, 4, 3, 5, 2): (2,),
+    (1, 6, 1, 1, 9): (3,),
+}
+
+# (shape, normalized_shape, axis)
+ROW_SHAPES: tuple[tuple[tuple[int, ...], Any, Any], ...] = (
+    ((5,), 5, None),
+    ((1, 1), 1, None),
+    ((7, 1), (1,), None),
+    *(((5, d), d, None) for d in (2, 15, 16, 17, 31, 32, 33, 64, 65)),
+    ((4099, 33), 33, None),
+    ((3, 768), 768, None),
+    ((2, 9001), 9001, None),
+    ((1, 70001), 70001, None),
+    ((17, 3, 11), (3, 11), None),
+    ((2, 3, 4, 5), [3, 4, 5], None),
+    ((2, 3, 4, 5), (2, 3, 4, 5), None),
+    ((1, 2, 3, 2, 5), 5, -1),
+    ((2, 3, 17, 33), 3, 1),
+    ((2, 33, 7, 7), (33,), 1),
+    ((3, 17, 31), 17, -2),
+    ((1, 96, 1, 16), 96, (1,)),
+    ((2, 5, 65, 67), 5, 1),
+    ((1, 770, 5), 770, 1),
+    ((2, 3, 4, 5, 6), (4, 5), (2, 3)),
+    ((31, 15), 31, 0),
+    ((2, 3, 5, 7), (7, 5), (3, 2)),
+    ((2, 3, 5, 7), (3, 7), (1, 3)),
+    ((2, 3, 5, 7), (7, 2), (-1, 0)),
+)
+
+CASES: tuple[Case, ...] = (
+    *(case for shape, groups in CHANNEL_SHAPES.items() for case in channel_cases(shape, groups)),
+    *(case for shape in ROW_SHAPES for case in row_cases(*shape)),
+)
+
+# Every operation in every mode and on every canonical problem, once and small.
+SMALL_CASES: tuple[Case, ...] = (
+    *channel_cases((3, 6, 5, 7), (2,)),
+    *channel_cases((9, 6), (3,)),
+    *row_cases((6, 35), 35),
+    *row_cases((2, 6, 5, 7), 6, 1),
+)
