@@ -8,17 +8,21 @@ A call in training mode remembers x (itself, not a copy: leave it as it is until
 statistics, and `backward` turns the gradient of y into the gradient of x.
 """
 
+from __future__ import annotations
+
 import inspect
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from . import functional
-from ._canonical import STATS_DTYPE, Array, Gradients, Stats, _integers
+from ._canonical import STATS_DTYPE, Array, Gradients, Stats, _integers, _place
 
-Need = tuple[bool, bool, bool]
+if TYPE_CHECKING:
+    from .functional import Activation, Layout, Need, Shape
 
 # The arrays of a layer that are saved, in torch's order. Not every layer has every one.
 STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -31,11 +35,11 @@ class IncompatibleKeys(NamedTuple):
     unexpected_keys: list[str]
 
 
-class _Layer:
+class _Layer(ABC):
     """What the five layers share: parameters, mode, state, and the memory `backward` works from."""
 
     eps: float | None
-    activation: str | None = None
+    activation: Activation | None = None
     grad_weight: Array | None = None
     grad_bias: Array | None = None
 
@@ -43,7 +47,12 @@ class _Layer:
     _remembered: tuple[Array, Stats] | str = "it has not been called in training mode"
 
     def __init__(
-        self, shape: tuple[int, ...], weight: bool, bias: bool, dtype: DTypeLike, backend: str | None
+        self,
+        shape: tuple[int, ...],
+        weight: bool,
+        bias: bool,
+        dtype: DTypeLike,
+        backend: str | None,
     ) -> None:
         self.dtype = np.dtype(dtype)
         if self.dtype not in STATS_DTYPE:
@@ -56,25 +65,24 @@ class _Layer:
         self.weight: Array | None = np.ones(shape, self.dtype) if weight else None
         self.bias: Array | None = np.zeros(shape, self.dtype) if bias else None
 
+    @abstractmethod
     def _forward(self, x: Array, **options: Any) -> Any:
         """Call the operation of `functional` with the layer's arguments and `options`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _gradients(self, grad_y: Array, x: Array, stats: Stats, need: Need) -> Gradients:
         """Call its backward."""
-        raise NotImplementedError
 
     def _run(self, x: Array, out: Array | None, **options: Any) -> Array:
         """Normalise x, and remember it where `backward` may be asked for."""
+        y: Array
         if self.training and self.activation is None:
             y, stats = self._forward(x, out=out, return_stats=True, **options)
-            overwritten = out is not None and out.ctypes.data == x.ctypes.data
-            self._remembered = (
-                "its latest call wrote its result over x" if overwritten else (x, stats)
-            )
+            overwritten = out is not None and _place(out) == _place(x)
+            self._remembered = "its latest call wrote y over x" if overwritten else (x, stats)
         else:
             y = self._forward(x, out=out, **options)
-            self._remembered = "its latest call was in evaluation mode"
+            self._remembered = "its latest call kept nothing (evaluation mode, or an activation)"
         return y
 
     def backward(self, grad_y: Array) -> Array:
@@ -169,13 +177,17 @@ class _Layer:
             If a shape does not fit, or, with `strict`, the keys do not.
         """
         if not isinstance(state, Mapping):
-            raise TypeError(f"state must be a mapping of names to arrays, got {type(state).__name__}")
+            raise TypeError(
+                f"state must be a mapping of names to arrays, got {type(state).__name__}"
+            )
         own = self._state()
         missing = [name for name in own if name not in state and name != "num_batches_tracked"]
         unexpected = [name for name in state if name not in own]
         if strict and (missing or unexpected):
             found = (("missing", missing), ("unexpected", unexpected))
-            listed = "; ".join(f"{kind}: {', '.join(map(repr, keys))}" for kind, keys in found if keys)
+            listed = "; ".join(
+                f"{kind}: {', '.join(map(repr, keys))}" for kind, keys in found if keys
+            )
             raise ValueError(f"state must have the keys {', '.join(map(repr, own))} ({listed})")
         loaded = {name: _loaded(name, state[name], a) for name, a in own.items() if name in state}
         for name, values in loaded.items():
@@ -189,14 +201,14 @@ class _Layer:
     def __repr__(self) -> str:
         shown = []
         for name, parameter in inspect.signature(type(self)).parameters.items():
-            value = getattr(self, name, parameter.default)
+            value, default = getattr(self, name, parameter.default), parameter.default
             if name == "bias":
                 value = self.bias is not None
             elif name == "dtype":
-                value = self.dtype.name
-            if parameter.default is parameter.empty:
+                value, default = self.dtype.name, np.dtype(default).name
+            if default is parameter.empty:
                 shown.append(repr(value))
-            elif parameter.kind is not parameter.KEYWORD_ONLY or value != parameter.default:
+            elif parameter.kind is not parameter.KEYWORD_ONLY or value != default:
                 shown.append(f"{name}={value!r}")
         return f"{type(self).__name__}({', '.join(shown)})"
 
@@ -212,7 +224,9 @@ def _loaded(name: str, value: Any, target: Array) -> Array:
     if values.shape != target.shape:
         raise ValueError(f"state[{name!r}] must have shape {target.shape}, got {values.shape}")
     if not target.flags.writeable:
-        raise ValueError(f"the layer's {name} must be writeable to be loaded, got a read-only array")
+        raise ValueError(
+            f"the layer's {name} must be writeable to be loaded, got a read-only array"
+        )
     return values
 
 
@@ -226,8 +240,8 @@ class _ChannelNorm(_Layer):
         affine: bool,
         bias: bool,
         track_running_stats: bool,
-        layout: str,
-        activation: str | None,
+        layout: Layout,
+        activation: Activation | None,
         dtype: DTypeLike,
         backend: str | None,
     ) -> None:
@@ -250,15 +264,13 @@ class _ChannelNorm(_Layer):
         # with channels on both axes it is right for either layout.
         self._forward(np.empty((0, *count, *count), self.dtype))
 
-    def __call__(
-        self, x: Array, residual: Array | None = None, out: Array | None = None
-    ) -> Array:
+    def __call__(self, x: Array, residual: Array | None = None, out: Array | None = None) -> Array:
         """Normalise x.
 
         Parameters
         ----------
         x : ndarray
-            (N, C, \\*spatial), or (N, \\*spatial, C) with ``layout="NHWC"``; the layer's dtype.
+            (N, C, ...), or (N, ..., C) with ``layout="NHWC"``; the layer's dtype.
         residual : ndarray, optional
             Added after the affine step and before the activation; x's shape and dtype.
         out : ndarray, optional
@@ -323,7 +335,7 @@ class BatchNorm(_ChannelNorm):
 
     Notes
     -----
-    Shapes: x and y (N, C, \\*spatial), or (N, \\*spatial, C) with ``layout="NHWC"``.
+    Shapes: x and y (N, C, ...), or (N, ..., C) with ``layout="NHWC"``.
 
     Ioffe & Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal
     Covariate Shift", 2015, arXiv:1502.03167.
@@ -351,8 +363,8 @@ class BatchNorm(_ChannelNorm):
         track_running_stats: bool = True,
         *,
         bias: bool = True,
-        layout: str = "NCHW",
-        activation: str | None = None,
+        layout: Layout = "NCHW",
+        activation: Activation | None = None,
         dtype: DTypeLike = np.float32,
         backend: str | None = None,
     ) -> None:
@@ -434,7 +446,7 @@ class InstanceNorm(_ChannelNorm):
 
     Notes
     -----
-    Shapes: x and y (N, C, \\*spatial), or (N, \\*spatial, C) with ``layout="NHWC"``.
+    Shapes: x and y (N, C, ...), or (N, ..., C) with ``layout="NHWC"``.
 
     Ulyanov, Vedaldi & Lempitsky, "Instance Normalization: The Missing Ingredient for Fast
     Stylization", 2016, arXiv:1607.08022.
@@ -457,8 +469,8 @@ class InstanceNorm(_ChannelNorm):
         track_running_stats: bool = False,
         *,
         bias: bool = True,
-        layout: str = "NCHW",
-        activation: str | None = None,
+        layout: Layout = "NCHW",
+        activation: Activation | None = None,
         dtype: DTypeLike = np.float32,
         backend: str | None = None,
     ) -> None:
@@ -525,7 +537,7 @@ class GroupNorm(_ChannelNorm):
 
     Notes
     -----
-    Shapes: x and y (N, C, \\*spatial), or (N, \\*spatial, C) with ``layout="NHWC"``.
+    Shapes: x and y (N, C, ...), or (N, ..., C) with ``layout="NHWC"``.
 
     Wu & He, "Group Normalization", 2018, arXiv:1803.08494.
 
@@ -546,8 +558,8 @@ class GroupNorm(_ChannelNorm):
         affine: bool = True,
         *,
         bias: bool = True,
-        layout: str = "NCHW",
-        activation: str | None = None,
+        layout: Layout = "NCHW",
+        activation: Activation | None = None,
         dtype: DTypeLike = np.float32,
         backend: str | None = None,
     ) -> None:
@@ -576,11 +588,11 @@ class _AxisNorm(_Layer):
 
     def __init__(
         self,
-        normalized_shape: int | Sequence[int],
+        normalized_shape: Shape,
         eps: float | None,
         elementwise_affine: bool,
         bias: bool,
-        axis: int | Sequence[int] | None,
+        axis: Shape | None,
         dtype: DTypeLike,
         backend: str | None,
     ) -> None:
@@ -590,7 +602,7 @@ class _AxisNorm(_Layer):
         self.elementwise_affine = elementwise_affine
         # An empty batch changes nothing and has the arguments checked where all checks live;
         # `axis` waits for the rank of the first x.
-        self.axis: int | Sequence[int] | None = None
+        self.axis: Shape | None = None
         self._forward(np.empty((0, *self.normalized_shape), self.dtype))
         self.axis = axis
 
@@ -600,8 +612,8 @@ class _AxisNorm(_Layer):
         Parameters
         ----------
         x : ndarray
-            (..., \\*normalized_shape), or with `axis` any array that has these sizes on these axes;
-            the layer's dtype.
+            (..., *normalized_shape), or with `axis` any array with these sizes on these axes; the
+            layer's dtype.
         out : ndarray, optional
             Where to write the result; x's shape and dtype, and may be x (then `backward` is not
             possible).
@@ -653,7 +665,7 @@ class LayerNorm(_AxisNorm):
 
     Notes
     -----
-    Shapes: x and y (..., \\*normalized_shape), or with `axis` any.
+    Shapes: x and y (..., *normalized_shape), or with `axis` any.
 
     Ba, Kiros & Hinton, "Layer Normalization", 2016, arXiv:1607.06450.
 
@@ -662,18 +674,20 @@ class LayerNorm(_AxisNorm):
     >>> import cpunorm, numpy as np
     >>> layer = cpunorm.LayerNorm(4, axis=1)
     >>> y = layer(np.arange(24, dtype=np.float32).reshape(2, 4, 3))
-    >>> y[0, :, 0].round(2).tolist()
-    [-1.34, -0.45, 0.45, 1.34]
+    >>> y[0, :, 0].round(2)
+    array([-1.34, -0.45,  0.45,  1.34], dtype=float32)
     """
+
+    eps: float
 
     def __init__(
         self,
-        normalized_shape: int | Sequence[int],
+        normalized_shape: Shape,
         eps: float = 1e-5,
         elementwise_affine: bool = True,
         bias: bool = True,
         *,
-        axis: int | Sequence[int] | None = None,
+        axis: Shape | None = None,
         dtype: DTypeLike = np.float32,
         backend: str | None = None,
     ) -> None:
@@ -733,24 +747,24 @@ class RMSNorm(_AxisNorm):
 
     Notes
     -----
-    Shapes: x and y (..., \\*normalized_shape), or with `axis` any.
+    Shapes: x and y (..., *normalized_shape), or with `axis` any.
 
     Zhang & Sennrich, "Root Mean Square Layer Normalization", 2019, arXiv:1910.07467.
 
     Examples
     --------
     >>> import cpunorm, numpy as np
-    >>> cpunorm.RMSNorm(2)(np.array([[3.0, 4.0]], np.float32)).round(4).tolist()
-    [[0.8485000133514404, 1.1313999891281128]]
+    >>> cpunorm.RMSNorm(2)(np.array([[3.0, 4.0]], np.float32)).round(4)
+    array([[0.8485, 1.1314]], dtype=float32)
     """
 
     def __init__(
         self,
-        normalized_shape: int | Sequence[int],
+        normalized_shape: Shape,
         eps: float | None = None,
         elementwise_affine: bool = True,
         *,
-        axis: int | Sequence[int] | None = None,
+        axis: Shape | None = None,
         dtype: DTypeLike = np.float32,
         backend: str | None = None,
     ) -> None:

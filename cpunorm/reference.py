@@ -1,8 +1,8 @@
 """The oracle: every normalization of cpunorm, forward and backward, as its paper writes it.
 
 Plain NumPy in float64, written to be read and not to be fast. It imports nothing of cpunorm and
-shares no line with the kernels, so that a mistake in one cannot hide in the other; finite differences
-and identities check it in turn (`tests/test_reference.py`).
+shares no line with the kernels, so that a mistake in one cannot hide in the other; finite
+differences and identities check it in turn (`tests/test_reference.py`).
 
 One formula serves all of them. Over the set of positions that share a statistic, with m of them::
 
@@ -11,11 +11,11 @@ One formula serves all of them. Over the set of positions that share a statistic
 
 They differ in that set only (N batch, C channels, S spatial positions, K = C / G)::
 
-    batch norm      one channel, all images            N·S     Ioffe & Szegedy 2015, arXiv:1502.03167
-    instance norm   one channel of one image           S       Ulyanov et al. 2016, arXiv:1607.08022
-    group norm      one group of channels of an image  K·S     Wu & He 2018, arXiv:1803.08494
-    layer norm      the normalised axes                D       Ba et al. 2016, arXiv:1607.06450
-    RMS norm        the same, with mean = 0            D       Zhang & Sennrich 2019, arXiv:1910.07467
+    batch norm     one channel, all images            N·S    Ioffe & Szegedy 2015, arXiv:1502.03167
+    instance norm  one channel of one image           S      Ulyanov et al. 2016, arXiv:1607.08022
+    group norm     one group of channels of an image  K·S    Wu & He 2018, arXiv:1803.08494
+    layer norm     the normalised axes                D      Ba et al. 2016, arXiv:1607.06450
+    RMS norm       the same, with mean = 0            D      Zhang & Sennrich 2019, arXiv:1910.07467
 
 and one formula serves their gradients, with ĝ = weight·grad_y::
 
@@ -65,22 +65,21 @@ class Forward(NamedTuple):
 # --- The formulas ------------------------------------------------------------------------------
 
 
-def _moments(x, axes):
-    """Mean and biased variance over `axes`, which stay with length 1."""
+def _center(x, axes):
+    """Mean over `axes`, which stay with length 1, and x without it."""
     mean = x.mean(axes, keepdims=True)
-    mean = mean + (x - mean).mean(axes, keepdims=True)  # takes back what the first sum rounded away
-    var = np.square(x - mean).mean(axes, keepdims=True)
-    return mean, var
+    centred = x - mean
+    rest = centred.mean(axes, keepdims=True)  # what rounding the mean has left in x
+    return mean + rest, centred - rest
 
 
-def _normalize(x, mean, rstd, weight, bias):
-    x_hat = (x - mean) * rstd
-    return weight * x_hat + bias
+def _rstd(centred, axes, eps):
+    var = np.square(centred).mean(axes, keepdims=True)
+    return 1.0 / np.sqrt(var + eps)
 
 
-def _backward(grad_y, x, mean, rstd, weight, axes, center=True):
+def _backward(grad_y, x_hat, rstd, weight, axes, center=True):
     """The gradient of x, through statistics over `axes` (None: the statistics are constants)."""
-    x_hat = (x - mean) * rstd
     grad_x_hat = weight * grad_y
     if axes is None:
         return rstd * grad_x_hat
@@ -89,9 +88,8 @@ def _backward(grad_y, x, mean, rstd, weight, axes, center=True):
     return rstd * (grad_x_hat - through_mean - through_var)
 
 
-def _parameter_gradients(grad_y, x, mean, rstd, axes):
+def _parameter_gradients(grad_y, x_hat, axes):
     """The gradients of weight and bias, summed over `axes`: those the parameters do not have."""
-    x_hat = (x - mean) * rstd
     return (grad_y * x_hat).sum(axes), grad_y.sum(axes)
 
 
@@ -129,52 +127,52 @@ def _from_groups(x, shape, layout):
     return np.moveaxis(x.reshape(shape[0], shape[-1], *shape[1:-1]), 1, -1)
 
 
-def _per_channel(parameter, default, groups, c):
-    """A parameter of C values as (1, G, K, 1)."""
-    values = np.full(c, default) if parameter is None else np.asarray(parameter, np.float64)
-    return values.reshape(1, groups, c // groups, 1)
+def _per_channel(parameter, default, groups, size):
+    """A parameter of C = groups·size values as (1, G, K, 1)."""
+    parameter = np.full(groups * size, default) if parameter is None else parameter
+    return np.asarray(parameter, np.float64).reshape(1, groups, size, 1)
 
 
 def _count_channels(x, layout):
     return np.shape(x)[1 if layout in ("NCHW", "channels_first") else -1]
 
 
+def _channel_statistics(z, axes, running, eps):
+    """Mean, x without it, and rstd: over `axes` of (N, G, K, S), or None for the running ones."""
+    if axes is None:
+        mean, var = (_per_channel(r, np.nan, *z.shape[1:3]) for r in running)
+        return mean, z - mean, 1.0 / np.sqrt(var + eps)
+    mean, centred = _center(z, axes)
+    return mean, centred, _rstd(centred, axes, eps)
+
+
 def _channel_forward(
     x, groups, axes, running, weight, bias, momentum, eps, layout, activation, residual
 ):
-    """Batch, instance and group norm; `axes` of (N, G, K, S) to reduce, None to use `running`."""
-    c = _count_channels(x, layout)
     z = _as_groups(x, groups, layout)
-    new_mean, new_var = (None if r is None else np.array(r, np.float64) for r in running)
-    if axes is None:
-        mean, var = (_per_channel(r, np.nan, groups, c) for r in running)
-    else:
-        mean, var = _moments(z, axes)
-        m = math.prod(z.shape[axis] for axis in axes)
-        if new_mean is not None:
-            unbiased = var * m / (m - 1)
-            new_mean = (1 - momentum) * new_mean + momentum * mean.mean(axis=0).ravel()
-            new_var = (1 - momentum) * new_var + momentum * unbiased.mean(axis=0).ravel()
-    rstd = 1.0 / np.sqrt(var + eps)
-    y = _normalize(
-        z, mean, rstd, _per_channel(weight, 1.0, groups, c), _per_channel(bias, 0.0, groups, c)
-    )
-    y = _from_groups(y, np.shape(x), layout)
+    mean, centred, rstd = _channel_statistics(z, axes, running, eps)
+    weight = _per_channel(weight, 1.0, *z.shape[1:3])
+    bias = _per_channel(bias, 0.0, *z.shape[1:3])
+    y = _from_groups(weight * (centred * rstd) + bias, np.shape(x), layout)
     y = ACTIVATIONS[activation](y if residual is None else y + np.asarray(residual, np.float64))
-    shape = (groups,) if axes is None or 0 in axes else mean.shape[:2]
-    return Forward(y, mean.reshape(shape), rstd.reshape(shape), new_mean, new_var)
+
+    running_mean, running_var = (None if r is None else np.array(r, np.float64) for r in running)
+    if axes is not None and running_mean is not None:
+        m = math.prod(z.shape[axis] for axis in axes)
+        unbiased = np.square(centred).sum(axes, keepdims=True) / (m - 1)
+        new_mean, new_var = mean.mean(axis=0).ravel(), unbiased.mean(axis=0).ravel()
+        running_mean = (1 - momentum) * running_mean + momentum * new_mean
+        running_var = (1 - momentum) * running_var + momentum * new_var
+    shape = (groups,) if axes is None or 0 in axes else (len(z), groups)
+    return Forward(y, mean.reshape(shape), rstd.reshape(shape), running_mean, running_var)
 
 
 def _channel_backward(grad_y, x, groups, axes, running, weight, eps, layout):
-    c = _count_channels(x, layout)
     z, g = _as_groups(x, groups, layout), _as_groups(grad_y, groups, layout)
-    if axes is None:
-        mean, var = (_per_channel(r, np.nan, groups, c) for r in running)
-    else:
-        mean, var = _moments(z, axes)
-    rstd = 1.0 / np.sqrt(var + eps)
-    grad_x = _backward(g, z, mean, rstd, _per_channel(weight, 1.0, groups, c), axes)
-    grad_weight, grad_bias = _parameter_gradients(g, z, mean, rstd, (0, 3))
+    _, centred, rstd = _channel_statistics(z, axes, running, eps)
+    x_hat = centred * rstd
+    grad_x = _backward(g, x_hat, rstd, _per_channel(weight, 1.0, *z.shape[1:3]), axes)
+    grad_weight, grad_bias = _parameter_gradients(g, x_hat, (0, 3))
     return _from_groups(grad_x, np.shape(x), layout), grad_weight.ravel(), grad_bias.ravel()
 
 
@@ -344,35 +342,29 @@ def _axes_back(x, axes):
     return np.moveaxis(x, range(-len(axes), 0), axes)
 
 
-def _row_statistics(z, last, eps, center):
-    if center:
-        mean, var = _moments(z, last)
-    else:
-        mean, var = 0.0, np.square(z).mean(last, keepdims=True)
-    return mean, 1.0 / np.sqrt(var + eps)
+def _row_statistics(z, axes, eps, center):
+    """Mean (None in RMS norm), x without it, and rstd."""
+    mean, centred = _center(z, axes) if center else (None, z)
+    return mean, centred, _rstd(centred, axes, eps)
 
 
 def _row_forward(x, axes, weight, bias, eps, center):
-    z = _axes_last(x, axes)
-    last = tuple(range(-len(axes), 0))
-    mean, rstd = _row_statistics(z, last, eps, center)
-    weight, bias = (
-        default if parameter is None else np.asarray(parameter, np.float64)
-        for parameter, default in ((weight, 1.0), (bias, 0.0))
-    )
-    y = _axes_back(_normalize(z, mean, rstd, weight, bias), axes)
+    z, last = _axes_last(x, axes), tuple(range(-len(axes), 0))
+    mean, centred, rstd = _row_statistics(z, last, eps, center)
+    weight = 1.0 if weight is None else np.asarray(weight, np.float64)
+    bias = 0.0 if bias is None else np.asarray(bias, np.float64)
+    y = _axes_back(weight * (centred * rstd) + bias, axes)
     return Forward(y, np.squeeze(mean, last) if center else None, np.squeeze(rstd, last))
 
 
 def _row_backward(grad_y, x, axes, weight, eps, grad_sum, center):
-    z, g = _axes_last(x, axes), _axes_last(grad_y, axes)
-    last = tuple(range(-len(axes), 0))
-    mean, rstd = _row_statistics(z, last, eps, center)
+    z, g, last = _axes_last(x, axes), _axes_last(grad_y, axes), tuple(range(-len(axes), 0))
+    _, centred, rstd = _row_statistics(z, last, eps, center)
+    x_hat = centred * rstd
     weight = 1.0 if weight is None else np.asarray(weight, np.float64)
-    grad_x = _axes_back(_backward(g, z, mean, rstd, weight, last, center), axes)
+    grad_x = _axes_back(_backward(g, x_hat, rstd, weight, last, center), axes)
     grad_x = grad_x if grad_sum is None else grad_x + np.asarray(grad_sum, np.float64)
-    rows = tuple(range(z.ndim - len(axes)))
-    grad_weight, grad_bias = _parameter_gradients(g, z, mean, rstd, rows)
+    grad_weight, grad_bias = _parameter_gradients(g, x_hat, tuple(range(z.ndim - len(axes))))
     return grad_x, grad_weight, grad_bias if center else None
 
 

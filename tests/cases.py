@@ -1,9 +1,9 @@
 """The named cases: one list of operations, shapes and modes, which tests and benchmarks share.
 
-A `Case` says which public function is called, on which shape of x and with which arguments that are
-not arrays; `Case.arrays` makes the arrays. Sizes stand around the vector lengths (1, 15, 16, 17, 31, 32,
-33), at primes, at the edges (one image, one channel, one pixel), beyond one block of a kernel (some
-thousand values) and beyond L2.
+A `Case` says which public function is called, on which shape of x and with which arguments that
+are not arrays; `Case.arrays` makes the arrays. Sizes stand around the vector lengths (1, 15, 16,
+17, 31, 32, 33), at primes, at the edges (one image, one channel, one pixel), beyond one block of a
+kernel (some thousand values) and beyond L2.
 """
 
 import math
@@ -20,7 +20,7 @@ OPS = CHANNEL_OPS + ROW_OPS
 LAYOUTS = ("NCHW", "NHWC")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """One call: `op(x of shape, **kwargs)`, plus the arrays the operation takes."""
 
@@ -65,7 +65,7 @@ class Case:
 
     def arrays(
         self,
-        dtype: Any = np.float32,
+        dtype: str = "float32",
         *,
         weight: bool = True,
         bias: bool = True,
@@ -87,10 +87,10 @@ class Case:
             made["residual"] = draw(self.shape, 1.0, -0.5)
         if self.takes_running_statistics and (running or self.is_frozen):
             made["running_mean"] = draw(self.parameter_shape, 0.5, 2.0)
-            made["running_var"] = np.square(draw(self.parameter_shape)) + dtype(0.5)
+            made["running_var"] = np.square(draw(self.parameter_shape)) + made["x"].dtype.type(0.5)
         return made
 
-    def grad_y(self, dtype: Any = np.float32) -> np.ndarray:
+    def grad_y(self, dtype: str = "float32") -> np.ndarray:
         """A random upstream gradient, with an offset."""
         rng = np.random.default_rng(crc32(str(self).encode()) + 1)
         return (rng.standard_normal(self.shape) + 0.25).astype(dtype)
@@ -180,10 +180,20 @@ CASES: tuple[Case, ...] = (
     *(case for shape in ROW_SHAPES for case in row_cases(*shape)),
 )
 
-# Every operation in every mode and on every canonical problem, once and small.
+# Every operation in every mode and on every canonical problem, once and small: for the tests that
+# vary something else.
 SMALL_CASES: tuple[Case, ...] = (
     *channel_cases((3, 6, 5, 7), (2,)),
     *channel_cases((9, 6), (3,)),
     *row_cases((6, 35), 35),
     *row_cases((2, 6, 5, 7), 6, 1),
+)
+
+# Small enough for one finite difference per element.
+TINY_CASES: tuple[Case, ...] = (
+    *channel_cases((3, 4, 2, 3), (1, 2, 4)),
+    *channel_cases((5, 4), (2,)),
+    *row_cases((4, 6), 6),
+    *row_cases((2, 4, 3), 4, 1),
+    *row_cases((2, 3, 4), (4, 2), (2, 0)),
 )

@@ -7,7 +7,7 @@ import pytest
 import cpunorm
 from cpunorm.backends import BACKENDS
 
-AVAILABLE = tuple(cpunorm.available_backends())
+from .support import AVAILABLE
 
 
 @pytest.fixture(params=AVAILABLE)
@@ -24,7 +24,7 @@ def backend_or_auto(request) -> str:
 
 @pytest.fixture
 def restore_threads():
-    """Puts the thread count back."""
+    """Put the thread count back after the test."""
     before = cpunorm.get_num_threads()
     yield
     cpunorm.set_num_threads(before)
@@ -36,5 +36,5 @@ def pytest_sessionstart(session):
 
 
 def pytest_report_header(config):
-    missing = sorted(set(BACKENDS) - set(AVAILABLE))
+    missing = [name for name in BACKENDS if name not in AVAILABLE]
     return f"cpunorm backends: {', '.join(AVAILABLE)}; missing: {', '.join(missing) or 'none'}"

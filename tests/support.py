@@ -1,6 +1,6 @@
 """What every test file needs: how to call an operation and its oracle, and how close is close."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,11 +10,15 @@ from cpunorm import reference
 
 from .cases import Case
 
-DTYPES = (np.float32, np.float64)
+AVAILABLE = cpunorm.available_backends()
+DTYPES = ("float32", "float64")
 
 # |got - oracle| <= tolerance·(1 + |oracle|)
-VALUE_TOLERANCE = {np.dtype(np.float32): 3e-6, np.dtype(np.float64): 1e-12}
-GRADIENT_TOLERANCE = {np.dtype(np.float32): 3e-5, np.dtype(np.float64): 1e-11}
+VALUE_TOLERANCE = {np.dtype("float32"): 3e-6, np.dtype("float64"): 1e-12}
+GRADIENT_TOLERANCE = {np.dtype("float32"): 3e-5, np.dtype("float64"): 1e-11}
+
+
+# --- Comparing -----------------------------------------------------------------------------------
 
 
 def assert_close(got, expected, tolerance):
@@ -35,6 +39,36 @@ def assert_gradients_close(got, expected):
             assert_close(gradient, wanted, GRADIENT_TOLERANCE[gradient.dtype])
 
 
+def assert_same_bits(got, expected):
+    """Two results, arrays or None or tuples of them, are the same to the last bit."""
+    if isinstance(expected, tuple):
+        for one, other in zip(got, expected, strict=True):
+            assert_same_bits(one, other)
+    elif expected is None:
+        assert got is None
+    else:
+        assert got.shape == expected.shape
+        assert got.dtype == expected.dtype
+        assert got.tobytes() == expected.tobytes()
+
+
+def numeric_gradient(loss: Callable[[], float], array: np.ndarray, h: float = 1e-5) -> np.ndarray:
+    """Central differences of `loss` by each element of `array`, which is moved in place."""
+    gradient = np.empty_like(array)
+    for i in np.ndindex(array.shape):
+        here = array[i]
+        array[i] = here + h
+        above = loss()
+        array[i] = here - h
+        below = loss()
+        array[i] = here
+        gradient[i] = (above - below) / (2 * h)
+    return gradient
+
+
+# --- Calling -------------------------------------------------------------------------------------
+
+
 def pick(arguments: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {name: arguments[name] for name in names if name in arguments}
 
@@ -43,13 +77,24 @@ def copies(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: array.copy() for name, array in arrays.items()}
 
 
+def arguments(case: Case, arrays: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a forward pass is called with; batch norm alone has to be told of no statistics."""
+    required = {"running_mean": None, "running_var": None} if case.op == "batch_norm" else {}
+    return {**required, **case.kwargs, **arrays, **options}
+
+
 def run(case: Case, arrays: Mapping[str, Any], **options: Any) -> Any:
     """The public function of the case on these arrays."""
-    return getattr(cpunorm, case.op)(**arrays, **{**case.kwargs, **options})
+    return getattr(cpunorm, case.op)(**arguments(case, arrays, options))
 
 
 def run_oracle(case: Case, arrays: Mapping[str, Any], **options: Any) -> reference.Forward:
-    return getattr(reference, case.op)(**arrays, **{**case.kwargs, **options})
+    return getattr(reference, case.op)(**arguments(case, arrays, options))
+
+
+def first(result: Any) -> np.ndarray:
+    """The y of a forward pass, whatever else came with it."""
+    return result[0] if isinstance(result, tuple) else result
 
 
 def statistics(case: Case, arrays: Mapping[str, Any], **options: Any) -> cpunorm.Stats:
@@ -89,12 +134,43 @@ def run_oracle_backward(
     return function(grad_y=grad_y, **given, **{**case.kwargs, **options})
 
 
+# --- Memory --------------------------------------------------------------------------------------
+
+
 def real_strides(array: np.ndarray) -> tuple[int, ...]:
     """The strides that mean something: those of axes longer than one."""
-    return tuple(
-        stride for stride, size in zip(array.strides, array.shape, strict=True) if size > 1
-    )
+    pairs = zip(array.strides, array.shape, strict=True)
+    return tuple(stride for stride, size in pairs if size > 1)
 
 
-def is_c_ordered(array: np.ndarray) -> bool:
-    return bool(array.flags.c_contiguous)
+def permuted(array: np.ndarray, order: tuple[int, ...]) -> np.ndarray:
+    """The same values with axes lying in memory in `order`, outermost first."""
+    return np.ascontiguousarray(array.transpose(order)).transpose(np.argsort(order))
+
+
+def spread(array: np.ndarray) -> np.ndarray:
+    """The same values as every other element, along each axis, of a larger array."""
+    wide = np.full([2 * n + 1 for n in array.shape], 7, array.dtype)
+    view = wide[tuple(slice(1, None, 2) for _ in array.shape)]
+    view[...] = array
+    return view
+
+
+def reversed_in_memory(array: np.ndarray) -> np.ndarray:
+    """The same values behind negative strides."""
+    backwards = tuple(slice(None, None, -1) for _ in array.shape)
+    return array[backwards].copy()[backwards]
+
+
+def unaligned(array: np.ndarray) -> np.ndarray:
+    """The same values at an address that is no multiple of their size."""
+    buffer = np.zeros(array.nbytes + 1, np.uint8)
+    view = buffer[1:].view(array.dtype).reshape(array.shape)
+    view[...] = array
+    return view
+
+
+def read_only(array: np.ndarray) -> np.ndarray:
+    copy = array.copy(order="K")
+    copy.flags.writeable = False
+    return copy

@@ -1,0 +1,143 @@
+"""The command ``python -m cpunorm``: its arguments, its parts in turn, its exit code."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any, NoReturn
+
+from .. import available_backends, show_config
+from .._dispatch import config
+from ..backends import BACKENDS
+from . import checks, pipeline, report, timing
+
+DESCRIPTION = """\
+Check every normalization against the float64 oracle, run a small network on real images, and time
+each normalization by layout and backend, next to a memory copy and plain NumPy. Takes less than a
+minute. The exit code is 1 if a check failed, 2 for a wrong argument.
+"""
+
+# Where Numba compiles slowly, this keeps the whole within a minute.
+SHORTEN_AFTER_SECONDS = 45
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong in one line; the usage is a `--help` away."""
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the main job and return its exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    available = available_backends()
+    if options.backend is not None and options.backend not in available:
+        parser.error(f"argument --backend: {options.backend!r} is not available here")
+    backends = available if options.backend is None else (options.backend,)
+    try:
+        return _run(backends, options)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except MemoryError as error:
+        print(f"{parser.prog}: error: not enough memory: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        # Whoever read the output has left; leave nothing that the interpreter would flush to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _run(backends: Sequence[str], options: argparse.Namespace) -> int:
+    start = time.perf_counter()
+    text = report.Text(_ansi())
+    if not options.json:
+        print(text.bold("cpunorm: normalization of NumPy arrays on the CPU"), end="\n\n")
+        show_config()
+
+    def show(lines: Iterable[str]) -> None:
+        if not options.json:
+            print(*lines, sep="\n", flush=True)
+
+    found, seconds = checks.run(backends)
+    ok = all(check.ok for check in found)
+    show(report.checks(found, seconds, text))
+    runs = pipeline.run(options.backend, options.repeat or timing.BLOCKS)
+    show(report.pipeline(runs, text))
+    shapes = options.shape or timing.SHAPES
+    tables = timing.run(shapes, backends, options.repeat, start + SHORTEN_AFTER_SECONDS)
+    took = time.perf_counter() - start
+    show(report.timing(tables, backends, text))
+    show(report.summary(tables, backends, ok, took, text))
+    if options.json:
+        content = {
+            "config": config(),
+            "ok": ok,
+            "checks": [{**asdict(check), "ok": check.ok} for check in found],
+            "check_seconds": seconds,
+            "pipeline": [asdict(run) for run in runs],
+            "timing": [asdict(table) for table in tables],
+            "seconds": took,
+        }
+        print(json.dumps(_finite(content), indent=1))
+    return 0 if ok else 1
+
+
+def _ansi() -> bool:
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return sys.stdout.isatty() and not plain
+
+
+def _finite(value: Any) -> Any:
+    """Replace what JSON has no number for: an infinite error becomes null."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if value in (float("inf"), float("-inf")) else value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m cpunorm", description=DESCRIPTION)
+    parser.add_argument(
+        "--json", action="store_true", help="print the results as JSON, and nothing else"
+    )
+    parser.add_argument(
+        "--shape",
+        type=_shape,
+        action="append",
+        metavar="N,C,...",
+        help="time this shape (channels second, two or more axes) instead of the usual ten; "
+        "may be given several times",
+    )
+    parser.add_argument("--backend", choices=BACKENDS, help="use this backend alone")
+    parser.add_argument(
+        "--repeat",
+        type=_positive,
+        metavar="N",
+        help="blocks of calls per time, of which the median is shown (default: "
+        f"{timing.BLOCKS}, or 1 for what is left after {SHORTEN_AFTER_SECONDS} seconds)",
+    )
+    return parser
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        shape = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        shape = ()
+    if len(shape) < 2 or min(shape) < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a shape: give two or more positive integers, as in 8,64,56,56"
+        )
+    return shape
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)

@@ -1,0 +1,84 @@
+"""Builds the compiled backend: every kernel module once per instruction set.
+
+What is compiled here is optional. Where there is no C compiler the package installs without it and
+runs on NumPy; `cpunorm.show_config()` says so.
+"""
+
+import copy
+import os
+import platform
+
+import numpy
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CCompilerError
+
+PACKAGE = "cpunorm.backends.cython"
+MODULES = ("rows", "columns", "channels_first", "channels_last")
+
+# One folder of modules per level; backends/cython/__init__.py picks the best one the CPU has.
+if platform.machine().lower() in ("x86_64", "amd64"):
+    LEVELS = {f"x86_64_v{n}": [f"-march=x86-64-v{n}"] for n in (2, 3, 4)}
+else:
+    LEVELS = {"baseline": []}
+
+# Of -ffast-math only what keeps NaN and Inf: sums may be reordered, multiply-adds fused.
+FLAGS = [
+    "-O3",
+    "-fassociative-math",
+    "-fno-signed-zeros",
+    "-fno-trapping-math",
+    "-fno-math-errno",
+    "-ffp-contract=fast",
+]
+GCC_V4_FLAGS = ["-mprefer-vector-width=512"]
+OPENMP = ["-fopenmp"]
+
+
+class BuildKernels(build_ext):
+    def finalize_options(self):
+        super().finalize_options()
+        self.parallel = self.parallel or os.cpu_count()
+
+    def build_extension(self, ext):
+        # All levels of a module share one C file: keep their object files apart.
+        scoped = copy.copy(self)
+        scoped.build_temp = os.path.join(self.build_temp, ext.name)
+        try:
+            build_ext.build_extension(scoped, ext)
+        except CCompilerError:
+            # A compiler without OpenMP still makes a good serial backend.
+            ext.extra_compile_args = [f for f in ext.extra_compile_args if f not in OPENMP]
+            ext.extra_link_args = []
+            build_ext.build_extension(scoped, ext)
+
+    def copy_extensions_to_source(self):
+        # For an editable install; setuptools expects the folders of the levels to be there.
+        for ext in self.extensions:
+            os.makedirs(os.path.join(*ext.name.split(".")[:-1]), exist_ok=True)
+        super().copy_extensions_to_source()
+
+
+def extensions():
+    sources = cythonize(
+        [Extension(f"{PACKAGE}.{m}", [f"cpunorm/backends/cython/{m}.pyx"]) for m in MODULES],
+        language_level=3,
+        nthreads=os.cpu_count(),
+        compiler_directives={"boundscheck": False, "wraparound": False, "cdivision": True},
+    )
+    for level, march in LEVELS.items():
+        for module, source in zip(MODULES, sources, strict=True):
+            yield Extension(
+                f"{PACKAGE}.{level}.{module}",
+                source.sources,
+                depends=["cpunorm/backends/cython/sweeps.h"],
+                include_dirs=[numpy.get_include(), "cpunorm/backends/cython"],
+                define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
+                extra_compile_args=FLAGS + march + OPENMP + (GCC_V4_FLAGS if "v4" in level else []),
+                extra_link_args=OPENMP,
+                optional=True,
+            )
+
+
+setup(ext_modules=list(extensions()), cmdclass={"build_ext": BuildKernels})

@@ -1,0 +1,156 @@
+"""The backend contract: one tuple of kernels, all of them provided, reached and tested."""
+
+import inspect
+
+import numpy as np
+import pytest
+
+from cpunorm import _dispatch
+from cpunorm.backends import KERNELS
+
+from .cases import SMALL_CASES
+from .support import (
+    assert_close,
+    assert_gradients_close,
+    assert_values_close,
+    run,
+    run_backward,
+    run_oracle,
+    run_oracle_backward,
+)
+
+PROBLEMS = sorted({problem for problem, _ in KERNELS})
+
+# What each verb writes, by position in the order of arguments that backends/__init__.py gives.
+WRITTEN = {
+    ("rows", "normalize"): (5, 6, 7, 8),
+    ("columns", "normalize"): (5, 6, 7, 8),
+    ("rows", "backward"): (6, 7, 8),
+    ("columns", "backward"): (6, 7, 8),
+    **{(p, "normalize"): (6, 7, 8, 9) for p in ("channels_first", "channels_last")},
+    **{(p, "apply"): (5,) for p in ("channels_first", "channels_last")},
+    **{(p, "moments"): (1, 2) for p in ("channels_first", "channels_last")},
+    **{
+        (p, verb): (5, 6, 7)
+        for p in ("channels_first", "channels_last")
+        for verb in ("backward", "backward_apply")
+    },
+}
+
+
+@pytest.mark.parametrize(("problem", "verb"), KERNELS)
+def test_every_backend_provides_every_kernel(problem, verb, backend):
+    assert callable(_dispatch.kernel(problem, verb, backend))
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_no_backend_has_a_kernel_outside_the_list(problem, backend):
+    """What is public in a problem is a verb of it: whatever else there is would go untested."""
+    module = getattr(_dispatch._load(backend), problem)
+    public = {
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_") and inspect.isroutine(value)
+    }
+    assert public == {verb for p, verb in KERNELS if p == problem}
+
+
+def watch(monkeypatch, around):
+    """Have `around(problem, verb, kernel, arguments)` called in place of every kernel."""
+    original = _dispatch.kernel
+
+    def watched(problem, verb, backend):
+        function = original(problem, verb, backend)
+        return lambda *arguments: around(problem, verb, function, arguments)
+
+    monkeypatch.setattr(_dispatch, "kernel", watched)
+
+
+def test_the_small_cases_reach_every_kernel(monkeypatch):
+    """All but the moments alone, which no public function needs; they are tested below."""
+    reached = set()
+
+    def around(problem, verb, function, arguments):
+        reached.add((problem, verb))
+        function(*arguments)
+
+    watch(monkeypatch, around)
+    for case in SMALL_CASES:
+        arrays = case.arrays()
+        run(case, arrays, backend="numpy")
+        run_backward(case, arrays, case.grad_y(), backend="numpy")
+    assert reached == {kernel for kernel in KERNELS if kernel[1] != "moments"}
+
+
+@pytest.mark.parametrize("case", SMALL_CASES, ids=str)
+def test_kernels_write_all_of_what_they_are_given(case, backend, monkeypatch):
+    """Outputs come uninitialised: filled with NaN beforehand, they hold the right values after."""
+
+    def around(problem, verb, function, arguments):
+        for position in WRITTEN[problem, verb]:
+            if arguments[position] is not None:
+                arguments[position].fill(np.nan)
+        function(*arguments)
+
+    watch(monkeypatch, around)
+    arrays, grad_y = case.arrays(), case.grad_y()
+    expected = run_oracle(case, arrays)
+    gradients = run_backward(case, arrays, grad_y, backend=backend)
+    y, *_, stats = run(case, arrays, return_stats=True, backend=backend)
+    assert_values_close(y, expected.y)
+    assert_values_close(stats.rstd, expected.rstd)
+    assert_gradients_close(gradients, run_oracle_backward(case, case.arrays(), grad_y))
+
+
+@pytest.mark.parametrize("case", SMALL_CASES, ids=str)
+def test_kernels_get_what_the_contract_says(case, monkeypatch):
+    """C-contiguous, aligned, of no zero size; x's dtype or the accumulation dtype."""
+    seen = []
+
+    def around(problem, verb, function, arguments):
+        assert len(arguments) == len(inspect.signature(function).parameters)
+        for argument in arguments:
+            if isinstance(argument, np.ndarray):
+                assert argument.flags.c_contiguous
+                assert argument.flags.aligned
+                assert argument.size
+                assert argument.dtype == np.float32
+                seen.append(argument)
+        assert arguments[-1] >= 1
+        function(*arguments)
+
+    watch(monkeypatch, around)
+    arrays = {name: a.T.copy().T if name == "x" else a for name, a in case.arrays().items()}
+    run(case, arrays, backend="numpy")
+    run_backward(case, arrays, case.grad_y(), backend="numpy")
+    assert seen
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("problem", "shape", "stats"),
+    [
+        ("channels_first", (3, 6, 35), (1, 6)),
+        ("channels_first", (3, 6, 35), (3, 6)),
+        ("channels_first", (3, 6, 35), (3, 2)),
+        ("channels_first", (2, 5, 4099), (2, 5)),
+        ("channels_first", (5, 3, 1), (1, 3)),
+        ("channels_first", (1, 1, 17), (1, 1)),
+        ("channels_last", (3, 35, 6), (1, 6)),
+        ("channels_last", (3, 35, 6), (3, 6)),
+        ("channels_last", (3, 35, 6), (3, 2)),
+        ("channels_last", (1, 4099, 33), (1, 33)),
+        ("channels_last", (2, 131, 130), (2, 10)),
+        ("channels_last", (1, 17, 1), (1, 1)),
+    ],
+)
+def test_moments(problem, shape, stats, dtype, threads, backend):
+    x = np.random.default_rng(0).normal(100, 3, shape).astype(dtype)
+    mean, var = np.full(stats, np.nan, dtype), np.full(stats, np.nan, dtype)
+    _dispatch.kernel(problem, "moments", backend)(x, mean, var, threads)
+    first = np.moveaxis(x.astype("float64"), -1, 1) if problem == "channels_last" else x
+    images, groups = stats
+    units = first.astype("float64").reshape(images, len(x) // images, groups, -1, first.shape[-1])
+    assert_close(mean, units.mean(axis=(1, 3, 4)), 1e-7 if dtype == "float32" else 1e-14)
+    assert_close(var, units.var(axis=(1, 3, 4)), 3e-6 if dtype == "float32" else 1e-11)
