@@ -21,7 +21,7 @@ from .backends import ACTIVATIONS
 Array = NDArray[Any]
 
 # x's dtype -> the dtype of statistics and, inside the kernels, of every sum's result.
-STATS_DTYPE = {
+STATS_DTYPE: dict[np.dtype[Any], np.dtype[Any]] = {
     np.dtype(np.float32): np.dtype(np.float32),
     np.dtype(np.float64): np.dtype(np.float64),
 }
@@ -61,19 +61,17 @@ def _listed(options: Sequence[object]) -> str:
     return ", ".join(map(repr, options))
 
 
-def _array(name: str, a: object) -> Array:
+def _array(name: str, a: Any) -> Array:
     # A subclass may redefine arithmetic (masked arrays) or shape (matrix): taking only its data
     # would silently drop what it means. A memmap is plain memory.
-    if type(a) is np.ndarray:
-        return a
-    if isinstance(a, np.memmap):
-        return a.view(np.ndarray)
+    if type(a) is np.ndarray or isinstance(a, np.memmap):
+        return np.asarray(a)
     raise TypeError(
         f"{name} must be a numpy.ndarray, got {type(a).__module__}.{type(a).__qualname__}"
     )
 
 
-def _input(a: object) -> Array:
+def _input(a: Any) -> Array:
     x = _array("x", a)
     if x.dtype not in STATS_DTYPE or not x.dtype.isnative:
         raise TypeError(
@@ -82,9 +80,9 @@ def _input(a: object) -> Array:
     return x
 
 
-def _like(name: str, a: object, x: Array) -> Array:
+def _like(name: str, given: Any, x: Array) -> Array:
     """Check an array that must have the shape and dtype of x."""
-    a = _array(name, a)
+    a = _array(name, given)
     if a.dtype != x.dtype:
         raise TypeError(f"{name} must have x's dtype {x.dtype}, got {a.dtype}")
     if a.shape != x.shape:
@@ -92,9 +90,9 @@ def _like(name: str, a: object, x: Array) -> Array:
     return a
 
 
-def _sized(name: str, a: object, shape: tuple[int, ...], dtype: np.dtype[Any], of: str) -> Array:
+def _sized(name: str, given: Any, shape: tuple[int, ...], dtype: np.dtype[Any], of: str) -> Array:
     """Check a parameter or statistic; `of` says in the error where the shape comes from."""
-    a = _array(name, a)
+    a = _array(name, given)
     if a.dtype != dtype:
         raise TypeError(f"{name} must have dtype {dtype}, got {a.dtype}")
     if a.shape != shape:
@@ -102,7 +100,7 @@ def _sized(name: str, a: object, shape: tuple[int, ...], dtype: np.dtype[Any], o
     return a
 
 
-def _number(name: str, value: object) -> float:
+def _number(name: str, value: Any) -> float:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.number)):
         raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
     if isinstance(value, np.complexfloating):
@@ -110,7 +108,7 @@ def _number(name: str, value: object) -> float:
     return float(value)
 
 
-def _eps(value: object, *, positive: bool = False) -> float:
+def _eps(value: Any, *, positive: bool = False) -> float:
     eps = _number("eps", value)
     if not (0 < eps < math.inf if positive else 0 <= eps < math.inf):
         bound = "> 0 when the batch is normalised by its own statistics" if positive else ">= 0"
@@ -118,27 +116,27 @@ def _eps(value: object, *, positive: bool = False) -> float:
     return eps
 
 
-def flag(name: str, value: object) -> bool:
+def flag(name: str, value: Any) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
     return bool(value)
 
 
-def _integers(name: str, value: object) -> tuple[int, ...]:
+def _integers(name: str, value: Any) -> tuple[int, ...]:
     """Check an int or a sequence of ints."""
     if isinstance(value, (str, bytes, bool)):
         raise TypeError(f"{name} must be an int or a sequence of ints, got {value!r}")
     try:
-        return (operator.index(value),)  # type: ignore[arg-type]
+        return (operator.index(value),)
     except TypeError:
         pass
     try:
-        return tuple(operator.index(v) for v in value)  # type: ignore[attr-defined]
+        return tuple(operator.index(v) for v in value)
     except TypeError:
         raise TypeError(f"{name} must be an int or a sequence of ints, got {value!r}") from None
 
 
-def _need(need: object) -> tuple[bool, bool, bool]:
+def _need(need: Any) -> tuple[bool, bool, bool]:
     if not isinstance(need, (tuple, list)):
         raise TypeError(f"need must be a sequence of three bools, got {type(need).__name__}")
     if len(need) != 3:
@@ -147,7 +145,7 @@ def _need(need: object) -> tuple[bool, bool, bool]:
     return x, weight, bias
 
 
-def _activation(activation: object, return_stats: bool) -> int:
+def _activation(activation: Any, return_stats: bool) -> int:
     if activation is not None and not isinstance(activation, str):
         raise TypeError(f"activation must be a string or None, got {type(activation).__name__}")
     if activation not in ACTIVATIONS:
@@ -161,12 +159,14 @@ def _activation(activation: object, return_stats: bool) -> int:
 
 
 def _out(
-    name: str, out: object, x: Array, same_as: dict[str, Array], others: dict[str, Array | None]
+    name: str, out: Any, x: Array, same_as: dict[str, Array], others: dict[str, Array | None]
 ) -> Array:
     """Check an output: it may be one of `same_as` itself, and shares no memory otherwise."""
     checked = _like(name, out, x)
     if not checked.flags.writeable:
         raise ValueError(f"{name} must be writeable, got a read-only array")
+    if checked.size and _overlaps_itself(checked):
+        raise ValueError(f"{name} must not overlap itself, got strides {checked.strides}")
     for other, a in (same_as | others).items():
         if a is None or not np.may_share_memory(checked, a):
             continue
@@ -180,12 +180,23 @@ def _out(
     return checked
 
 
+def _overlaps_itself(a: Array) -> bool:
+    """Whether some element may lie inside another axis's step, as in broadcast arrays."""
+    reach = a.itemsize
+    for stride, n in sorted((abs(stride), n) for stride, n in zip(a.strides, a.shape, strict=True)):
+        if n > 1:
+            if stride < reach:
+                return True
+            reach += stride * (n - 1)
+    return False
+
+
 def _place(a: Array) -> tuple[int, tuple[int, ...]]:
     return a.__array_interface__["data"][0], a.strides
 
 
 def _stats(
-    stats: object, centred: bool, shape: tuple[int, ...], dtype: np.dtype[Any], of: str
+    stats: Any, centred: bool, shape: tuple[int, ...], dtype: np.dtype[Any], of: str
 ) -> Stats:
     if not isinstance(stats, tuple) or len(stats) != 2:
         raise TypeError(
@@ -226,19 +237,20 @@ class Frame(NamedTuple):
             a = np.array(a, order="C")
         return a.reshape(self.shape)
 
-    def place(self, out: Array) -> Array:
+    def place(self, out: Array | None) -> Array | None:
         """Return where a kernel is to write `out`: its own memory if that lies as x does."""
+        if out is None:
+            return None
         lain = out.transpose(self.perm)
         if lain.flags.c_contiguous and lain.flags.aligned:
             return lain.reshape(self.shape)
         return np.empty(self.shape, out.dtype)
 
-    def deliver(self, placed: Array, out: Array) -> Array:
+    def deliver(self, placed: Array | None, out: Array | None) -> None:
         """Bring what a kernel wrote to where the caller wants it."""
-        if not np.may_share_memory(placed, out):
+        if placed is not None and out is not None and not np.may_share_memory(placed, out):
             lain = out.transpose(self.perm)
             lain[...] = placed.reshape(lain.shape)
-        return out
 
 
 def _memory_order(x: Array) -> list[int]:
@@ -309,7 +321,7 @@ def _full_order(x: Array) -> list[int]:
 
 
 def _normalized_axes(
-    x: Array, normalized_shape: object, axis: object
+    x: Array, normalized_shape: Any, axis: Any
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Check normalized_shape and axis against x; return both as tuples, axes not negative."""
     shape = _integers("normalized_shape", normalized_shape)
@@ -359,19 +371,19 @@ def _kept_rank(frame: Frame) -> list[int]:
 
 
 def axis_norm(
-    x: object,
-    residual: object,
-    normalized_shape: object,
-    weight: object,
-    bias: object,
-    eps: object,
+    x: Any,
+    residual: Any,
+    normalized_shape: Any,
+    weight: Any,
+    bias: Any,
+    eps: Any,
     *,
-    axis: object,
+    axis: Any,
     center: bool,
     add: bool,
-    out: object,
-    sum_out: object = None,
-    return_stats: object,
+    out: Any,
+    sum_out: Any = None,
+    return_stats: Any,
     backend: str | None,
 ) -> Any:
     """Layer norm (`center`) or RMS norm, of x or with `add` of x + residual."""
@@ -407,7 +419,7 @@ def axis_norm(
         rstd = np.empty(lying, acc)
         flat = frame.shape[:1] if frame.problem == "rows" else frame.shape[::2]
         y_placed = frame.place(y)
-        total_placed = None if total is None else frame.place(total)
+        total_placed = frame.place(total)
         _dispatch.kernel(frame.problem, "normalize", backend)(
             frame.lay(x),
             frame.lay(residual) if add else None,
@@ -421,8 +433,7 @@ def axis_norm(
             threads_for(x.nbytes),
         )
         frame.deliver(y_placed, y)
-        if total is not None:
-            frame.deliver(total_placed, total)
+        frame.deliver(total_placed, total)
         logical = np.argsort(_kept_rank(frame))
         stats = Stats(None if mean is None else mean.transpose(logical), rstd.transpose(logical))
     result = (y, total) if add else (y,)
@@ -432,16 +443,16 @@ def axis_norm(
 
 
 def axis_norm_backward(
-    grad_y: object,
-    x: object,
-    normalized_shape: object,
-    stats: object,
-    weight: object,
+    grad_y: Any,
+    x: Any,
+    normalized_shape: Any,
+    stats: Any,
+    weight: Any,
     *,
-    axis: object,
+    axis: Any,
     center: bool,
-    grad_sum: object,
-    need: object,
+    grad_sum: Any,
+    need: Any,
     backend: str | None,
 ) -> Gradients:
     """The gradients of `axis_norm`; with add, x is the sum and `grad_sum` its other gradient."""
@@ -471,7 +482,7 @@ def axis_norm_backward(
     flat = frame.shape[:1] if frame.problem == "rows" else frame.shape[::2]
     size = frame.shape[1]
     grad_x = _new(x) if need_x else None
-    grad_x_placed = None if grad_x is None else frame.place(grad_x)
+    grad_x_placed = frame.place(grad_x)
     grad_weight = np.empty(size, acc) if need_weight else None
     grad_bias = np.empty(size, acc) if need_bias else None
 
@@ -494,8 +505,7 @@ def axis_norm_backward(
         grad_bias,
         threads_for(x.nbytes),
     )
-    if grad_x is not None:
-        frame.deliver(grad_x_placed, grad_x)
+    frame.deliver(grad_x_placed, grad_x)
 
     def parameter_shaped(a: Array | None) -> Array | None:
         if a is None:
@@ -517,25 +527,25 @@ class _Channels(NamedTuple):
     """x's channel axis, and the shape of its statistics in the kernels: (B, G)."""
 
     axis: int
-    count: int
+    size: int
     stats: tuple[int, int]
     per_image: bool
 
 
-def _channels(op: str, x: Array, layout: object, num_groups: object, frozen: bool) -> _Channels:
+def _channels(op: str, x: Array, layout: Any, num_groups: Any, frozen: bool) -> _Channels:
     if not isinstance(layout, str):
         raise TypeError(f"layout must be a string, got {type(layout).__name__}")
     if layout not in CHANNELS_LAST:
         raise ValueError(f"layout must be one of {_listed(list(CHANNELS_LAST))}, got {layout!r}")
     # torch lets an empty 1-d array pass as a batch without channels; so do we.
-    if x.ndim < 2 and x.size > 0 or x.ndim == 0:
+    if (x.ndim < 2 and x.size > 0) or x.ndim == 0:
         raise ValueError(f"x must have at least 2 axes, (N, C, ...), got shape {x.shape}")
     axis = x.ndim - 1 if CHANNELS_LAST[layout] else min(1, x.ndim - 1)
     images, count = x.shape[0], x.shape[axis]
     if op == "group_norm":
         if isinstance(num_groups, (bool, float, str)) or not hasattr(num_groups, "__index__"):
             raise TypeError(f"num_groups must be an int, got {type(num_groups).__name__}")
-        groups = operator.index(num_groups)  # type: ignore[arg-type]
+        groups = operator.index(num_groups)
         if groups < 1 or count % groups:
             raise ValueError(
                 f"num_groups must be at least 1 and divide x's {count} channels, got {groups}"
@@ -551,7 +561,7 @@ def _stats_shape(channels: _Channels) -> tuple[int, ...]:
 
 
 def _running_statistics(
-    running: tuple[object, object], channels: _Channels, x: Array, update: bool
+    running: tuple[Any, Any], channels: _Channels, x: Array, update: bool
 ) -> tuple[Array, Array] | None:
     names = ("running_mean", "running_var")
     given = [name for name, a in zip(names, running, strict=True) if a is not None]
@@ -561,7 +571,7 @@ def _running_statistics(
         missing = names[1 - names.index(given[0])]
         raise ValueError(f"{missing} must be given with {given[0]}, got None")
     mean, var = (
-        _sized(name, a, (channels.count,), x.dtype, "one per channel")
+        _sized(name, a, (channels.size,), x.dtype, "one per channel")
         for name, a in zip(names, running, strict=True)
     )
     for name, a in zip(names, (mean, var), strict=True):
@@ -572,27 +582,27 @@ def _running_statistics(
 
 def channel_norm(
     op: str,
-    x: object,
-    weight: object,
-    bias: object,
-    eps: object,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    eps: Any,
     *,
-    num_groups: object = None,
-    running: tuple[object, object] = (None, None),
+    num_groups: Any = None,
+    running: tuple[Any, Any] = (None, None),
     frozen: bool = False,
-    momentum: object = 0.0,
-    layout: object,
-    activation: object,
-    residual: object,
-    out: object,
-    return_stats: object,
+    momentum: Any = 0.0,
+    layout: Any,
+    activation: Any,
+    residual: Any,
+    out: Any,
+    return_stats: Any,
     backend: str | None,
 ) -> Any:
     """Batch, instance or group norm; `frozen` uses the running statistics and leaves them alone."""
     x = _input(x)
     acc = STATS_DTYPE[x.dtype]
     channels = _channels(op, x, layout, num_groups, frozen)
-    per_channel = (channels.count,)
+    per_channel = (channels.size,)
     weight = (
         None
         if weight is None
@@ -602,7 +612,8 @@ def channel_norm(
     statistics = _running_statistics(running, channels, x, update=not frozen)
     if frozen and statistics is None:
         raise ValueError(
-            "running_mean and running_var must be given where x's own statistics are not used, got None"
+            "running_mean and running_var must be given where x's own statistics are not used, "
+            "got None"
         )
     eps = _eps(eps, positive=op == "batch_norm" and not frozen)
     momentum = _number("momentum", momentum)
@@ -612,7 +623,12 @@ def channel_norm(
     if out is not None:
         same_as = {"x": x} if residual is None else {"x": x, "residual": residual}
         running_mean, running_var = statistics or (None, None)
-        others = dict(weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+        others = {
+            "weight": weight,
+            "bias": bias,
+            "running_mean": running_mean,
+            "running_var": running_var,
+        }
         out = _out("out", out, x, same_as, others)
     per_statistic = x.size // max(1, math.prod(channels.stats))
     if op != "group_norm" and not frozen and per_statistic == 1:
@@ -665,7 +681,7 @@ def channel_norm(
 def _update_running_statistics(
     running: tuple[Array, Array], mean: Array, var: Array, count: int, momentum: float
 ) -> None:
-    """Move the running statistics towards the means over the batch of mean and unbiased variance."""
+    """Move the running statistics towards the batch's means of mean and unbiased variance."""
     new_mean = mean.mean(axis=0, dtype=np.float64)
     new_var = var.mean(axis=0, dtype=np.float64) * (count / (count - 1))
     for old, new in zip(running, (new_mean, new_var), strict=True):
@@ -674,15 +690,15 @@ def _update_running_statistics(
 
 def channel_norm_backward(
     op: str,
-    grad_y: object,
-    x: object,
-    stats: object,
-    weight: object,
+    grad_y: Any,
+    x: Any,
+    stats: Any,
+    weight: Any,
     *,
-    num_groups: object = None,
+    num_groups: Any = None,
     frozen: bool = False,
-    layout: object,
-    need: object,
+    layout: Any,
+    need: Any,
     backend: str | None,
 ) -> Gradients:
     """The gradients of `channel_norm`, through the statistics or, `frozen`, past them."""
@@ -690,7 +706,7 @@ def channel_norm_backward(
     acc = STATS_DTYPE[x.dtype]
     grad_y = _like("grad_y", grad_y, x)
     channels = _channels(op, x, layout, num_groups, frozen)
-    count = channels.count
+    count = channels.size
     stats = _stats(stats, True, _stats_shape(channels), acc, "as the forward pass returns them")
     weight = (
         None if weight is None else _sized("weight", weight, (count,), x.dtype, "one per channel")
@@ -704,7 +720,7 @@ def channel_norm_backward(
     grad_bias = np.zeros(count, acc) if need_bias else None
     if x.size:
         frame = _channel_frame(x, channels.axis, per_image=channels.per_image)
-        placed = None if grad_x is None else frame.place(grad_x)
+        placed = frame.place(grad_x)
         _dispatch.kernel(frame.problem, "backward_apply" if frozen else "backward", backend)(
             frame.lay(grad_y),
             frame.lay(x),
@@ -716,8 +732,7 @@ def channel_norm_backward(
             grad_bias,
             threads_for(x.nbytes),
         )
-        if grad_x is not None:
-            frame.deliver(placed, grad_x)
+        frame.deliver(placed, grad_x)
     return Gradients(
         grad_x,
         None if grad_weight is None else grad_weight.astype(grad_dtype, copy=False),

@@ -56,7 +56,8 @@ def resolve(name: str | None) -> str:
 
 def kernel(problem: str, verb: str, backend: str) -> Callable[..., None]:
     """Return the function of a resolved backend for one verb of a canonical problem."""
-    return getattr(getattr(_load(backend), problem), verb)
+    function: Callable[..., None] = getattr(getattr(_load(backend), problem), verb)
+    return function
 
 
 @contextmanager

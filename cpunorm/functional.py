@@ -163,7 +163,8 @@ def instance_norm(
     y : ndarray
         Shape, dtype and, where `x` is dense, strides of `x`.
     stats : Stats
-        With `return_stats`: mean and rstd, of shape (N, C), or (C,) without `use_input_stats`, in float32 (float64 for float64 input).
+        With `return_stats`: mean and rstd, of shape (N, C), or (C,) without `use_input_stats`, in
+        float32 (float64 for float64 input).
 
     Raises
     ------
@@ -251,7 +252,8 @@ def group_norm(
     y : ndarray
         Shape, dtype and, where `x` is dense, strides of `x`.
     stats : Stats
-        With `return_stats`: mean and rstd, of shape (N, num_groups), in float32 (float64 for float64 input).
+        With `return_stats`: mean and rstd, of shape (N, num_groups), in float32 (float64 for
+        float64 input).
 
     Raises
     ------
@@ -524,7 +526,8 @@ def add_layer_norm(
     Examples
     --------
     >>> import numpy as np, cpunorm
-    >>> y, total = cpunorm.add_layer_norm(np.array([[1.0, 2.0]]), np.array([[0.0, 1.0]]), 2, eps=0.0)
+    >>> x, residual = np.array([[1.0, 2.0]]), np.array([[0.0, 1.0]])
+    >>> y, total = cpunorm.add_layer_norm(x, residual, 2, eps=0.0)
     >>> y
     array([[-1.,  1.]])
     >>> total
@@ -612,7 +615,8 @@ def add_rms_norm(
     Examples
     --------
     >>> import numpy as np, cpunorm
-    >>> y, total = cpunorm.add_rms_norm(np.array([[1.0, 3.0]]), np.array([[0.0, 4.0]]), 2, eps=0.0)
+    >>> x, residual = np.array([[1.0, 3.0]]), np.array([[0.0, 4.0]])
+    >>> y, total = cpunorm.add_rms_norm(x, residual, 2, eps=0.0)
     >>> y
     array([[0.2, 1.4]])
     >>> total

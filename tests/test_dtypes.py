@@ -11,17 +11,10 @@ from .support import DTYPES, pick, run, run_backward, statistics
 small_cases = pytest.mark.parametrize("case", SMALL_CASES, ids=str)
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
-WRONG_FOR_X = {
-    "int32": np.dtype("int32"),
-    "uint8": np.dtype("uint8"),
-    "bool": np.dtype("bool"),
-    "object": np.dtype("object"),
-    "float16": np.dtype("float16"),
-    "longdouble": np.dtype("longdouble"),
-    "complex64": np.dtype("complex64"),
-    "str": np.dtype("U8"),
-    "swapped bytes": np.dtype("float32").newbyteorder(),
-}
+WRONG_FOR_X = (
+    *map(np.dtype, ("i4", "u1", "?", "O", "f2", "longdouble", "c8", "U8", "M8[s]")),
+    np.dtype("float32").newbyteorder(),
+)
 
 
 @dtypes
@@ -85,12 +78,12 @@ def test_stats_are_copies(case, backend):
             assert statistic is None or not np.shares_memory(statistic, array)
 
 
-@pytest.mark.parametrize("dtype", WRONG_FOR_X.values(), ids=WRONG_FOR_X)
 @small_cases
-def test_x_of_another_dtype(case, dtype, backend_or_auto):
-    arrays = case.arrays() | {"x": np.ones(case.shape, dtype)}
-    with pytest.raises(TypeError, match=r"\bx\b.*float32"):
-        run(case, arrays, backend=backend_or_auto)
+def test_x_of_another_dtype(case, backend_or_auto):
+    for dtype in WRONG_FOR_X:
+        arrays = case.arrays() | {"x": np.ones(case.shape, dtype)}
+        with pytest.raises(TypeError, match=r"\bx\b.*float32"):
+            run(case, arrays, backend=backend_or_auto)
 
 
 @dtypes

@@ -53,7 +53,7 @@ def with_offset(case, offset, dtype="float32"):
 @pytest.mark.parametrize("offset", [1e2, -1e3, 1e4, -1e4])
 @all_cases
 def test_offset(case, offset, backend):
-    """Within 2·10⁻³ of the oracle at a mean of 10⁴, and in proportion below."""
+    """2·10⁻³ at a mean of 10⁴ is the promise; kernels that hold the mean in float64 keep 3·10⁻⁶."""
     arrays = with_offset(case, offset)
     expected = run_oracle(case, arrays)
     orders = [tuple(range(len(case.shape))), (*range(1, len(case.shape)), 0)]
@@ -62,9 +62,12 @@ def test_offset(case, offset, backend):
     for order in orders:
         lying = {name: a.copy() for name, a in arrays.items()} | {"x": permuted(arrays["x"], order)}
         y = first(run(case, lying, backend=backend))
-        np.testing.assert_allclose(y, expected.y, rtol=0, atol=2e-7 * abs(offset))
+        if case.adds:  # the sum is rounded to float32 before its mean is taken away
+            np.testing.assert_allclose(y, expected.y, rtol=0, atol=2e-7 * abs(offset))
+        else:
+            assert_values_close(y, expected.y)
         for name in pick(lying, "running_mean", "running_var"):
-            assert_close(lying[name], getattr(expected, name), 1e-5)
+            assert_values_close(lying[name], getattr(expected, name))
 
 
 @pytest.mark.parametrize("offset", [1e4, -1e8])
@@ -76,14 +79,13 @@ def test_offset_in_float64(case, offset, backend):
     np.testing.assert_allclose(y, run_oracle(case, arrays).y, rtol=0, atol=2e-15 * abs(offset))
 
 
-@pytest.mark.parametrize("case", [c for c in SMALL_CASES if not c.adds], ids=str)
-def test_gradients_under_an_offset(case, backend):
-    """Backward has the mean in float32, half an ulp of 10⁴ off: the promise is that of values."""
-    arrays, grad_y = with_offset(case, 1e4), case.grad_y()
+@pytest.mark.parametrize("offset", [1e2, 1e4])
+@all_cases
+def test_gradients_under_an_offset(case, offset, backend):
+    """Stats bring the mean in float32, half an ulp off: 5·10⁻⁴ that must not be seen."""
+    arrays, grad_y = with_offset(case, offset), case.grad_y()
     gradients = run_backward(case, arrays, grad_y, backend=backend)
-    for got, expected in zip(gradients, run_oracle_backward(case, arrays, grad_y), strict=True):
-        if expected is not None:
-            assert_close(got, expected, 2e-3)
+    assert_gradients_close(gradients, run_oracle_backward(case, arrays, grad_y))
 
 
 # --- Constants -----------------------------------------------------------------------------------
@@ -254,7 +256,8 @@ def test_infinities_pass_through_activations(activation, limits, backend):
     y = cpunorm.batch_norm(
         x, np.zeros(1, "float32"), np.ones(1, "float32"), activation=activation, backend=backend
     )
-    assert_same_bits(y, np.array([[limits[0]], [limits[1]]] * 9, "float32"))
+    # exp ends where float32 does, if not at zero
+    assert_close(y, np.array([[limits[0]], [limits[1]]] * 9), 1e-37)
 
 
 @pytest.mark.parametrize("activation", [a for a in ACTIVATIONS if a])

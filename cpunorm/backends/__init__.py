@@ -39,8 +39,8 @@ What a statistic covers is said by the shape of `mean`: B is N (instance and gro
   `mean=None` asks for RMS norm (no centring; `grad_bias` is None).
 - channels_*: residual is added after the affine step and before the activation. `activation` is an
   index into ACTIVATIONS.
-- `threads` >= 1 is the largest number of threads to use; the bits of the result do not depend on it.
-- y = (x - mean)·rstd·weight + bias, centred, with the mean held to float64 where the kernel computed
+- `threads` >= 1 is the largest number of threads to use; the bits of a result do not depend on it.
+- y = (x - mean)·rstd·weight + bias, centred, with the mean held to float64 where the kernel found
   it itself; variance by the shifted, corrected two-pass formula inside blocks merged in float64.
 """
 

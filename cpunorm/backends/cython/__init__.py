@@ -1,7 +1,7 @@
 """The compiled backend: the same kernels once per instruction set, of which one is loaded.
 
     rows  columns  channels_first  channels_last      the problems: arrays in, pointers down
-        stretches.pxd    strips.pxd                   how work is cut and merged, for those who share it
+        stretches.pxd    strips.pxd                   cutting and merging that they share
             sweeps.h                                  the innermost loops
 
 The level is the best the CPU has, or CPUNORM_ISA where that names one.
@@ -39,7 +39,8 @@ def _load() -> tuple[str, dict[str, ModuleType]]:
     levels = _levels()
     if wanted := os.environ.get("CPUNORM_ISA"):
         if wanted not in levels:
-            raise ImportError(f"CPUNORM_ISA must be one of {', '.join(levels)} on this CPU, got {wanted!r}")
+            known = ", ".join(levels)
+            raise ImportError(f"CPUNORM_ISA must be one of {known} on this CPU, got {wanted!r}")
         levels = [wanted]
     problems = ("rows", "columns", "channels_first", "channels_last")
     for level in levels:

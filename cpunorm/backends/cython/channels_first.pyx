@@ -1,10 +1,10 @@
 """channels_first: (N, C, S), groups of C // G channels, affine along C.
 
 A unit is what one statistic covers: for instance and group norm the K planes of a group of one
-image, which lie side by side; for batch norm the N planes of a channel, C * S apart. Small units are
-dealt to the threads whole and stay in L2 between their two sweeps; a large one is cut into chunks
-(some planes, or a piece of one) on which all threads work together. The bits are the same either
-way.
+image, which lie side by side; for batch norm the N planes of a channel, C * S apart. Small units
+are dealt to the threads whole and stay in L2 between their two sweeps; a large one is cut into
+chunks (some planes, or a piece of one) on which all threads work together. The bits are the same
+either way.
 
 Planes too short for loops of their own belong to wider problems: a batch is then a matrix of N rows
 whose S neighbouring columns make a channel (strips.pxd), a group a stretch of K * S elements with
@@ -18,7 +18,7 @@ from libc.stdlib cimport calloc, free, malloc
 import numpy as np
 
 from .stretches cimport backward_stretches, normalize_stretches
-from .strips cimport Cut, backward_image, cut_image, normalize_image, strip_moments, strip_transform
+from .strips cimport Cut, backward_image, cut_image, normalize_image, strip_moments
 from .sweeps cimport (affine, at, backward_affine, backward_sums, data, is_float32, merge_moments,
                       moments as stretch_moments, real, rstd_of, sum_parts, variance)
 

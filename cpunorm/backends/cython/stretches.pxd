@@ -1,13 +1,13 @@
 # Stretches: M stretches of D contiguous elements, each with a statistic of its own.
 #
 # These are the rows of layer and RMS norm, and the groups of an NCHW array whose planes are too
-# short for loops of their own. Weight and bias run along the stretch; they are `period` * D long, and
-# the m-th stretch takes the (m % period)-th part.
+# short for loops of their own. Weight and bias run along the stretch; they are `period` * D long,
+# and the m-th stretch takes the (m % period)-th part.
 #
 #   many stretches      parallel over m; each is swept from cache: moments, then transform
 #   few, long ones      parallel over pieces of one stretch at a time, moments merged between
-#   backward            parallel over parts of the rows; per row its sums, then grad_x; per GROUP rows
-#                       the sums for the parameters, which each part keeps in float64
+#   backward            parallel over parts of the stretches; for each its sums, then grad_x; for
+#                       GROUP at a time the parameters' sums, which each part keeps in float64
 
 from cython.parallel cimport prange
 from libc.stdlib cimport calloc, free, malloc
@@ -25,8 +25,9 @@ cdef enum:
     FLUSH = 8           # groups (times period) summed in the type of x before they go to float64
 
 
-cdef inline void _finish(double m2, bint centred, double* mu, Py_ssize_t D, double eps, Py_ssize_t m,
-                         real* mean, real* var, real* rstd, double* r) noexcept nogil:
+cdef inline void _finish(double m2, bint centred, double* mu, Py_ssize_t D, double eps,
+                         Py_ssize_t m, real* mean, real* var, real* rstd,
+                         double* r) noexcept nogil:
     cdef double v = variance(m2, D)
     r[0] = rstd_of(v, eps)
     rstd[m] = <real> r[0]

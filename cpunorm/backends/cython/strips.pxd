@@ -1,14 +1,16 @@
 # Strips: an image is a matrix of R rows and C * inner columns, `inner` neighbouring columns to a
 # channel; a statistic covers all rows of the C / G channels of a group.
 #
-# These are NHWC images (inner = 1); a whole NHWC batch under batch norm; and a whole NCHW batch whose
-# planes are too short for loops of their own (a row is then an image, inner = S).
+# These are NHWC images (inner = 1); a whole NHWC batch under batch norm; and a whole NCHW batch
+# whose planes are too short for loops of their own (a row is then an image, inner = S).
 #
-# The matrix is cut into chunks of rows and strips of channels, by shape alone. A task is one chunk of
-# one strip: its columns are measured straight down, with a vector of columns in registers, and folded
-# into channels. Chunks are merged, then channels into groups, in float64. The transform takes the same
-# tasks backwards, to meet what the first sweep left in the cache. An image of very few columns is
-# taken as a wider one, WIDEN rows side by side.
+# The matrix is cut into chunks of rows and strips of channels, by shape alone. A task is one chunk
+# of one strip: its columns are measured straight down, with vectors of columns in registers, and
+# folded into channels. Chunks are merged, then channels into groups, in float64. The transform takes
+# the same tasks backwards, to meet what the first sweep left in the cache.
+#
+# Rows of few columns are taken side by side: `abreast` of them fill a measured strip, and
+# `in_line` a loop of the transform.
 
 from cython.parallel cimport prange
 from libc.math cimport sqrt
@@ -20,8 +22,8 @@ from .sweeps cimport (affine_columns, at, backward_columns, column_backward_sums
 
 cdef enum:
     COLUMNS = 1024          # of a strip, at most
-    NARROW = 64             # columns up to which an image is widened
-    WIDEN = COLUMNS // NARROW
+    NARROW = 64             # columns worth measuring side by side
+    SHORT = 256             # columns worth transforming in one loop
     CHUNK_BYTES = 1 << 17
     CHUNKS = 64             # at most
     ROWS = 64               # a chunk's rows are a multiple of
@@ -31,7 +33,7 @@ cdef struct Cut:
     Py_ssize_t rows, channels, inner, groups
     Py_ssize_t chunk_rows, chunks
     Py_ssize_t strip_channels, strips
-    Py_ssize_t widen
+    Py_ssize_t abreast, in_line
 
 
 cdef inline Cut cut_image(Py_ssize_t rows, Py_ssize_t channels, Py_ssize_t inner,
@@ -40,7 +42,12 @@ cdef inline Cut cut_image(Py_ssize_t rows, Py_ssize_t channels, Py_ssize_t inner
     cdef Cut cut
     cdef Py_ssize_t width = channels * inner
     cut.rows, cut.channels, cut.inner, cut.groups = rows, channels, inner, groups
-    cut.widen = WIDEN if width <= NARROW and rows >= 2 * WIDEN else 1
+    cut.abreast = cut.in_line = 1
+    if rows >= 2 * NARROW:
+        while cut.abreast * width < NARROW:
+            cut.abreast *= 2
+    while cut.in_line * width < SHORT and 2 * cut.in_line <= rows:
+        cut.in_line *= 2
     cut.strip_channels = min(channels, COLUMNS // inner)
     cut.strips = (channels + cut.strip_channels - 1) // cut.strip_channels
     cut.chunk_rows = max(CHUNK_BYTES // (cut.strip_channels * inner * itemsize),
@@ -64,15 +71,19 @@ cdef inline Task task_of(const Cut* cut, Py_ssize_t index) noexcept nogil:
     return task
 
 
-cdef inline void expand(const double* per_channel, Py_ssize_t channels, const Cut* cut,
-                        real* columns) noexcept nogil:
-    """Write a value per channel to all columns of the channel, once per row side by side."""
-    cdef Py_ssize_t k, c, s, i = 0
-    for k in range(cut.widen):
+cdef inline void expand(const double* per_channel, Py_ssize_t channels, Py_ssize_t inner,
+                        Py_ssize_t copies, real* columns) noexcept nogil:
+    """Write a value per channel to the columns of `copies` rows side by side."""
+    cdef Py_ssize_t width = channels * inner, c, i
+    if inner == 1:
         for c in range(channels):
-            for s in range(cut.inner):
+            columns[c] = <real> per_channel[c]
+    else:
+        for c in range(channels):
+            for i in range(c * inner, (c + 1) * inner):
                 columns[i] = <real> per_channel[c]
-                i += 1
+    for i in range(width, copies * width):
+        columns[i] = columns[i - width]
 
 
 cdef inline void fold_equal(Py_ssize_t n, const double* mean, const double* m2, Py_ssize_t outer,
@@ -94,18 +105,18 @@ cdef inline void fold_equal(Py_ssize_t n, const double* mean, const double* m2, 
 
 
 cdef inline void _measure_columns(const real* x, Py_ssize_t rows, Py_ssize_t channels,
-                                  Py_ssize_t side_by_side, const Cut* cut, double* mean,
+                                  Py_ssize_t abreast, const Cut* cut, double* mean,
                                   double* m2) noexcept nogil:
-    """Moments per channel of some rows of a strip, `side_by_side` rows taken as one."""
+    """Moments per channel of some rows of a strip, `abreast` rows taken as one."""
     cdef:
         double column_mean[COLUMNS]
         double column_m2[COLUMNS]
         Py_ssize_t width = channels * cut.inner, c
-    column_moments(x, rows // side_by_side, cut.channels * cut.inner * side_by_side,
-                   width * side_by_side, column_mean, column_m2)
+    column_moments(x, rows // abreast, cut.channels * cut.inner * abreast,
+                   width * abreast, column_mean, column_m2)
     for c in range(channels):
-        fold_equal(rows // side_by_side, column_mean + c * cut.inner, column_m2 + c * cut.inner,
-                   side_by_side, width, cut.inner, mean + c, m2 + c)
+        fold_equal(rows // abreast, column_mean + c * cut.inner, column_m2 + c * cut.inner,
+                   abreast, width, cut.inner, mean + c, m2 + c)
 
 
 cdef inline void _measure(const real* x, const Cut* cut, Py_ssize_t index,
@@ -114,12 +125,12 @@ cdef inline void _measure(const real* x, const Cut* cut, Py_ssize_t index,
     cdef:
         Task task = task_of(cut, index)
         Py_ssize_t here = index // cut.strips * cut.channels + task.first_channel
-        Py_ssize_t left = task.rows % cut.widen, whole = task.rows - left, c
-        double left_mean[NARROW]
-        double left_m2[NARROW]
+        Py_ssize_t left = task.rows % cut.abreast, whole = task.rows - left, c
+        double left_mean[COLUMNS]
+        double left_m2[COLUMNS]
     x += task.offset
     if whole:
-        _measure_columns(x, whole, task.channels, cut.widen, cut, mean + here, m2 + here)
+        _measure_columns(x, whole, task.channels, cut.abreast, cut, mean + here, m2 + here)
     if left:
         _measure_columns(x + whole * cut.channels * cut.inner, left, task.channels, 1, cut,
                          left_mean, left_m2)
@@ -164,16 +175,16 @@ cdef inline void _transform(
         real column_scale[COLUMNS]
         real column_shift[COLUMNS]
         Task task = task_of(cut, index)
-        Py_ssize_t stride = cut.channels * cut.inner * cut.widen
-        Py_ssize_t width = task.channels * cut.inner * cut.widen
+        Py_ssize_t stride = cut.channels * cut.inner * cut.in_line
+        Py_ssize_t width = task.channels * cut.inner * cut.in_line
         Py_ssize_t length = task.rows * cut.channels * cut.inner, i = task.offset, done = 0
-    expand(pivot + task.first_channel, task.channels, cut, column_pivot)
-    expand(scale + task.first_channel, task.channels, cut, column_scale)
-    expand(shift + task.first_channel, task.channels, cut, column_shift)
+    expand(pivot + task.first_channel, task.channels, cut.inner, cut.in_line, column_pivot)
+    expand(scale + task.first_channel, task.channels, cut.inner, cut.in_line, column_scale)
+    expand(shift + task.first_channel, task.channels, cut.inner, cut.in_line, column_shift)
     while done < length:
         # Only where rows lie side by side can the last one be shorter than the others.
         affine_columns(x + i, at(residual, i), y + i,
-                       min(width, length - done) if cut.widen > 1 else width, column_pivot,
+                       min(width, length - done) if cut.in_line > 1 else width, column_pivot,
                        column_scale, column_shift, 1, 0, activation)
         done += stride
         i += stride
@@ -227,7 +238,7 @@ cdef inline int normalize_image(
 
 cdef inline void _sum_columns(
     const real* grad_y, const real* x, Py_ssize_t rows, Py_ssize_t channels,
-    Py_ssize_t side_by_side, const Cut* cut, const real* column_mean, double* sums,
+    Py_ssize_t abreast, const Cut* cut, const real* column_mean, double* sums,
     Py_ssize_t stride,
 ) noexcept nogil:
     """Add the three backward sums per channel of some rows of a strip."""
@@ -235,11 +246,11 @@ cdef inline void _sum_columns(
         double columns[3 * COLUMNS]
         Py_ssize_t width = channels * cut.inner, c, k, s, v
     memset(columns, 0, sizeof(columns))
-    column_backward_sums(grad_y, x, <const real*> NULL, rows // side_by_side,
-                         cut.channels * cut.inner * side_by_side, width * side_by_side,
+    column_backward_sums(grad_y, x, <const real*> NULL, rows // abreast,
+                         cut.channels * cut.inner * abreast, width * abreast,
                          column_mean, columns, columns + COLUMNS, columns + 2 * COLUMNS)
     for v in range(3):
-        for k in range(side_by_side):
+        for k in range(abreast):
             for c in range(channels):
                 for s in range(cut.inner):
                     sums[v * stride + c] += columns[v * COLUMNS + k * width + c * cut.inner + s]
@@ -251,13 +262,13 @@ cdef inline void _sum(const real* grad_y, const real* x, const Cut* cut, Py_ssiz
     cdef:
         real column_mean[COLUMNS]
         Task task = task_of(cut, index)
-        Py_ssize_t left = task.rows % cut.widen, whole = task.rows - left
+        Py_ssize_t left = task.rows % cut.abreast, whole = task.rows - left
     sums += index // cut.strips * 3 * cut.channels + task.first_channel
-    expand(mean + task.first_channel, task.channels, cut, column_mean)
+    expand(mean + task.first_channel, task.channels, cut.inner, cut.abreast, column_mean)
     x += task.offset
     grad_y += task.offset
     if whole:
-        _sum_columns(grad_y, x, whole, task.channels, cut.widen, cut, column_mean, sums,
+        _sum_columns(grad_y, x, whole, task.channels, cut.abreast, cut, column_mean, sums,
                      cut.channels)
     if left:
         whole *= cut.channels * cut.inner
@@ -275,16 +286,16 @@ cdef inline void _differentiate(
         real column_b[COLUMNS]
         real column_c[COLUMNS]
         Task task = task_of(cut, index)
-        Py_ssize_t stride = cut.channels * cut.inner * cut.widen
-        Py_ssize_t width = task.channels * cut.inner * cut.widen
+        Py_ssize_t stride = cut.channels * cut.inner * cut.in_line
+        Py_ssize_t width = task.channels * cut.inner * cut.in_line
         Py_ssize_t length = task.rows * cut.channels * cut.inner, i = task.offset, done = 0
-    expand(mean + task.first_channel, task.channels, cut, column_mean)
-    expand(a + task.first_channel, task.channels, cut, column_a)
-    expand(b + task.first_channel, task.channels, cut, column_b)
-    expand(c + task.first_channel, task.channels, cut, column_c)
+    expand(mean + task.first_channel, task.channels, cut.inner, cut.in_line, column_mean)
+    expand(a + task.first_channel, task.channels, cut.inner, cut.in_line, column_a)
+    expand(b + task.first_channel, task.channels, cut.inner, cut.in_line, column_b)
+    expand(c + task.first_channel, task.channels, cut.inner, cut.in_line, column_c)
     while done < length:
         backward_columns(grad_y + i, at(x, i), 1, <const real*> NULL, grad_x + i,
-                         min(width, length - done) if cut.widen > 1 else width, column_mean,
+                         min(width, length - done) if cut.in_line > 1 else width, column_mean,
                          column_a, column_b, column_c)
         done += stride
         i += stride

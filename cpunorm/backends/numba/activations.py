@@ -1,26 +1,30 @@
-"""Activations of a piece of the output while it lies in L1.
+"""Activations, applied to a piece of the output while it lies in L1.
 
-The exponential is worked out here because numba calls the scalar one of the C library, which no loop
-vectorises. Everything is evaluated in float64, which leaves nothing to cancel: float32 comes out
-correctly rounded but for a few last bits.
+Kernels call them by address: linked into every kernel, they would take longer to compile than all the
+rest. So each is compiled when it is first asked for, once.
+
+The exponential is worked out here because numba calls the scalar one of the C library, around which no
+loop is vectorised. Everything is evaluated in float64, where nothing cancels that float32 could show.
 """
 
 import math
+from functools import lru_cache
 
+import numba
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 from numpy.polynomial import chebyshev
 
 from cpunorm.backends import ACTIVATIONS
 
-from ._jit import jit
-
-RELU, SILU, GELU, SIGMOID, TANH = map(
-    ACTIVATIONS.index, ("relu", "silu", "gelu", "sigmoid", "tanh")
-)
+from ._jit import OPTIONS, jit
 
 _LOG2E = 1 / math.log(2)
 _LN2 = math.log(2)
-_EXPM1 = tuple(1 / math.factorial(n) for n in range(13, 0, -1))  # in r, |r| <= ln(2)/2, over r
+_EXPM1 = tuple(1 / math.factorial(n) for n in range(13, 0, -1))  # (exp(r) - 1)/r, |r| <= ln(2)/2
 
 
 def _erf_coefficients():
@@ -32,7 +36,7 @@ def _erf_coefficients():
     return tuple(chebyshev.cheb2poly(chebyshev.chebinterpolate(over_t, 18))[::-1].tolist())
 
 
-# In two halves, in u²: LLVM does not vectorise around a chain of 19.
+# In two halves, both in u²: LLVM does not vectorise around a chain of 19.
 _ERF_EVEN, _ERF_ODD = _erf_coefficients()[0::2], _erf_coefficients()[1::2]
 
 
@@ -57,45 +61,90 @@ def _exp_parts(x):
 
 
 @jit
-def _sigmoid(x):
+def _sigmoid_of(x):
     s, q = _exp_parts(-x)
     return 1.0 / (1.0 + (s + s * q))
 
 
-@jit
-def _normal_cdf(x):
-    t = x * math.sqrt(0.5)
-    t = -4.0 if t < -4.0 else t
-    t = 4.0 if t > 4.0 else t
-    u = t * t / 8.0 - 1.0
-    erf = t * (_polynomial(_ERF_EVEN, u * u) + u * _polynomial(_ERF_ODD, u * u))
-    # What is left of the tail would be multiplied by x.
-    return 0.0 if t == -4.0 else 0.5 + 0.5 * erf
+def _relu(pointer, n):
+    z = numba.carray(pointer, n)
+    for i in range(n):
+        # Written so that NaN stays NaN.
+        z[i] = 0.0 if z[i] < 0.0 else z[i]
+
+
+def _silu(pointer, n):
+    z = numba.carray(pointer, n)
+    for i in range(n):
+        x = np.float64(z[i])
+        z[i] = x * _sigmoid_of(x)
+
+
+def _gelu(pointer, n):
+    z = numba.carray(pointer, n)
+    for i in range(n):
+        z[i] = 0.5 * z[i] * math.erfc(-math.sqrt(0.5) * z[i])
+
+
+def _gelu_single(pointer, n):
+    z = numba.carray(pointer, n)
+    for i in range(n):
+        x = np.float64(z[i])
+        t = x * math.sqrt(0.5)
+        t = -4.0 if t < -4.0 else t
+        t = 4.0 if t > 4.0 else t
+        u = t * t / 8.0 - 1.0
+        erf = t * (_polynomial(_ERF_EVEN, u * u) + u * _polynomial(_ERF_ODD, u * u))
+        # The far tail is 0: what is left of it would be multiplied by x.
+        z[i] = 0.0 * x if t == -4.0 else 0.5 * x * (1.0 + erf)
+
+
+def _sigmoid(pointer, n):
+    z = numba.carray(pointer, n)
+    for i in range(n):
+        z[i] = _sigmoid_of(np.float64(z[i]))
+
+
+def _tanh(pointer, n):
+    z = numba.carray(pointer, n)
+    for i in range(n):
+        s, q = _exp_parts(2.0 * np.float64(z[i]))
+        expm1 = s * q + (s - 1.0)
+        z[i] = expm1 / (expm1 + 2.0)
+
+
+_FUNCTIONS = {"relu": _relu, "silu": _silu, "gelu": _gelu, "sigmoid": _sigmoid, "tanh": _tanh}
+
+
+@lru_cache
+def _compiled(name, dtype):
+    function = _gelu_single if name == "gelu" and dtype == np.float32 else _FUNCTIONS[name]
+    signature = types.void(types.CPointer(numba.from_dtype(dtype)), types.intp)
+    return numba.cfunc(signature, **OPTIONS)(function)
+
+
+def address(activation, dtype):
+    """Where the compiled activation is, for `activate`; 0 for none."""
+    name = ACTIVATIONS[activation]
+    return 0 if name is None else _compiled(name, dtype).address
+
+
+@intrinsic
+def _call(typing_context, address, pointer, n):
+    def generate(context, builder, signature, arguments):
+        bytes_ = ir.IntType(8).as_pointer()
+        function = ir.FunctionType(ir.VoidType(), (bytes_, cgutils.intp_t))
+        address, pointer, n = arguments
+        builder.call(
+            builder.inttoptr(address, function.as_pointer()),
+            (builder.inttoptr(pointer, bytes_), n),
+        )
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp), generate
 
 
 @jit
-def activate(z, n, activation):
-    """Apply `activation` to z[:n] in place."""
-    if activation == RELU:
-        for i in range(n):
-            # Written so that NaN stays NaN.
-            z[i] = 0.0 if z[i] < 0.0 else z[i]
-    elif activation == SILU:
-        for i in range(n):
-            x = np.float64(z[i])
-            z[i] = x * _sigmoid(x)
-    elif activation == GELU and z.itemsize == 4:
-        for i in range(n):
-            x = np.float64(z[i])
-            z[i] = x * _normal_cdf(x)
-    elif activation == GELU:
-        for i in range(n):
-            z[i] = z[i] * 0.5 * math.erfc(-z[i] * math.sqrt(0.5))
-    elif activation == SIGMOID:
-        for i in range(n):
-            z[i] = _sigmoid(np.float64(z[i]))
-    elif activation == TANH:
-        for i in range(n):
-            s, q = _exp_parts(2.0 * np.float64(z[i]))
-            expm1 = s * q + (s - 1.0)
-            z[i] = expm1 / (expm1 + 2.0)
+def activate(address, z, n):
+    """Apply the activation at `address` to z[:n] in place."""
+    _call(address, z.ctypes.data, n)
