@@ -13,10 +13,14 @@ from .support import (
     assert_close,
     assert_gradients_close,
     assert_values_close,
+    pick,
+    reversed_in_memory,
     run,
     run_backward,
     run_oracle,
     run_oracle_backward,
+    spread,
+    unaligned,
 )
 
 PROBLEMS = sorted({problem for problem, _ in KERNELS})
@@ -102,10 +106,13 @@ def test_kernels_write_all_of_what_they_are_given(case, backend, monkeypatch):
     assert_gradients_close(gradients, run_oracle_backward(case, case.arrays(), grad_y))
 
 
+@pytest.mark.parametrize(
+    "lay", [np.asarray, np.asfortranarray, spread, reversed_in_memory, unaligned]
+)
 @pytest.mark.parametrize("case", SMALL_CASES, ids=str)
-def test_kernels_get_what_the_contract_says(case, monkeypatch):
-    """C-contiguous, aligned, of no zero size; x's dtype or the accumulation dtype."""
-    seen = []
+def test_kernels_get_what_the_contract_says(case, lay, monkeypatch):
+    """C-contiguous, aligned, of no zero size and of the accumulation dtype, wherever x lay."""
+    reached = []
 
     def around(problem, verb, function, arguments):
         assert len(arguments) == len(inspect.signature(function).parameters)
@@ -115,15 +122,18 @@ def test_kernels_get_what_the_contract_says(case, monkeypatch):
                 assert argument.flags.aligned
                 assert argument.size
                 assert argument.dtype == np.float32
-                seen.append(argument)
         assert arguments[-1] >= 1
+        reached.append(verb)
         function(*arguments)
 
     watch(monkeypatch, around)
-    arrays = {name: a.T.copy().T if name == "x" else a for name, a in case.arrays().items()}
-    run(case, arrays, backend="numpy")
-    run_backward(case, arrays, case.grad_y(), backend="numpy")
-    assert seen
+    arrays = {name: lay(a) for name, a in case.arrays(residual=case.is_channel_op).items()}
+    out = {"out": lay(np.zeros(case.shape, "float32"))}
+    run(case, arrays, **out, backend="numpy")
+    run_backward(
+        case, case.arrays() | pick(arrays, "x", "weight"), lay(case.grad_y()), backend="numpy"
+    )
+    assert len(reached) == 3  # forward, forward for its Stats, backward
 
 
 @pytest.mark.parametrize("threads", [1, 2])

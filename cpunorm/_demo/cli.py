@@ -9,10 +9,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any, NoReturn
 
-from .. import available_backends, show_config
+from .. import available_backends, get_num_threads, show_config
 from .._dispatch import config
 from ..backends import BACKENDS
-from . import checks, pipeline, report, timing
+from . import checks, neighbours, pipeline, report, timing
 
 DESCRIPTION = """\
 Check every normalization against the float64 oracle, run a small network on real images, and time
@@ -69,9 +69,13 @@ def _run(backends: Sequence[str], options: argparse.Namespace) -> int:
     runs = pipeline.run(options.backend, options.repeat or timing.BLOCKS)
     show(report.pipeline(runs, text))
     shapes = options.shape or timing.SHAPES
+    before = neighbours.mark()
     tables = timing.run(shapes, backends, options.repeat, start + SHORTEN_AFTER_SECONDS)
+    busy = neighbours.busy_since(before)
     took = time.perf_counter() - start
     show(report.timing(tables, backends, text))
+    if busy is not None and neighbours.disturb(busy, get_num_threads()):
+        show(report.disturbed(busy, text))
     show(report.summary(tables, backends, ok, took, text))
     if options.json:
         content = {
@@ -81,6 +85,7 @@ def _run(backends: Sequence[str], options: argparse.Namespace) -> int:
             "check_seconds": seconds,
             "pipeline": [asdict(run) for run in runs],
             "timing": [asdict(table) for table in tables],
+            "cpus_busy_with_other_programs": busy,
             "seconds": took,
         }
         print(json.dumps(_finite(content), indent=1))

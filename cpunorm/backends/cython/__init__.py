@@ -36,7 +36,7 @@ def _levels() -> list[str]:
 
 
 def _load() -> tuple[str, dict[str, ModuleType]]:
-    levels = _levels()
+    levels = LEVELS
     if wanted := os.environ.get("CPUNORM_ISA"):
         if wanted not in levels:
             known = ", ".join(levels)
@@ -52,6 +52,7 @@ def _load() -> tuple[str, dict[str, ModuleType]]:
     raise ImportError(f"no compiled kernels for {', '.join(levels)}")
 
 
+LEVELS = _levels()
 ISA, _modules = _load()
 rows = _modules["rows"]
 columns = _modules["columns"]

@@ -13,13 +13,14 @@ import math
 
 import numpy as np
 
-from ._jit import jit
+from ._jit import jit, kernel
 from .activations import activate
 
 BLOCK = 4096  # elements that are swept several times from L1
 PIECE = 32768  # elements of the least task worth a thread
 SLAB = 512 * 1024  # bytes that stay in L2 between two sweeps
 TASKS = 16  # enough to keep the threads busy; where there would be fewer, statistics are cut
+WIDE = 512  # elements of a row long enough for a loop of its own
 
 # An index of this type cannot be negative: numba's test for that would keep the loops scalar.
 at = np.uintp
@@ -100,6 +101,52 @@ def column_moments(x, start, rows, stride, width, lanes, center, pivot, mean, M2
 
 
 @jit
+def column_gradient_sums(
+    grad_y, x, start, rows, stride, width, lanes, mean, weight, weighted, g, gx, lost
+):
+    """Σg, Σg·(x - mean) and Σ(x - mean) of every column of a block, with g = grad_y·weight of the row.
+
+    As in `column_moments`, all arrays are `lanes` times as long as the block is wide, which goes with a
+    weight that is the same for all rows (`weighted` is 0).
+    """
+    wide = lanes * width
+    step = lanes * stride
+    count = rows * width
+    full = count // wide
+    pairs = full - full % 2
+    for j in range(wide):
+        g[j] = 0.0
+        gx[j] = 0.0
+        lost[j] = 0.0
+    for r in range(0, pairs, 2):
+        a = start + r * step
+        b = a + step
+        wa = np.float64(weight[at(r * weighted)])
+        wb = np.float64(weight[at((r + 1) * weighted)])
+        for j in range(wide):
+            m = np.float64(mean[j])
+            da = x[at(a + j)] - m
+            db = x[at(b + j)] - m
+            ga = grad_y[at(a + j)] * wa
+            gb = grad_y[at(b + j)] * wb
+            g[j] += ga + gb
+            gx[j] += ga * da + gb * db
+            lost[j] += da + db
+    for r in range(pairs, full + 1):
+        a = start + r * step
+        wa = np.float64(weight[at(min(r, rows - 1) * weighted)])
+        for j in range(min(wide, count - r * wide)):
+            da = x[at(a + j)] - np.float64(mean[j])
+            ga = grad_y[at(a + j)] * wa
+            g[j] += ga
+            gx[j] += ga * da
+            lost[j] += da
+    fold(g, width, lanes)
+    fold(gx, width, lanes)
+    fold(lost, width, lanes)
+
+
+@jit
 def fold(sums, width, lanes):
     """Add up the lanes of a swept row into the first."""
     for lane in range(1, lanes):
@@ -112,7 +159,7 @@ def fold(sums, width, lanes):
 def unfold(values, width, lanes):
     """Copy the first lane to the others."""
     for j in range(width, lanes * width):
-        values[j] = values[at(j - width)]
+        values[at(j)] = values[at(j - width)]
 
 
 @jit
@@ -139,9 +186,9 @@ def part_of(part, rows, width, height, length):
     return top, left, min(height, rows - top), min(length, width - left)
 
 
-@jit
+@kernel
 def merge_moments(parts, rows, width, height, length, eps, stats, outputs):
-    """Merge parts[:, part, unit], each the (mean, M2) of a part of the block of a unit, by Chan's formula.
+    """Merge parts[:, part, unit], the (mean, M2) of each part of the block of a unit, by Chan's formula.
 
     stats[:, unit] becomes (mean, rstd).
     """
@@ -161,6 +208,34 @@ def merge_moments(parts, rows, width, height, length, eps, stats, outputs):
         seen += h * w
     for unit in range(units):
         stats[1, unit] = store_statistics(unit, stats[0, unit], stats[1, unit], seen, eps, outputs)
+
+
+@jit
+def set_terms(terms, i, mean, rstd, weight, bias, channel):
+    """terms[:, i] = (mean, scale, shift) with y = (x - mean)·scale + shift.
+
+    `shift` carries what the mean loses by being rounded to the type of x.
+    """
+    number = terms.dtype.type
+    rounded = number(mean)
+    scale = number(rstd * weight[channel] if weight.size else rstd)
+    shift = (rounded - mean) * scale
+    terms[0, i] = rounded
+    terms[1, i] = scale
+    terms[2, i] = shift + bias[channel] if bias.size else shift
+
+
+@jit
+def add(x, residual, start, rows, stride, width, z, total):
+    """total = x + residual over one block, by way of `z`, as total may be either of them."""
+    for r in range(rows):
+        for left in range(0, width, BLOCK):
+            a = start + r * stride + left
+            n = min(BLOCK, width - left)
+            for j in range(n):
+                z[j] = x[at(a + j)] + residual[at(a + j)]
+            for j in range(n):
+                total[at(a + j)] = z[j]
 
 
 @jit
@@ -187,19 +262,6 @@ def finish(z, residual, activation, start, count, stride, width, y):
 
 
 @jit
-def add(x, residual, start, rows, stride, width, z, total):
-    """total = x + residual over one block, by way of `z`, as total may be either of them."""
-    for r in range(rows):
-        for left in range(0, width, BLOCK):
-            a = start + r * stride + left
-            n = min(BLOCK, width - left)
-            for j in range(n):
-                z[j] = x[at(a + j)] + residual[at(a + j)]
-            for j in range(n):
-                total[at(a + j)] = z[j]
-
-
-@jit
 def group_terms(sums, first, channels, count, rstd, weight, channel):
     """(delta, slope, offset) of one group from Σdy, Σdy·(x - mean), Σ(x - mean) of each channel.
 
@@ -220,15 +282,31 @@ def group_terms(sums, first, channels, count, rstd, weight, channel):
 
 
 @jit
-def add_parameter_sums(sums, first, channels, rstd, delta, totals, channel):
-    """Add one group to totals[:, channel], the sums over units of grad_weight and grad_bias."""
+def add_parameter_sums(sums, first, channels, rstd, delta, totals, slot, channel):
+    """Add one group to totals[slot], (2, C): the sums over units of grad_weight and grad_bias."""
     for k in range(channels):
-        totals[0, channel + k] += rstd * (sums[1, first + k] - delta * sums[0, first + k])
-        totals[1, channel + k] += sums[0, first + k]
+        product = sums[1, first + k] - delta * sums[0, first + k]
+        totals[slot, 0, channel + k] += rstd * product
+        totals[slot, 1, channel + k] += sums[0, first + k]
+
+
+@kernel
+def merge_gradients(sums, groups, channels, count, rstd, weight, frozen, terms, totals):
+    """From sums (3, B·C) to terms[:, unit] = (slope, offset) of each unit and to totals[0]."""
+    for unit in range(terms.shape[1]):
+        first = unit * channels
+        channel = unit % groups * channels
+        s = np.float64(rstd[unit])
+        delta = 0.0
+        if not frozen:
+            delta, terms[0, unit], terms[1, unit] = group_terms(
+                sums, first, channels, count, s, weight, channel
+            )
+        add_parameter_sums(sums, first, channels, s, delta, totals, 0, channel)
 
 
 def store_totals(totals, grad_weight, grad_bias):
-    """Add up totals[task, (weight, bias), channel] in the order of the tasks."""
+    """Add up totals[slot, (weight, bias), channel] over the slots, in their order."""
     for gradient, total in zip((grad_weight, grad_bias), totals.sum(axis=0), strict=True):
         if gradient is not None:
             gradient[...] = total

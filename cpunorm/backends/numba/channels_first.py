@@ -1,0 +1,335 @@
+"""channels_first: x (N, C, S), weight and bias along C, statistics over units.
+
+mean is (B, G). A unit is group g of R = N/B images: R runs of K·S elements without gaps, K = C/G,
+each C·S after the one before. R is 1 in instance and group norm; in batch norm it is N, and K is 1.
+
+A task of `normalize` or `backward` is whole units, of as many groups and images as make a piece:
+statistics (or sums) of each, then its output while it lies in L2. Few large units are cut instead:
+the parts measured, merged, and the output written in a second sweep over channels as they lie, which
+is all that `apply` does.
+
+Where S is short, so are the loops over it. Batch norm is then channels_last, one image of N rows of
+C·S channels, S to a group; and group norm is `rows` of K·S elements.
+"""
+
+import numpy as np
+from numba import prange
+
+from . import channels_last, rows
+from ._jit import flat, jit, twins
+from .activations import address
+from .sweeps import (
+    BLOCK,
+    PIECE,
+    TASKS,
+    add_parameter_sums,
+    at,
+    ceil_div,
+    finish,
+    group_terms,
+    merge_gradients,
+    merge_moments,
+    moments,
+    part_of,
+    same_memory,
+    set_terms,
+    store_statistics,
+    store_totals,
+)
+
+SHORT = 16
+
+
+@jit
+def _affine(x, start, rows, stride, width, terms, channel, out, first, step):
+    """out = (x - mean)·scale + shift, a row for each channel from `channel`."""
+    for r in range(rows):
+        a = start + r * stride
+        o = first + r * step
+        mean = terms[0, channel + r]
+        scale = terms[1, channel + r]
+        shift = terms[2, channel + r]
+        for j in range(width):
+            out[at(o + j)] = (x[at(a + j)] - mean) * scale + shift
+
+
+@jit
+def _transform(x, residual, activation, start, rows, stride, width, terms, y, z):
+    """Write a block of y, a row for each channel."""
+    if not (residual.size or activation or same_memory(x, y)):
+        _affine(x, start, rows, stride, width, terms, np.intp(0), y, start, stride)
+        return
+    tall = max(1, BLOCK // width)
+    for top in range(0, rows, tall):
+        h = min(tall, rows - top)
+        for left in range(0, width, BLOCK):
+            n = min(BLOCK, width - left)
+            first = start + top * stride + left
+            _affine(x, first, h, stride, n, terms, top, z, np.intp(0), n)
+            if n == stride:
+                finish(z, residual, activation, first, h * n, h * n, h * n, y)
+            else:
+                finish(z, residual, activation, first, h * n, stride, n, y)
+
+
+@jit
+def _normalize_task(task, x, residual, weight, bias, eps, activation, y, outputs, sizes):
+    B, R, G, K, S, images, groups = sizes
+    across = (G + groups - 1) // groups
+    g0 = task % across * groups
+    b0 = task // across * images
+    width = min(groups, G - g0)
+    stride = G * K * S
+    terms = np.empty((3, width * K), x.dtype)
+    z = np.empty(BLOCK, x.dtype)
+    for b in range(b0, min(B, b0 + images)):
+        start = b * R * stride + g0 * K * S
+        for g in range(width):
+            mean, M2 = moments(x, start + g * K * S, R, stride, K * S, True)
+            rstd = store_statistics(b * G + g0 + g, mean, M2, R * K * S, eps, outputs)
+            for k in range(g * K, g * K + K):
+                set_terms(terms, k, mean, rstd, weight, bias, g0 * K + k)
+        if y.size:
+            # Backwards, to meet first what was read last.
+            for r in range(R - 1, -1, -1):
+                _transform(
+                    x, residual, activation, start + r * stride, width * K, S, S, terms, y, z
+                )
+
+
+@twins
+def _normalize(tasks, x, residual, weight, bias, eps, activation, y, outputs, sizes):
+    for task in prange(tasks):
+        _normalize_task(task, x, residual, weight, bias, eps, activation, y, outputs, sizes)
+
+
+@jit
+def _measure_part(task, x, parts, sizes):
+    R, G, run, height, length = sizes
+    part = task % parts.shape[1]
+    unit = task // parts.shape[1]
+    top, left, h, w = part_of(part, R, run, height, length)
+    start = ((unit // G * R + top) * G + unit % G) * run + left
+    parts[0, part, unit], parts[1, part, unit] = moments(x, start, h, G * run, w, True)
+
+
+@twins
+def _measure_parts(tasks, x, parts, sizes):
+    for task in prange(tasks):
+        _measure_part(task, x, parts, sizes)
+
+
+@jit
+def _apply_task(task, x, residual, weight, bias, activation, y, stats, sizes):
+    N, R, G, K, S, height, length = sizes
+    C = G * K
+    top, left, h, w = part_of(task, N * C, S, height, length)
+    terms = np.empty((3, h), x.dtype)
+    z = np.empty(BLOCK, x.dtype)
+    for i in range(h):
+        n = (top + i) // C
+        c = (top + i) % C
+        unit = n // R * G + c // K
+        set_terms(terms, i, stats[0, unit], stats[1, unit], weight, bias, c)
+    _transform(x, residual, activation, top * S + left, h, S, w, terms, y, z)
+
+
+@twins
+def _apply(tasks, x, residual, weight, bias, activation, y, stats, sizes):
+    for task in prange(tasks):
+        _apply_task(task, x, residual, weight, bias, activation, y, stats, sizes)
+
+
+@jit
+def _sum_channel(grad_y, x, start, rows, stride, width, mean, sums, i):
+    """sums[:, i] = Σdy, Σdy·(x - mean), Σ(x - mean) over one block."""
+    m = np.float64(mean)
+    g = 0.0
+    gx = 0.0
+    lost = 0.0
+    for r in range(rows):
+        a = start + r * stride
+        for j in range(width):
+            d = x[at(a + j)] - m
+            v = np.float64(grad_y[at(a + j)])
+            g += v
+            gx += v * d
+            lost += d
+    sums[0, i] = g
+    sums[1, i] = gx
+    sums[2, i] = lost
+
+
+@jit
+def _write_grad_x(
+    grad_y, x, start, rows, stride, width, mean, rstd, weight, channel, slope, offset, frozen, grad_x
+):
+    """grad_x of one channel over one block."""
+    number = x.dtype.type
+    scale = number(np.float64(rstd) * weight[channel]) if weight.size else rstd
+    slope = number(slope)
+    offset = number(offset)
+    for r in range(rows):
+        a = start + r * stride
+        if frozen:
+            # x plays no part, so that its NaN and Inf do not.
+            for j in range(width):
+                grad_x[at(a + j)] = scale * grad_y[at(a + j)]
+        else:
+            for j in range(width):
+                i = at(a + j)
+                grad_x[i] = scale * grad_y[i] + (slope * (x[i] - mean) + offset)
+
+
+@jit
+def _backward_task(task, grad_y, x, saved, weight, grad_x, totals, sizes):
+    B, R, G, K, S, images, groups = sizes
+    mean, rstd = saved
+    across = (G + groups - 1) // groups
+    g0 = task % across * groups
+    b0 = task // across * images
+    stride = G * K * S
+    sums = np.empty((3, K))
+    for b in range(b0, min(B, b0 + images)):
+        for g in range(g0, min(G, g0 + groups)):
+            unit = b * G + g
+            start = b * R * stride + g * K * S
+            s = np.float64(rstd[unit])
+            for k in range(K):
+                _sum_channel(grad_y, x, start + k * S, R, stride, S, mean[unit], sums, k)
+            delta, slope, offset = group_terms(sums, 0, K, R * K * S, s, weight, g * K)
+            add_parameter_sums(sums, 0, K, s, delta, totals, task // across, g * K)
+            if grad_x.size:
+                for k in range(K):
+                    _write_grad_x(
+                        grad_y, x, start + k * S, R, stride, S,
+                        mean[unit], rstd[unit], weight, g * K + k, slope, offset, False, grad_x,
+                    )  # fmt: skip
+
+
+@twins
+def _backward(tasks, grad_y, x, saved, weight, grad_x, totals, sizes):
+    for task in prange(tasks):
+        _backward_task(task, grad_y, x, saved, weight, grad_x, totals, sizes)
+
+
+@jit
+def _backward_part(task, grad_y, x, saved, weight, frozen, parts, terms, grad_x, sizes):
+    """Over one part of some channels: their sums, and grad_x if there is one to write yet."""
+    R, G, K, S, channels, height, length = sizes
+    C = G * K
+    mean, rstd = saved
+    sums = np.empty((3, 1))
+    count = parts.shape[1]
+    top, left, h, w = part_of(task % count, R, S, height, length)
+    first = task // count * channels
+    for q in range(first, min(first + channels, mean.size * K)):
+        unit = q // K
+        start = ((unit // G * R + top) * C + q % C) * S + left
+        if parts.size:
+            _sum_channel(grad_y, x, start, h, C * S, w, mean[unit], sums, 0)
+            for i in range(3):
+                parts[i, task % count, q] = sums[i, 0]
+        if grad_x.size:
+            _write_grad_x(
+                grad_y, x, start, h, C * S, w, mean[unit], rstd[unit], weight, q % C,
+                terms[0, unit], terms[1, unit], frozen, grad_x,
+            )  # fmt: skip
+
+
+@twins
+def _backward_parts(tasks, grad_y, x, saved, weight, frozen, parts, terms, grad_x, sizes):
+    for task in prange(tasks):
+        _backward_part(task, grad_y, x, saved, weight, frozen, parts, terms, grad_x, sizes)
+
+
+def _units(x, mean):
+    """(B, R, G, K, S)"""
+    N, C, S = x.shape
+    B, G = mean.shape
+    return B, N // B, G, C // G, S
+
+
+def _task_size(units):
+    """How many (images, groups) make a task; None where there are so few units that they are cut."""
+    B, R, G, K, S = units
+    size = R * K * S
+    if B * G < TASKS and size >= 2 * PIECE:
+        return None
+    groups = min(G, max(1, PIECE // size))
+    return (max(1, PIECE // (groups * size)) if groups == G else 1), groups
+
+
+def _part_size(rows, width):
+    """The height and length of the parts of a block, and how many there are."""
+    height = min(rows, max(1, PIECE // width))
+    length = min(width, PIECE)
+    return height, length, ceil_div(rows, height) * ceil_div(width, length)
+
+
+def _shaped(shape, *arrays):
+    return (None if array is None else array.reshape(shape) for array in arrays)
+
+
+def _spread(S, *parameters):
+    """Parameters per channel as parameters per (channel, s)."""
+    return (None if array is None else np.repeat(array, S) for array in parameters)
+
+
+def normalize(x, residual, weight, bias, eps, activation, y, mean, var, rstd, threads):
+    """y = activation((x - mean)·rstd·weight + bias + residual); without y, the statistics alone."""
+    units = B, R, G, K, S = _units(x, mean)
+    if S < SHORT:
+        weight, bias = _spread(S, weight, bias)
+        if R == 1:
+            x, residual, y = _shaped((B * G, K * S), x, residual, y)
+            function = address(activation, x.dtype)
+            rows.normalize_groups(
+                x, None, residual, weight, bias, eps, True, function, y, None, (mean, var, rstd),
+                G, threads,
+            )  # fmt: skip
+        else:
+            x, residual, y = _shaped((1, R, G * S), x, residual, y)
+            channels_last.normalize(
+                x, residual, weight, bias, eps, activation, y, mean, var, rstd, threads
+            )
+        return
+    size = _task_size(units)
+    x, residual, weight, bias, y = (flat(array, x) for array in (x, residual, weight, bias, y))
+    outputs = tuple(flat(array, x) for array in (mean, var, rstd))
+    function = address(activation, x.dtype)
+    if size:
+        images, groups = size
+        tasks = ceil_div(B, images) * ceil_div(G, groups)
+        _normalize(
+            threads, tasks,
+            x, residual, weight, bias, eps, function, y, outputs, (*units, images, groups),
+        )  # fmt: skip
+        return
+    height, length, count = _part_size(R, K * S)
+    parts = np.empty((2, count, B * G))
+    stats = np.empty((2, B * G))
+    _measure_parts(threads, B * G * count, x, parts, (R, G, K * S, height, length))
+    merge_moments(parts, R, K * S, height, length, eps, stats, outputs)
+    if y.size:
+        _sweep(x, residual, weight, bias, function, y, stats, units, threads)
+
+
+def _sweep(x, residual, weight, bias, function, y, stats, units, threads):
+    B, R, G, K, S = units
+    height, length, count = _part_size(B * R * G * K, S)
+    sizes = (B * R, R, G, K, S, height, length)
+    _apply(threads, count, x, residual, weight, bias, function, y, stats, sizes)
+
+
+def apply(x, residual, weight, bias, activation, y, mean, rstd, threads):
+    """As `normalize`, with the statistics given."""
+    units = B, R, G, K, S = _units(x, mean)
+    if S < SHORT and B == 1:
+        weight, bias = _spread(S, weight, bias)
+        ...
+
+
+def moments_(x, mean, var, threads):
+    """Mean and biased variance alone."""
+    normalize(x, None, None, None, 1.0, 0, None, mean, var, None, threads)

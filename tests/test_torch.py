@@ -1,0 +1,156 @@
+"""What torch tests its own normalizations with, given to ours: values, gradients, errors."""
+
+import warnings
+
+import numpy as np
+import pytest
+
+import cpunorm
+
+from .support import DTYPES, assert_gradients_close, assert_values_close
+
+with warnings.catch_warnings():  # torch's affair
+    warnings.simplefilter("ignore")
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("expecttest", reason="torch.testing's samples need it")
+    from torch.testing._internal.common_methods_invocations import op_db
+
+OPS = ("batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm")
+ENTRIES = {
+    op.name.removeprefix("nn.functional."): op
+    for op in op_db
+    if op.name.removeprefix("nn.functional.") in OPS and not op.variant_test_name
+}
+# The positional arguments of each function after x, by name.
+POSITIONAL = {
+    "batch_norm": ("running_mean", "running_var", "weight", "bias"),
+    "instance_norm": ("running_mean", "running_var", "weight", "bias"),
+    "group_norm": ("num_groups",),
+    "layer_norm": ("normalized_shape", "weight", "bias"),
+    "rms_norm": ("normalized_shape", "weight", "eps"),
+}
+
+
+def named(op, sample):
+    """A sample's arguments by name."""
+    positional = dict(zip(POSITIONAL[op], sample.args, strict=False))
+    return {"x": sample.input, **positional, **sample.kwargs}
+
+
+def samples():
+    for op, entry in ENTRIES.items():
+        for i, sample in enumerate(entry.sample_inputs("cpu", torch.float64)):
+            yield pytest.param(op, named(op, sample), id=f"{op}-{i}")
+
+
+def errors():
+    for op, entry in ENTRIES.items():
+        if entry.error_inputs_func is not None:
+            for i, error in enumerate(entry.error_inputs("cpu")):
+                yield pytest.param(op, named(op, error.sample_input), id=f"{op}-{i}")
+
+
+def to_numpy(arguments, dtype):
+    return {
+        name: value.detach().numpy().astype(dtype) if torch.is_tensor(value) else value
+        for name, value in arguments.items()
+    }
+
+
+def to_torch(arguments):
+    """The very values ours gets, in float64, x and the parameters asking for gradients."""
+    tensors = {
+        name: torch.tensor(value, dtype=torch.float64) if isinstance(value, np.ndarray) else value
+        for name, value in arguments.items()
+    }
+    for name in ("x", "weight", "bias"):
+        if torch.is_tensor(tensors.get(name)):
+            tensors[name].requires_grad_()
+    return tensors
+
+
+def call_torch(op, tensors):
+    arguments = dict(tensors)
+    return getattr(torch.nn.functional, op)(arguments.pop("x"), **arguments)
+
+
+def test_every_operation_has_samples():
+    assert set(ENTRIES) == set(OPS)
+    assert {parameters.values[0] for parameters in samples()} == set(OPS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("op", "sample"), list(samples()))
+def test_sample(op, sample, dtype, backend):
+    arguments = to_numpy(sample, dtype)
+    function = getattr(cpunorm, op)
+    if arguments.get("eps") is not None and arguments["eps"] < 0:
+        # torch takes the root of what is left; here it is an error, by contract
+        with pytest.raises(ValueError, match="eps"):
+            function(**arguments, backend=backend)
+        return
+    tensors = to_torch(arguments)
+    if op == "rms_norm" and tensors.get("eps") is None:
+        tensors["eps"] = float(np.finfo(dtype).eps)
+    expected = call_torch(op, tensors)
+    y, stats = function(**arguments, return_stats=True, backend=backend)
+    assert_values_close(y, expected.detach().numpy())
+    for name in ("running_mean", "running_var"):
+        if arguments.get(name) is not None:
+            assert_values_close(arguments[name], tensors[name].numpy())
+
+    grad_y = np.random.default_rng(0).normal(0.5, 1, y.shape).astype(dtype)
+    expected.backward(torch.tensor(grad_y, dtype=torch.float64))
+    wanted = [
+        tensors[name].grad.numpy() if torch.is_tensor(tensors.get(name)) else None
+        for name in ("x", "weight", "bias")
+    ]
+    passed = ("num_groups", "normalized_shape", "weight", "training", "use_input_stats")
+    taken = {name: arguments[name] for name in passed if name in arguments}
+    taken = {"training": False, **taken} if op == "batch_norm" else taken
+    gradients = getattr(cpunorm, f"{op}_backward")(
+        grad_y, arguments["x"], stats=stats, **taken, backend=backend
+    )
+    # ours are there without a parameter too
+    ours = [g if w is not None else None for g, w in zip(gradients, wanted, strict=True)]
+    assert_gradients_close(ours, wanted)
+
+
+@pytest.mark.parametrize(("op", "sample"), list(errors()))
+def test_error_input(op, sample, backend):
+    """What is an error there is one here, and nothing is computed."""
+    arguments = to_numpy(sample, "float32")
+    with pytest.raises((ValueError, TypeError)):
+        getattr(cpunorm, op)(**arguments, backend=backend)
+
+
+@pytest.mark.parametrize("op", ["batch_norm", "instance_norm", "group_norm"])
+def test_channels_last_memory(op, backend):
+    """A tensor in torch's channels_last format is an NCHW array here, and keeps its strides."""
+    x = torch.randn(2, 6, 5, 7, generator=torch.Generator().manual_seed(0)) + 3
+    x = x.contiguous(memory_format=torch.channels_last)
+    extra = {"batch_norm": {"running_mean": None, "running_var": None, "training": True},
+             "group_norm": {"num_groups": 3}}.get(op, {})  # fmt: skip
+    y = getattr(cpunorm, op)(x.numpy(), **extra, backend=backend)
+    assert y.strides == x.numpy().strides
+    assert_values_close(y, getattr(torch.nn.functional, op)(x.double(), **extra).numpy())
+
+
+def test_gelu_is_the_exact_one(backend):
+    x = torch.linspace(-6, 6, 1001)
+    zeros, ones = np.zeros(1, "float32"), np.ones(1, "float32")
+    y = cpunorm.batch_norm(
+        x.numpy()[:, None], zeros, ones, eps=0.0, activation="gelu", backend=backend
+    )
+    assert_values_close(y[:, 0], torch.nn.functional.gelu(x.double()).numpy())
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_both_in_one_process_in_turn(threads, backend, restore_threads):
+    """One OpenMP runtime serves both: neither hangs the other, and the numbers stay."""
+    cpunorm.set_num_threads(threads)
+    x = np.random.default_rng(0).normal(1, 2, (64, 1024)).astype("float32")
+    expected = torch.nn.functional.layer_norm(torch.tensor(x).double(), (1024,)).numpy()
+    for _ in range(5):
+        assert_values_close(cpunorm.layer_norm(x, 1024, backend=backend), expected)
+        torch.nn.functional.layer_norm(torch.tensor(x), (1024,))
