@@ -9,16 +9,21 @@ caller's shape and strides.
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from . import _dispatch
+from ._frame import Array as Array
+from ._frame import Frame, axis_frame, channel_frame
 from ._threads import threads_for
 from .backends import ACTIVATIONS
 
-Array = NDArray[Any]
+# The types of arguments, as the public signatures name them.
+Layout = Literal["NCHW", "NHWC", "channels_first", "channels_last"]
+Activation = Literal["relu", "silu", "gelu", "sigmoid", "tanh"]
+Shape = int | Sequence[int]
+Need = tuple[bool, bool, bool]
 
 # x's dtype -> the dtype of statistics and, inside the kernels, of every sum's result.
 STATS_DTYPE: dict[np.dtype[Any], np.dtype[Any]] = {
@@ -98,6 +103,20 @@ def _sized(name: str, given: Any, shape: tuple[int, ...], dtype: np.dtype[Any], 
     if a.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, {of}, got {a.shape}")
     return a
+
+
+def _plain(a: Array | None, dtype: np.dtype[Any]) -> Array | None:
+    """Return a parameter or statistic as kernels take it: contiguous, aligned, of `dtype`."""
+    if a is None:
+        return None
+    a = np.ascontiguousarray(a, dtype)
+    return a if a.flags.aligned else a.copy()
+
+
+def _parameter(
+    name: str, given: Any, shape: tuple[int, ...], dtype: np.dtype[Any], of: str
+) -> Array | None:
+    return None if given is None else _sized(name, given, shape, dtype, of)
 
 
 def _number(name: str, value: Any) -> float:
@@ -211,111 +230,6 @@ def _stats(
 
 
 # --------------------------------------------------------------------------------------------
-# Where arrays lie
-# --------------------------------------------------------------------------------------------
-
-
-class Frame(NamedTuple):
-    """How arrays of x's shape are read: transposed by `perm`, then reshaped to `shape`.
-
-    The permutation is chosen so that for x, and for whatever lies as x does, the transposed array
-    is C-contiguous and the reshape is a view. Anything that lies otherwise is copied.
-    """
-
-    problem: str
-    perm: tuple[int, ...]
-    shape: tuple[int, ...]
-    axes: tuple[int, ...]  # the normalised axes, in the order in which D runs over them
-    kept: tuple[int, ...]  # the others, outermost first
-
-    def lay(self, a: Array | None) -> Array | None:
-        """Return `a` in its canonical shape."""
-        if a is None:
-            return None
-        a = a.transpose(self.perm)
-        if not (a.flags.c_contiguous and a.flags.aligned):
-            a = np.array(a, order="C")
-        return a.reshape(self.shape)
-
-    def place(self, out: Array | None) -> Array | None:
-        """Return where a kernel is to write `out`: its own memory if that lies as x does."""
-        if out is None:
-            return None
-        lain = out.transpose(self.perm)
-        if lain.flags.c_contiguous and lain.flags.aligned:
-            return lain.reshape(self.shape)
-        return np.empty(self.shape, out.dtype)
-
-    def deliver(self, placed: Array | None, out: Array | None) -> None:
-        """Bring what a kernel wrote to where the caller wants it."""
-        if placed is not None and out is not None and not np.may_share_memory(placed, out):
-            lain = out.transpose(self.perm)
-            lain[...] = placed.reshape(lain.shape)
-
-
-def _memory_order(x: Array) -> list[int]:
-    """Return the axes longer than 1, outermost in memory first; logical order if x has gaps."""
-    axes = [i for i in range(x.ndim) if x.shape[i] != 1]
-    order = sorted(axes, key=lambda i: -x.strides[i])
-    if x.transpose(order + [i for i in range(x.ndim) if i not in axes]).flags.c_contiguous:
-        return order
-    return axes
-
-
-def _frame(x: Array, axes: tuple[int, ...], per_image: bool = False) -> tuple[list[int], Frame]:
-    """Split x in memory order into what lies before, inside and after `axes`.
-
-    With `per_image`, axis 0 must come first. A memory order in which these parts do not follow each
-    other is given up for the nearest one in which they do, at the price of a copy.
-    """
-    order = _memory_order(x)
-    inner = [i for i in order if i in axes]
-    first = order.index(inner[0]) if inner else len(order)
-    before, after = order[:first], order[first + len(inner) :]
-    if order[first : first + len(inner)] != inner:
-        before, after = [i for i in order if i not in axes], []
-    if per_image:
-        image = [0] if x.shape[0] != 1 else []
-        inside = before[len(image) :]
-        if before[: len(image)] != image or (inside and after):
-            before, after = image, [i for i in _memory_order(x) if i not in (0, *axes)]
-    # Axes of length 1 lie anywhere: put them where they disturb nothing.
-    short = [i for i in range(x.ndim) if x.shape[i] == 1]
-    inner += [i for i in short if i in axes]
-    kept = [i for i in short if i not in axes] + before
-    sizes = [math.prod(x.shape[i] for i in part) for part in (kept, inner, after)]
-    perm = (*kept, *inner, *after)
-    return sizes, Frame("", perm, tuple(sizes), tuple(inner), (*kept, *after))
-
-
-def _axis_frame(x: Array, axes: tuple[int, ...]) -> Frame:
-    """View x as rows (M, D) or columns (N, D, S) with `axes` as D."""
-    (outer, size, inner), frame = _frame(x, axes)
-    if inner == 1:
-        return frame._replace(problem="rows", shape=(outer, size))
-    return frame._replace(problem="columns", shape=(outer, size, inner))
-
-
-def _channel_frame(x: Array, channel_axis: int, per_image: bool) -> Frame:
-    """View x as channels_first (N, C, S) or channels_last (N, S, C)."""
-    (outer, channels, inner), frame = _frame(x, (channel_axis,), per_image)
-    images = x.shape[0] if per_image else 1
-    if inner == 1 and not (per_image and outer == images):
-        return frame._replace(problem="channels_last", shape=(images, outer // images, channels))
-    return frame._replace(problem="channels_first", shape=(outer, channels, inner))
-
-
-def _new(x: Array) -> Array:
-    """Return an uninitialised array with x's strides if x is dense, in C order otherwise."""
-    return np.empty_like(x, order="K" if x.transpose(_full_order(x)).flags.c_contiguous else "C")
-
-
-def _full_order(x: Array) -> list[int]:
-    order = _memory_order(x)
-    return [i for i in range(x.ndim) if i not in order] + order
-
-
-# --------------------------------------------------------------------------------------------
 # Normalization over axes: layer norm and RMS norm
 # --------------------------------------------------------------------------------------------
 
@@ -356,18 +270,20 @@ def _axis_parameter(
     frame: Frame, axes: tuple[int, ...], a: Array | None, dtype: np.dtype[Any]
 ) -> Array | None:
     """Flatten a parameter, whose axes follow `axes`, to (D,) in memory order."""
+    if a is not None and frame.axes != axes:
+        a = a.transpose([axes.index(i) for i in frame.axes])
+    a = _plain(a, dtype)
+    return None if a is None else a.reshape(-1)
+
+
+def _axis_gradient(
+    frame: Frame, axes: tuple[int, ...], shape: tuple[int, ...], a: Array | None, dtype: Any
+) -> Array | None:
+    """Undo `_axis_parameter` on the gradient of a parameter."""
     if a is None:
         return None
-    return np.ascontiguousarray(a.transpose([axes.index(i) for i in frame.axes]), dtype).reshape(-1)
-
-
-def _axis_stats_shape(x: Array, axes: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(n for i, n in enumerate(x.shape) if i not in axes)
-
-
-def _kept_rank(frame: Frame) -> list[int]:
-    """Return the permutation that brings x's kept axes from logical to memory order."""
-    return [sorted(frame.kept).index(i) for i in frame.kept]
+    lain = a.reshape([shape[axes.index(i)] for i in frame.axes])
+    return np.ascontiguousarray(lain.transpose([frame.axes.index(i) for i in axes]), dtype)
 
 
 def axis_norm(
@@ -390,9 +306,8 @@ def axis_norm(
     x = _input(x)
     acc = STATS_DTYPE[x.dtype]
     shape, axes = _normalized_axes(x, normalized_shape, axis)
-    of = "as normalized_shape"
-    weight = None if weight is None else _sized("weight", weight, shape, x.dtype, of)
-    bias = None if bias is None else _sized("bias", bias, shape, x.dtype, of)
+    weight = _parameter("weight", weight, shape, x.dtype, "as normalized_shape")
+    bias = _parameter("bias", bias, shape, x.dtype, "as normalized_shape")
     eps = float(np.finfo(acc).eps) if eps is None and not center else _eps(eps)
     return_stats = flag("return_stats", return_stats)
     summands = {"x": x}
@@ -407,19 +322,15 @@ def axis_norm(
             raise ValueError("sum_out must not overlap out, got a view of its memory")
     backend = _dispatch.resolve(backend)
 
-    y = _new(x) if out is None else out
-    total = None if not add else _new(x) if sum_out is None else sum_out
-    if x.size == 0:
-        zeros = np.zeros(_axis_stats_shape(x, axes), acc)
-        stats = Stats(zeros if center else None, zeros.copy())
-    else:
-        frame = _axis_frame(x, axes)
-        lying = tuple(x.shape[i] for i in frame.kept)
-        mean = np.empty(lying, acc) if center else None
-        rstd = np.empty(lying, acc)
+    frame = axis_frame(x, axes)
+    y = frame.new(x) if out is None else out
+    total = None if not add else frame.new(x) if sum_out is None else sum_out
+    new_statistic = np.empty if x.size else np.zeros
+    rstd = new_statistic(frame.kept_shape, acc)
+    mean = new_statistic(frame.kept_shape, acc) if center else None
+    if x.size:
         flat = frame.shape[:1] if frame.problem == "rows" else frame.shape[::2]
-        y_placed = frame.place(y)
-        total_placed = frame.place(total)
+        y_placed, total_placed = frame.place(y), frame.place(total)
         _dispatch.kernel(frame.problem, "normalize", backend)(
             frame.lay(x),
             frame.lay(residual) if add else None,
@@ -434,11 +345,10 @@ def axis_norm(
         )
         frame.deliver(y_placed, y)
         frame.deliver(total_placed, total)
-        logical = np.argsort(_kept_rank(frame))
-        stats = Stats(None if mean is None else mean.transpose(logical), rstd.transpose(logical))
     result = (y, total) if add else (y,)
     if return_stats:
-        return (*result, stats)
+        mean = None if mean is None else frame.unlay_statistic(mean)
+        return (*result, Stats(mean, frame.unlay_statistic(rstd)))
     return result if add else y
 
 
@@ -460,62 +370,39 @@ def axis_norm_backward(
     acc = STATS_DTYPE[x.dtype]
     grad_y = _like("grad_y", grad_y, x)
     shape, axes = _normalized_axes(x, normalized_shape, axis)
-    kept_shape = _axis_stats_shape(x, axes)
+    kept_shape = tuple(n for i, n in enumerate(x.shape) if i not in axes)
     stats = _stats(stats, center, kept_shape, acc, "x's without the normalised axes")
-    weight = (
-        None if weight is None else _sized("weight", weight, shape, x.dtype, "as normalized_shape")
-    )
+    weight = _parameter("weight", weight, shape, x.dtype, "as normalized_shape")
     grad_sum = None if grad_sum is None else _like("grad_sum", grad_sum, x)
     need_x, need_weight, need_bias = _need(need)
-    need_bias = need_bias and center
     backend = _dispatch.resolve(backend)
 
+    frame = axis_frame(x, axes)
+    grad_x = frame.new(x) if need_x else None
+    size = math.prod(shape)
+    grad_weight = np.zeros(size, acc) if need_weight else None
+    grad_bias = np.zeros(size, acc) if need_bias and center else None
+    if x.size:
+        placed = frame.place(grad_x)
+        _dispatch.kernel(frame.problem, "backward", backend)(
+            frame.lay(grad_y),
+            frame.lay(x),
+            frame.lay_statistic(stats.mean),
+            frame.lay_statistic(stats.rstd),
+            _axis_parameter(frame, axes, weight, acc),
+            frame.lay(grad_sum),
+            placed,
+            grad_weight,
+            grad_bias,
+            threads_for(x.nbytes),
+        )
+        frame.deliver(placed, grad_x)
     grad_dtype = acc if weight is None else weight.dtype
-    if x.size == 0:
-        zeros = np.zeros(shape, grad_dtype)
-        return Gradients(
-            _new(x) if need_x else None,
-            zeros if need_weight else None,
-            zeros.copy() if need_bias else None,
-        )
-    frame = _axis_frame(x, axes)
-    flat = frame.shape[:1] if frame.problem == "rows" else frame.shape[::2]
-    size = frame.shape[1]
-    grad_x = _new(x) if need_x else None
-    grad_x_placed = frame.place(grad_x)
-    grad_weight = np.empty(size, acc) if need_weight else None
-    grad_bias = np.empty(size, acc) if need_bias else None
-
-    def laid_stat(a: Array | None) -> Array | None:
-        return (
-            None
-            if a is None
-            else np.ascontiguousarray(a.transpose(_kept_rank(frame))).reshape(flat)
-        )
-
-    _dispatch.kernel(frame.problem, "backward", backend)(
-        frame.lay(grad_y),
-        frame.lay(x),
-        laid_stat(stats.mean),
-        laid_stat(stats.rstd),
-        _axis_parameter(frame, axes, weight, acc),
-        frame.lay(grad_sum),
-        grad_x_placed,
-        grad_weight,
-        grad_bias,
-        threads_for(x.nbytes),
+    return Gradients(
+        grad_x,
+        _axis_gradient(frame, axes, shape, grad_weight, grad_dtype),
+        _axis_gradient(frame, axes, shape, grad_bias, grad_dtype),
     )
-    frame.deliver(grad_x_placed, grad_x)
-
-    def parameter_shaped(a: Array | None) -> Array | None:
-        if a is None:
-            return None
-        lying = a.reshape([x.shape[i] for i in frame.axes])
-        return np.ascontiguousarray(
-            lying.transpose([frame.axes.index(i) for i in axes]), grad_dtype
-        )
-
-    return Gradients(grad_x, parameter_shaped(grad_weight), parameter_shaped(grad_bias))
 
 
 # --------------------------------------------------------------------------------------------
@@ -530,6 +417,11 @@ class _Channels(NamedTuple):
     size: int
     stats: tuple[int, int]
     per_image: bool
+
+    @property
+    def public_stats(self) -> tuple[int, ...]:
+        """The shape of the statistics as the caller has them."""
+        return self.stats if self.per_image else self.stats[1:]
 
 
 def _channels(op: str, x: Array, layout: Any, num_groups: Any, frozen: bool) -> _Channels:
@@ -555,27 +447,27 @@ def _channels(op: str, x: Array, layout: Any, num_groups: Any, frozen: bool) -> 
     return _Channels(axis, count, (images if per_image else 1, count), per_image)
 
 
-def _stats_shape(channels: _Channels) -> tuple[int, ...]:
-    """Return the public shape of the statistics, from the kernels' (B, G)."""
-    return channels.stats if channels.per_image else channels.stats[1:]
-
-
 def _running_statistics(
-    running: tuple[Any, Any], channels: _Channels, x: Array, update: bool
-) -> tuple[Array, Array] | None:
+    running: tuple[Any, Any], channels: _Channels, x: Array, frozen: bool
+) -> tuple[Any, Any]:
     names = ("running_mean", "running_var")
     given = [name for name, a in zip(names, running, strict=True) if a is not None]
-    if not given:
-        return None
     if len(given) == 1:
         missing = names[1 - names.index(given[0])]
         raise ValueError(f"{missing} must be given with {given[0]}, got None")
+    if not given:
+        if frozen:
+            raise ValueError(
+                "running_mean and running_var must be given where x's own statistics are not "
+                "used, got None"
+            )
+        return None, None
     mean, var = (
         _sized(name, a, (channels.size,), x.dtype, "one per channel")
         for name, a in zip(names, running, strict=True)
     )
     for name, a in zip(names, (mean, var), strict=True):
-        if update and not a.flags.writeable:
+        if not frozen and not a.flags.writeable:
             raise ValueError(f"{name} must be writeable where it is updated, got a read-only array")
     return mean, var
 
@@ -598,38 +490,28 @@ def channel_norm(
     return_stats: Any,
     backend: str | None,
 ) -> Any:
-    """Batch, instance or group norm; `frozen` uses the running statistics and leaves them alone."""
+    """Batch, instance or group norm; `frozen` takes the running statistics and leaves them be."""
     x = _input(x)
     acc = STATS_DTYPE[x.dtype]
     channels = _channels(op, x, layout, num_groups, frozen)
-    per_channel = (channels.size,)
-    weight = (
-        None
-        if weight is None
-        else _sized("weight", weight, per_channel, x.dtype, "one per channel")
-    )
-    bias = None if bias is None else _sized("bias", bias, per_channel, x.dtype, "one per channel")
-    statistics = _running_statistics(running, channels, x, update=not frozen)
-    if frozen and statistics is None:
-        raise ValueError(
-            "running_mean and running_var must be given where x's own statistics are not used, "
-            "got None"
-        )
+    weight = _parameter("weight", weight, (channels.size,), x.dtype, "one per channel")
+    bias = _parameter("bias", bias, (channels.size,), x.dtype, "one per channel")
+    running_mean, running_var = _running_statistics(running, channels, x, frozen)
     eps = _eps(eps, positive=op == "batch_norm" and not frozen)
     momentum = _number("momentum", momentum)
     return_stats = flag("return_stats", return_stats)
     activation = _activation(activation, return_stats)
-    residual = None if residual is None else _like("residual", residual, x)
+    summands = {"x": x}
+    if residual is not None:
+        summands["residual"] = residual = _like("residual", residual, x)
     if out is not None:
-        same_as = {"x": x} if residual is None else {"x": x, "residual": residual}
-        running_mean, running_var = statistics or (None, None)
         others = {
             "weight": weight,
             "bias": bias,
             "running_mean": running_mean,
             "running_var": running_var,
         }
-        out = _out("out", out, x, same_as, others)
+        out = _out("out", out, x, summands, others)
     per_statistic = x.size // max(1, math.prod(channels.stats))
     if op != "group_norm" and not frozen and per_statistic == 1:
         unit = "channel" if op == "batch_norm" else "channel of an image"
@@ -638,44 +520,38 @@ def channel_norm(
         )
     backend = _dispatch.resolve(backend)
 
-    y = _new(x) if out is None else out
+    frame = channel_frame(x, channels.axis, channels.per_image)
+    y = frame.new(x) if out is None else out
     if frozen:
-        assert statistics is not None
-        running_mean, running_var = statistics
-        mean = running_mean.astype(acc)
-        rstd = (1 / np.sqrt(running_var.astype(np.float64) + eps)).astype(acc)
-    elif x.size == 0:
-        mean, rstd = np.zeros(channels.stats, acc), np.zeros(channels.stats, acc)
+        mean = running_mean.astype(acc).reshape(channels.stats)
+        rstd = 1 / np.sqrt(running_var.astype(np.float64) + eps)
+        rstd = rstd.astype(acc).reshape(channels.stats)
     else:
-        mean, rstd = np.empty(channels.stats, acc), np.empty(channels.stats, acc)
-    stats_shape = _stats_shape(channels)
-    if x.size == 0:
-        return (
-            (y, Stats(mean.reshape(stats_shape), rstd.reshape(stats_shape))) if return_stats else y
+        mean, var, rstd = (np.empty if x.size else np.zeros)((3, *channels.stats), acc)
+    if x.size:
+        placed = frame.place(y)
+        inputs = (
+            frame.lay(x),
+            frame.lay(residual),
+            _plain(weight, acc),
+            _plain(bias, acc),
         )
-
-    frame = _channel_frame(x, channels.axis, per_image=channels.per_image)
-    placed = frame.place(y)
-    residual = frame.lay(residual)
-    weight = None if weight is None else np.ascontiguousarray(weight, acc)
-    bias = None if bias is None else np.ascontiguousarray(bias, acc)
-    threads = threads_for(x.nbytes)
-    if frozen:
-        kernel = _dispatch.kernel(frame.problem, "apply", backend)
-        kernel(
-            frame.lay(x), residual, weight, bias, activation, placed,
-            mean.reshape(1, -1), rstd.reshape(1, -1), threads,
-        )  # fmt: skip
-    else:
-        kernel = _dispatch.kernel(frame.problem, "normalize", backend)
-        var = np.empty(channels.stats, acc)
-        kernel(
-            frame.lay(x), residual, weight, bias, eps, activation, placed, mean, var, rstd, threads
-        )
-        if statistics is not None:
-            _update_running_statistics(statistics, mean, var, per_statistic, momentum)
-    frame.deliver(placed, y)
-    return (y, Stats(mean.reshape(stats_shape), rstd.reshape(stats_shape))) if return_stats else y
+        threads = threads_for(x.nbytes)
+        if frozen:
+            kernel = _dispatch.kernel(frame.problem, "apply", backend)
+            kernel(*inputs, activation, placed, mean, rstd, threads)
+        else:
+            kernel = _dispatch.kernel(frame.problem, "normalize", backend)
+            kernel(*inputs, eps, activation, placed, mean, var, rstd, threads)
+            if running_mean is not None:
+                _update_running_statistics(
+                    (running_mean, running_var), mean, var, per_statistic, momentum
+                )
+        frame.deliver(placed, y)
+    if return_stats:
+        shape = channels.public_stats
+        return y, Stats(mean.reshape(shape), rstd.reshape(shape))
+    return y
 
 
 def _update_running_statistics(
@@ -706,35 +582,28 @@ def channel_norm_backward(
     acc = STATS_DTYPE[x.dtype]
     grad_y = _like("grad_y", grad_y, x)
     channels = _channels(op, x, layout, num_groups, frozen)
-    count = channels.size
-    stats = _stats(stats, True, _stats_shape(channels), acc, "as the forward pass returns them")
-    weight = (
-        None if weight is None else _sized("weight", weight, (count,), x.dtype, "one per channel")
-    )
+    stats = _stats(stats, True, channels.public_stats, acc, "as the forward pass returns them")
+    weight = _parameter("weight", weight, (channels.size,), x.dtype, "one per channel")
     need_x, need_weight, need_bias = _need(need)
     backend = _dispatch.resolve(backend)
 
-    grad_dtype = acc if weight is None else weight.dtype
-    grad_x = _new(x) if need_x else None
-    grad_weight = np.zeros(count, acc) if need_weight else None
-    grad_bias = np.zeros(count, acc) if need_bias else None
+    frame = channel_frame(x, channels.axis, channels.per_image)
+    grad_x = frame.new(x) if need_x else None
+    grad_weight = np.zeros(channels.size, acc) if need_weight else None
+    grad_bias = np.zeros(channels.size, acc) if need_bias else None
     if x.size:
-        frame = _channel_frame(x, channels.axis, per_image=channels.per_image)
         placed = frame.place(grad_x)
         _dispatch.kernel(frame.problem, "backward_apply" if frozen else "backward", backend)(
             frame.lay(grad_y),
             frame.lay(x),
-            np.ascontiguousarray(stats.mean).reshape(channels.stats),
-            np.ascontiguousarray(stats.rstd).reshape(channels.stats),
-            None if weight is None else np.ascontiguousarray(weight, acc),
+            _plain(stats.mean.reshape(channels.stats), acc),
+            _plain(stats.rstd.reshape(channels.stats), acc),
+            _plain(weight, acc),
             placed,
             grad_weight,
             grad_bias,
             threads_for(x.nbytes),
         )
         frame.deliver(placed, grad_x)
-    return Gradients(
-        grad_x,
-        None if grad_weight is None else grad_weight.astype(grad_dtype, copy=False),
-        None if grad_bias is None else grad_bias.astype(grad_dtype, copy=False),
-    )
+    grad_dtype = acc if weight is None else weight.dtype
+    return Gradients(grad_x, _plain(grad_weight, grad_dtype), _plain(grad_bias, grad_dtype))

@@ -1,12 +1,6 @@
-from collections.abc import Sequence
 from typing import Literal, overload
 
-from ._canonical import Array, Gradients, Stats
-
-_Layout = Literal["NCHW", "NHWC", "channels_first", "channels_last"]
-_Activation = Literal["relu", "silu", "gelu", "sigmoid", "tanh"]
-_Shape = int | Sequence[int]
-_Need = tuple[bool, bool, bool]
+from ._canonical import Activation, Array, Gradients, Layout, Need, Shape, Stats
 
 @overload
 def batch_norm(
@@ -19,8 +13,8 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
     *,
-    layout: _Layout = "NCHW",
-    activation: _Activation | None = None,
+    layout: Layout = "NCHW",
+    activation: Activation | None = None,
     residual: Array | None = None,
     out: Array | None = None,
     return_stats: Literal[False] = False,
@@ -37,8 +31,8 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
     *,
-    layout: _Layout = "NCHW",
-    activation: _Activation | None = None,
+    layout: Layout = "NCHW",
+    activation: Activation | None = None,
     residual: Array | None = None,
     out: Array | None = None,
     return_stats: Literal[True],
@@ -55,8 +49,8 @@ def instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
     *,
-    layout: _Layout = "NCHW",
-    activation: _Activation | None = None,
+    layout: Layout = "NCHW",
+    activation: Activation | None = None,
     residual: Array | None = None,
     out: Array | None = None,
     return_stats: Literal[False] = False,
@@ -73,8 +67,8 @@ def instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
     *,
-    layout: _Layout = "NCHW",
-    activation: _Activation | None = None,
+    layout: Layout = "NCHW",
+    activation: Activation | None = None,
     residual: Array | None = None,
     out: Array | None = None,
     return_stats: Literal[True],
@@ -88,8 +82,8 @@ def group_norm(
     bias: Array | None = None,
     eps: float = 1e-5,
     *,
-    layout: _Layout = "NCHW",
-    activation: _Activation | None = None,
+    layout: Layout = "NCHW",
+    activation: Activation | None = None,
     residual: Array | None = None,
     out: Array | None = None,
     return_stats: Literal[False] = False,
@@ -103,8 +97,8 @@ def group_norm(
     bias: Array | None = None,
     eps: float = 1e-5,
     *,
-    layout: _Layout = "NCHW",
-    activation: _Activation | None = None,
+    layout: Layout = "NCHW",
+    activation: Activation | None = None,
     residual: Array | None = None,
     out: Array | None = None,
     return_stats: Literal[True],
@@ -113,12 +107,12 @@ def group_norm(
 @overload
 def layer_norm(
     x: Array,
-    normalized_shape: _Shape,
+    normalized_shape: Shape,
     weight: Array | None = None,
     bias: Array | None = None,
     eps: float = 1e-5,
     *,
-    axis: _Shape | None = None,
+    axis: Shape | None = None,
     out: Array | None = None,
     return_stats: Literal[False] = False,
     backend: str | None = None,
@@ -126,12 +120,12 @@ def layer_norm(
 @overload
 def layer_norm(
     x: Array,
-    normalized_shape: _Shape,
+    normalized_shape: Shape,
     weight: Array | None = None,
     bias: Array | None = None,
     eps: float = 1e-5,
     *,
-    axis: _Shape | None = None,
+    axis: Shape | None = None,
     out: Array | None = None,
     return_stats: Literal[True],
     backend: str | None = None,
@@ -139,11 +133,11 @@ def layer_norm(
 @overload
 def rms_norm(
     x: Array,
-    normalized_shape: _Shape,
+    normalized_shape: Shape,
     weight: Array | None = None,
     eps: float | None = None,
     *,
-    axis: _Shape | None = None,
+    axis: Shape | None = None,
     out: Array | None = None,
     return_stats: Literal[False] = False,
     backend: str | None = None,
@@ -151,11 +145,11 @@ def rms_norm(
 @overload
 def rms_norm(
     x: Array,
-    normalized_shape: _Shape,
+    normalized_shape: Shape,
     weight: Array | None = None,
     eps: float | None = None,
     *,
-    axis: _Shape | None = None,
+    axis: Shape | None = None,
     out: Array | None = None,
     return_stats: Literal[True],
     backend: str | None = None,
@@ -164,12 +158,12 @@ def rms_norm(
 def add_layer_norm(
     x: Array,
     residual: Array,
-    normalized_shape: _Shape,
+    normalized_shape: Shape,
     weight: Array | None = None,
     bias: Array | None = None,
     eps: float = 1e-5,
     *,
-    axis: _Shape | None = None,
+    axis: Shape | None = None,
     out: Array | None = None,
     sum_out: Array | None = None,
     return_stats: Literal[False] = False,
@@ -179,12 +173,12 @@ def add_layer_norm(
 def add_layer_norm(
     x: Array,
     residual: Array,
-    normalized_shape: _Shape,
+    normalized_shape: Shape,
     weight: Array | None = None,
     bias: Array | None = None,
     eps: float = 1e-5,
     *,
-    axis: _Shape | None = None,
+    axis: Shape | None = None,
     out: Array | None = None,
     sum_out: Array | None = None,
     return_stats: Literal[True],
@@ -194,11 +188,11 @@ def add_layer_norm(
 def add_rms_norm(
     x: Array,
     residual: Array,
-    normalized_shape: _Shape,
+    normalized_shape: Shape,
     weight: Array | None = None,
     eps: float | None = None,
     *,
-    axis: _Shape | None = None,
+    axis: Shape | None = None,
     out: Array | None = None,
     sum_out: Array | None = None,
     return_stats: Literal[False] = False,
@@ -208,11 +202,11 @@ def add_rms_norm(
 def add_rms_norm(
     x: Array,
     residual: Array,
-    normalized_shape: _Shape,
+    normalized_shape: Shape,
     weight: Array | None = None,
     eps: float | None = None,
     *,
-    axis: _Shape | None = None,
+    axis: Shape | None = None,
     out: Array | None = None,
     sum_out: Array | None = None,
     return_stats: Literal[True],
@@ -225,8 +219,8 @@ def batch_norm_backward(
     weight: Array | None = None,
     training: bool = True,
     *,
-    layout: _Layout = "NCHW",
-    need: _Need = (True, True, True),
+    layout: Layout = "NCHW",
+    need: Need = (True, True, True),
     backend: str | None = None,
 ) -> Gradients: ...
 def instance_norm_backward(
@@ -236,8 +230,8 @@ def instance_norm_backward(
     weight: Array | None = None,
     use_input_stats: bool = True,
     *,
-    layout: _Layout = "NCHW",
-    need: _Need = (True, True, True),
+    layout: Layout = "NCHW",
+    need: Need = (True, True, True),
     backend: str | None = None,
 ) -> Gradients: ...
 def group_norm_backward(
@@ -247,31 +241,31 @@ def group_norm_backward(
     stats: Stats,
     weight: Array | None = None,
     *,
-    layout: _Layout = "NCHW",
-    need: _Need = (True, True, True),
+    layout: Layout = "NCHW",
+    need: Need = (True, True, True),
     backend: str | None = None,
 ) -> Gradients: ...
 def layer_norm_backward(
     grad_y: Array,
     x: Array,
-    normalized_shape: _Shape,
+    normalized_shape: Shape,
     stats: Stats,
     weight: Array | None = None,
     *,
-    axis: _Shape | None = None,
+    axis: Shape | None = None,
     grad_sum: Array | None = None,
-    need: _Need = (True, True, True),
+    need: Need = (True, True, True),
     backend: str | None = None,
 ) -> Gradients: ...
 def rms_norm_backward(
     grad_y: Array,
     x: Array,
-    normalized_shape: _Shape,
+    normalized_shape: Shape,
     stats: Stats,
     weight: Array | None = None,
     *,
-    axis: _Shape | None = None,
+    axis: Shape | None = None,
     grad_sum: Array | None = None,
-    need: _Need = (True, True, True),
+    need: Need = (True, True, True),
     backend: str | None = None,
 ) -> Gradients: ...

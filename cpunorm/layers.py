@@ -22,7 +22,7 @@ from . import functional
 from ._canonical import STATS_DTYPE, Array, Gradients, Stats, _integers, _place
 
 if TYPE_CHECKING:
-    from .functional import Activation, Layout, Need, Shape
+    from ._canonical import Activation, Layout, Need, Shape
 
 # The arrays of a layer that are saved, in torch's order. Not every layer has every one.
 STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from cpunorm import _dispatch
-from cpunorm.backends import KERNELS
+from cpunorm.backends import ACTIVATIONS, KERNELS
 
 from .cases import SMALL_CASES
 from .support import (
+    DTYPES,
     assert_close,
     assert_gradients_close,
     assert_values_close,
@@ -136,31 +137,93 @@ def test_kernels_get_what_the_contract_says(case, lay, monkeypatch):
     assert len(reached) == 3  # forward, forward for its Stats, backward
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize(
-    ("problem", "shape", "stats"),
-    [
-        ("channels_first", (3, 6, 35), (1, 6)),
-        ("channels_first", (3, 6, 35), (3, 6)),
-        ("channels_first", (3, 6, 35), (3, 2)),
-        ("channels_first", (2, 5, 4099), (2, 5)),
-        ("channels_first", (5, 3, 1), (1, 3)),
-        ("channels_first", (1, 1, 17), (1, 1)),
-        ("channels_last", (3, 35, 6), (1, 6)),
-        ("channels_last", (3, 35, 6), (3, 6)),
-        ("channels_last", (3, 35, 6), (3, 2)),
-        ("channels_last", (1, 4099, 33), (1, 33)),
-        ("channels_last", (2, 131, 130), (2, 10)),
-        ("channels_last", (1, 17, 1), (1, 1)),
-    ],
+# --- Verbs the public functions do not reach, or not in every form --------------------------------
+
+# x as the kernels see it, and (B, G) of its statistics.
+FOLDS = (
+    ("channels_first", (3, 6, 35), (1, 6)),
+    ("channels_first", (3, 6, 35), (3, 6)),
+    ("channels_first", (3, 6, 35), (3, 2)),
+    ("channels_first", (2, 5, 4099), (2, 5)),
+    ("channels_first", (5, 3, 1), (1, 3)),
+    ("channels_first", (1, 1, 17), (1, 1)),
+    ("channels_last", (3, 35, 6), (1, 6)),
+    ("channels_last", (3, 35, 6), (3, 6)),
+    ("channels_last", (3, 35, 6), (3, 2)),
+    ("channels_last", (9, 35, 64), (9, 16)),
+    ("channels_last", (1, 4099, 33), (1, 33)),
+    ("channels_last", (2, 131, 130), (2, 10)),
+    ("channels_last", (1, 17, 1), (1, 1)),
 )
+folds = pytest.mark.parametrize(("problem", "shape", "stats"), FOLDS)
+threads = pytest.mark.parametrize("threads", [1, 2])
+dtypes = pytest.mark.parametrize("dtype", DTYPES)
+
+
+class Fold:
+    """The contract's table in NumPy: x as (B, N/B, G, C/G, S), and what broadcasts against it."""
+
+    def __init__(self, problem, shape, stats):
+        self.last = problem == "channels_last"
+        self.shape, self.stats = shape, stats
+        self.channels = shape[2 if self.last else 1]
+        b, g = stats
+        self.folded = (b, shape[0] // b, g, self.channels // g, shape[1 if self.last else 2])
+
+    def x(self, a):
+        a = a.astype("float64")
+        return (np.moveaxis(a, -1, 1) if self.last else a).reshape(self.folded)
+
+    def back(self, a):
+        n, c, s = self.shape[0], self.channels, self.folded[-1]
+        a = a.reshape(n, c, s)
+        return np.moveaxis(a, 1, -1) if self.last else a
+
+    def statistic(self, a):
+        return a.astype("float64").reshape(self.stats[0], 1, self.stats[1], 1, 1)
+
+    def parameter(self, a):
+        return a.astype("float64").reshape(1, 1, self.stats[1], -1, 1)
+
+
+@threads
+@dtypes
+@folds
 def test_moments(problem, shape, stats, dtype, threads, backend):
     x = np.random.default_rng(0).normal(100, 3, shape).astype(dtype)
     mean, var = np.full(stats, np.nan, dtype), np.full(stats, np.nan, dtype)
     _dispatch.kernel(problem, "moments", backend)(x, mean, var, threads)
-    first = np.moveaxis(x.astype("float64"), -1, 1) if problem == "channels_last" else x
-    images, groups = stats
-    units = first.astype("float64").reshape(images, len(x) // images, groups, -1, first.shape[-1])
+    units = Fold(problem, shape, stats).x(x)
     assert_close(mean, units.mean(axis=(1, 3, 4)), 1e-7 if dtype == "float32" else 1e-14)
     assert_close(var, units.var(axis=(1, 3, 4)), 3e-6 if dtype == "float32" else 1e-11)
+
+
+@threads
+@dtypes
+@folds
+def test_given_statistics(problem, shape, stats, dtype, threads, backend):
+    """apply and backward_apply with statistics that are not those of x, per image and group too."""
+    rng = np.random.default_rng(0)
+    fold = Fold(problem, shape, stats)
+    x, residual, grad_y = rng.normal(1, 2, (3, *shape)).astype(dtype)
+    mean, rstd = rng.uniform(0.5, 2, (2, *stats)).astype(dtype)
+    weight, bias = rng.normal(1, 1, (2, fold.channels)).astype(dtype)
+    y, grad_x = np.full((2, *shape), np.nan, dtype)
+    grad_weight, grad_bias = np.full((2, fold.channels), np.nan, dtype)
+    relu = ACTIVATIONS.index("relu")
+    _dispatch.kernel(problem, "apply", backend)(
+        x, residual, weight, bias, relu, y, mean, rstd, threads
+    )
+    _dispatch.kernel(problem, "backward_apply", backend)(
+        grad_y, x, mean, rstd, weight, grad_x, grad_weight, grad_bias, threads
+    )
+    x_hat = (fold.x(x) - fold.statistic(mean)) * fold.statistic(rstd)
+    affine = x_hat * fold.parameter(weight) + fold.parameter(bias) + fold.x(residual)
+    assert_values_close(y, fold.back(np.maximum(affine, 0)))
+    g = fold.x(grad_y)
+    expected = (
+        fold.back(g * fold.parameter(weight) * fold.statistic(rstd)),
+        (g * x_hat).sum(axis=(0, 1, 4)).ravel(),
+        g.sum(axis=(0, 1, 4)).ravel(),
+    )
+    assert_gradients_close((grad_x, grad_weight, grad_bias), expected)

@@ -34,16 +34,16 @@ def test_every_case(case, dtype, backend_or_auto):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("case", [c for c in SMALL_CASES if c.is_channel_op], ids=str)
 def test_every_option_over_channels(case, activation, backend_or_auto):
-    for weight, bias, residual in product((False, True), repeat=3):
-        arrays = case.arrays(weight=weight, bias=bias, residual=residual, running=False)
+    for dtype, weight, bias, residual in product(DTYPES, *[(False, True)] * 3):
+        arrays = case.arrays(dtype, weight=weight, bias=bias, residual=residual, running=False)
         y = run(case, arrays, activation=activation, backend=backend_or_auto)
         assert_values_close(y, run_oracle(case, arrays, activation=activation).y)
 
 
 @pytest.mark.parametrize("case", [c for c in SMALL_CASES if not c.is_channel_op], ids=str)
 def test_every_option_over_axes(case, backend_or_auto):
-    for weight, bias in product((False, True), repeat=2):
-        arrays = case.arrays(weight=weight, bias=bias)
+    for dtype, weight, bias in product(DTYPES, (False, True), (False, True)):
+        arrays = case.arrays(dtype, weight=weight, bias=bias)
         y = first(run(case, arrays, backend=backend_or_auto))
         assert_values_close(y, run_oracle(case, arrays).y)
 

@@ -16,7 +16,9 @@ from .progress import stage
 # The largest error allowed, relative to 1 + |expected|.
 FORWARD, GRADIENT, OFFSET = 3e-6, 3e-5, 2e-3
 
-SHAPES = ((4, 12, 9, 11), (2, 48, 17, 5), (3, 64, 14, 14))
+# All large enough for kernels to use threads, so that Numba compiles one version of each, not two.
+SHAPES = ((8, 12, 19, 11), (2, 48, 17, 13), (3, 64, 14, 14))
+ROWS = (187, 96)
 WAYS = ("NCHW", "NHWC", "permuted", "strided")
 GROUPS = 4
 
@@ -185,8 +187,8 @@ def _cases() -> Iterator[Case]:
         axis = 1 if layout == "NCHW" else -1
         yield from _axis_cases(x, residual, grad_y, weight, bias, axis)
 
-    rows = (normal(37, 96, mean=1.0, deviation=2.0), normal(37, 96), normal(37, 96))
-    yield from _axis_cases(*rows, normal(96), normal(96), None)
+    rows = (normal(*ROWS, mean=1.0, deviation=2.0), normal(*ROWS), normal(*ROWS))
+    yield from _axis_cases(*rows, normal(ROWS[1]), normal(ROWS[1]), None)
 
     for way in WAYS[:2]:
         x, layout = _lay(normal(*SHAPES[2], mean=1e4), way)

@@ -113,7 +113,9 @@ def disturbed(busy: float, text: Text) -> Iterator[str]:
     """Warn of times that other programs have spoilt."""
     yield ""
     yield text.bold(f"Other programs kept {busy:.1f} CPUs busy meanwhile: the times of anything")
-    yield text.bold("that uses threads are too long. Run this again on an idle machine, or with OMP_NUM_THREADS=1.")
+    yield text.bold(
+        "that uses threads are too long. Run this again on an idle machine, or with OMP_NUM_THREADS=1."
+    )
 
 
 def _head(layout: str, columns: Sequence[str]) -> str:

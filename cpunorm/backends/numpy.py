@@ -110,7 +110,7 @@ def _axis_verbs(fold_of):
         if grad_total is not None and grad_x is not None:
             grad_x += grad_total
 
-    return SimpleNamespace(normalize=normalize, backward=backward)
+    return _verbs(normalize, backward)
 
 
 def _channel_verbs(fold_of):
@@ -156,13 +156,13 @@ def _channel_verbs(fold_of):
         fold = fold_of(x, rstd)
         _backward(fold, grad_y, x, mean, rstd, weight, grad_x, grad_weight, grad_bias, True)
 
-    return SimpleNamespace(
-        normalize=normalize,
-        apply=apply,
-        moments=moments,
-        backward=backward,
-        backward_apply=backward_apply,
-    )
+    return _verbs(normalize, apply, moments, backward, backward_apply)
+
+
+def _verbs(*functions):
+    # NaN and Inf pass through normalization without a warning, as in the other backends.
+    quiet = np.errstate(all="ignore")
+    return SimpleNamespace(**{function.__name__: quiet(function) for function in functions})
 
 
 def _backward(fold, grad_y, x, mean, rstd, weight, grad_x, grad_weight, grad_bias, frozen):

@@ -24,12 +24,12 @@ from .sweeps import (
     TASKS,
     add_parameter_sums,
     at,
+    block_moments,
     ceil_div,
     finish,
     group_terms,
     merge_gradients,
     merge_moments,
-    moments,
     part_of,
     same_memory,
     set_terms,
@@ -85,7 +85,7 @@ def _normalize_task(task, x, residual, weight, bias, eps, activation, y, outputs
     for b in range(b0, min(B, b0 + images)):
         start = b * R * stride + g0 * K * S
         for g in range(width):
-            mean, M2 = moments(x, start + g * K * S, R, stride, K * S, True)
+            mean, M2 = block_moments(x, start + g * K * S, R, stride, K * S, True)
             rstd = store_statistics(b * G + g0 + g, mean, M2, R * K * S, eps, outputs)
             for k in range(g * K, g * K + K):
                 set_terms(terms, k, mean, rstd, weight, bias, g0 * K + k)
@@ -110,7 +110,7 @@ def _measure_part(task, x, parts, sizes):
     unit = task // parts.shape[1]
     top, left, h, w = part_of(part, R, run, height, length)
     start = ((unit // G * R + top) * G + unit % G) * run + left
-    parts[0, part, unit], parts[1, part, unit] = moments(x, start, h, G * run, w, True)
+    parts[0, part, unit], parts[1, part, unit] = block_moments(x, start, h, G * run, w, True)
 
 
 @twins
@@ -162,7 +162,20 @@ def _sum_channel(grad_y, x, start, rows, stride, width, mean, sums, i):
 
 @jit
 def _write_grad_x(
-    grad_y, x, start, rows, stride, width, mean, rstd, weight, channel, slope, offset, frozen, grad_x
+    grad_y,
+    x,
+    start,
+    rows,
+    stride,
+    width,
+    mean,
+    rstd,
+    weight,
+    channel,
+    slope,
+    offset,
+    frozen,
+    grad_x,
 ):
     """grad_x of one channel over one block."""
     number = x.dtype.type
@@ -267,44 +280,49 @@ def _part_size(rows, width):
     return height, length, ceil_div(rows, height) * ceil_div(width, length)
 
 
-def _shaped(shape, *arrays):
-    return (None if array is None else array.reshape(shape) for array in arrays)
+def _is_short(x):
+    return x.shape[2] < SHORT
+
+
+def _as(shape, *arrays):
+    return [None if array is None else array.reshape(shape) for array in arrays]
 
 
 def _spread(S, *parameters):
-    """Parameters per channel as parameters per (channel, s)."""
-    return (None if array is None else np.repeat(array, S) for array in parameters)
+    """From one value per channel to one per (channel, s)."""
+    return [None if array is None else np.repeat(array, S) for array in parameters]
+
+
+def _gather(S, wide, gradients):
+    """The opposite, for gradients."""
+    for total, gradient in zip(wide, gradients, strict=True):
+        if gradient is not None:
+            gradient[...] = total.reshape(-1, S).sum(axis=1)
 
 
 def normalize(x, residual, weight, bias, eps, activation, y, mean, var, rstd, threads):
-    """y = activation((x - mean)·rstd·weight + bias + residual); without y, the statistics alone."""
+    """y = activation((x - mean)·rstd·weight + bias + residual); where y is None, only the statistics."""
     units = B, R, G, K, S = _units(x, mean)
-    if S < SHORT:
-        weight, bias = _spread(S, weight, bias)
-        if R == 1:
-            x, residual, y = _shaped((B * G, K * S), x, residual, y)
-            function = address(activation, x.dtype)
-            rows.normalize_groups(
-                x, None, residual, weight, bias, eps, True, function, y, None, (mean, var, rstd),
-                G, threads,
-            )  # fmt: skip
+    outputs = mean, var, rstd
+    if _is_short(x):
+        parameters = _spread(S, weight, bias)
+        if R > 1:
+            x, residual, y = _as((1, R, G * S), x, residual, y)
+            channels_last.normalize(x, residual, *parameters, eps, activation, y, *outputs, threads)
         else:
-            x, residual, y = _shaped((1, R, G * S), x, residual, y)
-            channels_last.normalize(
-                x, residual, weight, bias, eps, activation, y, mean, var, rstd, threads
+            function = address(activation, x.dtype)
+            x, residual, y = _as((B * G, K * S), x, residual, y)
+            rows.normalize_groups(
+                x, None, residual, *parameters, eps, True, function, y, None, outputs, G, threads
             )
         return
-    size = _task_size(units)
-    x, residual, weight, bias, y = (flat(array, x) for array in (x, residual, weight, bias, y))
-    outputs = tuple(flat(array, x) for array in (mean, var, rstd))
     function = address(activation, x.dtype)
-    if size:
-        images, groups = size
-        tasks = ceil_div(B, images) * ceil_div(G, groups)
-        _normalize(
-            threads, tasks,
-            x, residual, weight, bias, eps, function, y, outputs, (*units, images, groups),
-        )  # fmt: skip
+    x, residual, weight, bias, y = (flat(array, x) for array in (x, residual, weight, bias, y))
+    outputs = tuple(flat(array, x) for array in outputs)
+    if size := _task_size(units):
+        tasks = ceil_div(B, size[0]) * ceil_div(G, size[1])
+        sizes = *units, *size
+        _normalize(threads, tasks, x, residual, weight, bias, eps, function, y, outputs, sizes)
         return
     height, length, count = _part_size(R, K * S)
     parts = np.empty((2, count, B * G))
@@ -317,19 +335,82 @@ def normalize(x, residual, weight, bias, eps, activation, y, mean, var, rstd, th
 
 def _sweep(x, residual, weight, bias, function, y, stats, units, threads):
     B, R, G, K, S = units
-    height, length, count = _part_size(B * R * G * K, S)
-    sizes = (B * R, R, G, K, S, height, length)
-    _apply(threads, count, x, residual, weight, bias, function, y, stats, sizes)
+    height, length, tasks = _part_size(B * R * G * K, S)
+    sizes = B * R, R, G, K, S, height, length
+    _apply(threads, tasks, x, residual, weight, bias, function, y, stats, sizes)
 
 
 def apply(x, residual, weight, bias, activation, y, mean, rstd, threads):
     """As `normalize`, with the statistics given."""
     units = B, R, G, K, S = _units(x, mean)
-    if S < SHORT and B == 1:
-        weight, bias = _spread(S, weight, bias)
-        ...
+    if _is_short(x) and R > 1:
+        parameters = _spread(S, weight, bias)
+        x, residual, y = _as((1, R, G * S), x, residual, y)
+        channels_last.apply(x, residual, *parameters, activation, y, mean, rstd, threads)
+        return
+    function = address(activation, x.dtype)
+    stats = np.array((mean.reshape(-1), rstd.reshape(-1)), np.float64)
+    arrays = (flat(array, x) for array in (x, residual, weight, bias))
+    _sweep(*arrays, function, flat(y, x), stats, units, threads)
 
 
-def moments_(x, mean, var, threads):
-    """Mean and biased variance alone."""
+def moments(x, mean, var, threads):
+    """Mean and biased variance."""
     normalize(x, None, None, None, 1.0, 0, None, mean, var, None, threads)
+
+
+def backward(grad_y, x, mean, rstd, weight, grad_x, grad_weight, grad_bias, threads):
+    """Gradients through the statistics."""
+    _gradients(grad_y, x, mean, rstd, weight, False, grad_x, grad_weight, grad_bias, threads)
+
+
+def backward_apply(grad_y, x, mean, rstd, weight, grad_x, grad_weight, grad_bias, threads):
+    """Gradients with the statistics held constant."""
+    _gradients(grad_y, x, mean, rstd, weight, True, grad_x, grad_weight, grad_bias, threads)
+
+
+def _gradients(grad_y, x, mean, rstd, weight, frozen, grad_x, grad_weight, grad_bias, threads):
+    units = B, R, G, K, S = _units(x, mean)
+    C = G * K
+    gradients = grad_weight, grad_bias
+    if _is_short(x) and not (R == 1 and frozen):
+        (weight,) = _spread(S, weight)
+        wide = [None if array is None else np.empty(C * S) for array in gradients]
+        if R > 1:
+            grad_y, x, grad_x = _as((1, R, C * S), grad_y, x, grad_x)
+            verb = channels_last.backward_apply if frozen else channels_last.backward
+            verb(grad_y, x, mean, rstd, weight, grad_x, *wide, threads)
+        else:
+            grad_y, x, grad_x = _as((B * G, K * S), grad_y, x, grad_x)
+            rows.backward_groups(grad_y, x, mean, rstd, weight, None, grad_x, *wide, G, threads)
+        _gather(S, wide, gradients)
+        return
+    grad_y, x, weight, grad_x = (flat(array, x) for array in (grad_y, x, weight, grad_x))
+    saved = flat(mean, x), flat(rstd, x)
+    size = _task_size(units)
+    if size and not frozen:
+        slots = ceil_div(B, size[0])
+        totals = np.zeros((slots, 2, C))
+        tasks = slots * ceil_div(G, size[1])
+        _backward(threads, tasks, grad_y, x, saved, weight, grad_x, totals, (*units, *size))
+    else:
+        height, length, count = _part_size(R, S)
+        channels = max(1, PIECE // (R * S))
+        tasks = ceil_div(B * C, channels) * count
+        sizes = R, G, K, S, channels, height, length
+        none = grad_x[:0]
+        parts = np.empty((3, count, B * C))
+        terms = np.empty((2, B * G))
+        totals = np.zeros((1, 2, C))
+        _backward_parts(
+            threads, tasks, grad_y, x, saved, weight, frozen, parts, terms,
+            grad_x if frozen else none, sizes,
+        )  # fmt: skip
+        sums = parts.sum(axis=1)
+        merge_gradients(sums, G, K, R * K * S, saved[1], weight, frozen, terms, totals)
+        if grad_x.size and not frozen:
+            _backward_parts(
+                threads, tasks, grad_y, x, saved, weight, frozen, np.empty((3, count, 0)), terms, grad_x,
+                sizes,
+            )  # fmt: skip
+    store_totals(totals, *gradients)

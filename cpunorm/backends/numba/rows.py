@@ -14,17 +14,17 @@ from functools import lru_cache
 import numpy as np
 from numba import prange
 
-from ._jit import flat, jit, twins
+from ._jit import flat, jit, kernel, twins
 from .sweeps import (
     BLOCK,
     PIECE,
     TASKS,
     add,
     at,
+    block_moments,
     ceil_div,
     finish,
     merge_moments,
-    moments,
     same_memory,
     store_statistics,
     store_totals,
@@ -86,7 +86,7 @@ def _normalize_task(
         if total.size:
             add(x, addend, top * D, 1, 0, rows * D, z, total)
         for r in range(rows):
-            stats[0, r], M2 = moments(source, (top + r) * D, 1, 0, D, center)
+            stats[0, r], M2 = block_moments(source, (top + r) * D, 1, 0, D, center)
             stats[1, r] = store_statistics(top + r, stats[0, r], M2, D, eps, outputs)
         if y.size:
             block = (top, 0, rows, D)
@@ -112,7 +112,7 @@ def _measure_part(task, x, addend, center, total, parts, D):
     if total.size:
         add(x, addend, start, 1, 0, width, np.empty(BLOCK, x.dtype), total)
     source = total if total.size else x
-    parts[0, part, row], parts[1, part, row] = moments(source, start, 1, 0, width, center)
+    parts[0, part, row], parts[1, part, row] = block_moments(source, start, 1, 0, width, center)
 
 
 @twins
@@ -163,7 +163,7 @@ def _sum_rows(grad_y, x, mean, parameters, block, sizes, sums):
         sums[2, r] = lost
 
 
-@jit
+@kernel
 def _row_terms(sums, mean, rstd, top, rows, D):
     """Turn the sums of each row into (delta, slope, offset).
 
@@ -225,9 +225,7 @@ def _sum_parameters(grad_y, x, saved, block, sizes, terms, totals, slot, wanted)
 
 
 @jit
-def _backward_task(
-    task, grad_y, x, saved, parameters, grad_total, grad_x, totals, wanted, sizes
-):
+def _backward_task(task, grad_y, x, saved, parameters, grad_total, grad_x, totals, wanted, sizes):
     M, D, G, height = sizes
     tall = max(1, BLOCK // D)
     sums = np.empty((3, tall))
@@ -237,9 +235,7 @@ def _backward_task(
         _sum_rows(grad_y, x, saved[0], parameters, block, (D, G), sums)
         _row_terms(sums, saved[0], saved[1], top, block[2], D)
         if grad_x.size:
-            _write_grad_x(
-                grad_y, x, saved, parameters, grad_total, block, (D, G), sums, grad_x
-            )
+            _write_grad_x(grad_y, x, saved, parameters, grad_total, block, (D, G), sums, grad_x)
         _sum_parameters(grad_y, x, saved, block, (D, G), sums, totals, task, wanted)
 
 
@@ -279,9 +275,7 @@ def _backward_part(task, grad_y, x, saved, parameters, grad_total, terms, grad_x
 
 
 @twins
-def _backward_parts(
-    tasks, grad_y, x, saved, parameters, grad_total, terms, grad_x, totals, wanted
-):
+def _backward_parts(tasks, grad_y, x, saved, parameters, grad_total, terms, grad_x, totals, wanted):
     for task in prange(tasks):
         _backward_part(
             task, grad_y, x, saved, parameters, grad_total, terms, grad_x, totals, wanted
@@ -373,14 +367,10 @@ def normalize(x, residual, weight, bias, eps, y, total, mean, rstd, threads):
     """y = (x - mean)·rstd·weight + bias along D, of total = x + residual where there is one."""
     center = mean is not None
     outputs = (mean, None, rstd)
-    normalize_groups(
-        x, residual, None, weight, bias, eps, center, 0, y, total, outputs, 1, threads
-    )
+    normalize_groups(x, residual, None, weight, bias, eps, center, 0, y, total, outputs, 1, threads)
 
 
-def backward(
-    grad_y, x, mean, rstd, weight, grad_total, grad_x, grad_weight, grad_bias, threads
-):
+def backward(grad_y, x, mean, rstd, weight, grad_total, grad_x, grad_weight, grad_bias, threads):
     """Gradients through the statistics; grad_total is added to grad_x."""
     backward_groups(
         grad_y, x, mean, rstd, weight, grad_total, grad_x, grad_weight, grad_bias, 1, threads

@@ -36,7 +36,7 @@ def same_memory(a, b):
 
 
 @jit
-def moments(x, start, rows, stride, width, center):
+def block_moments(x, start, rows, stride, width, center):
     """Mean and M2 of one block; 0 and Σx² where it is not to be centred."""
     pivot = np.float64(x[at(start)]) if center else 0.0
     s1 = 0.0
@@ -93,11 +93,10 @@ def column_moments(x, start, rows, stride, width, lanes, center, pivot, mean, M2
             M2[j] += da * da
     fold(mean, width, lanes)
     fold(M2, width, lanes)
-    if center:
-        for j in range(width):
-            s1 = mean[j]
-            mean[j] = pivot[j] + s1 / rows
-            M2[j] -= s1 * s1 / rows
+    for j in range(width):
+        s1 = mean[j] if center else 0.0
+        mean[j] = pivot[j] + s1 / rows
+        M2[j] -= s1 * s1 / rows
 
 
 @jit
