@@ -18,7 +18,8 @@ from libc.stdlib cimport calloc, free, malloc
 import numpy as np
 
 from .stretches cimport backward_stretches, normalize_stretches
-from .strips cimport Cut, backward_image, cut_image, normalize_image, strip_moments
+from .strips cimport (Cut, apply_image, backward_image, cut_image, normalize_image,
+                      strip_moments)
 from .sweeps cimport (affine, at, backward_affine, backward_sums, data, is_float32, merge_moments,
                       moments as stretch_moments, real, rstd_of, sum_parts, variance)
 
@@ -250,8 +251,18 @@ cdef void _apply(
         const real* mean_ = <const real*> data(mean)
         const real* rstd_ = <const real*> data(rstd)
         Py_ssize_t tasks = u.B * (u.planes // u.K) * u.C * u.pieces, q
-    for q in prange(tasks, num_threads=threads, schedule="static", nogil=True):
-        apply_piece(x_, residual_, weight_, bias_, activation, y_, mean_, rstd_, &u, q)
+        Cut cut
+        int failed = 0
+    with nogil:
+        if u.B == 1 and u.K == 1 and u.S <= SHORT_IN_BATCH:
+            cut = cut_image(u.planes, u.C, u.S, u.G, sizeof(real))
+            failed = apply_image[real](x_, residual_, weight_, bias_, activation, y_, &cut, mean_,
+                                       rstd_, threads)
+        else:
+            for q in prange(tasks, num_threads=threads, schedule="static"):
+                apply_piece(x_, residual_, weight_, bias_, activation, y_, mean_, rstd_, &u, q)
+    if failed:
+        raise MemoryError
 
 
 cdef inline void apply_piece(

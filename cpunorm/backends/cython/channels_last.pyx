@@ -10,8 +10,8 @@ cimport numpy as cnp
 from cython.parallel cimport prange
 from libc.stdlib cimport calloc, free, malloc
 
-from .strips cimport (Cut, backward_image, cut_image, normalize_image, strip_moments,
-                      strip_transform)
+from .strips cimport (Cut, apply_image, backward_image, cut_image, normalize_image,
+                      strip_moments)
 from .sweeps cimport at, data, is_float32, real, sum_parts
 
 cnp.import_array()
@@ -82,19 +82,10 @@ cdef inline int _apply_one(
     const real* x, const real* residual, const real* weight, const real* bias, int activation,
     real* y, const real* mean, const real* rstd, Py_ssize_t n, const Cut* cut, int threads,
 ) noexcept nogil:
-    cdef:
-        Py_ssize_t here = n * cut.rows * cut.channels, g
-        double* mu = <double*> malloc(2 * cut.groups * sizeof(double))
-        double* r = mu + cut.groups
-        int failed
-    if mu is NULL:
-        return -1
-    for g in range(cut.groups):
-        mu[g], r[g] = mean[n * cut.groups + g], rstd[n * cut.groups + g]
-    failed = strip_transform(x + here, at(residual, here), weight, bias, activation, y + here,
-                             cut, mu, r, threads)
-    free(mu)
-    return failed
+    cdef Py_ssize_t here = n * cut.rows * cut.channels
+    n *= cut.groups
+    return apply_image(x + here, at(residual, here), weight, bias, activation, y + here, cut,
+                       mean + n, rstd + n, threads)
 
 
 cdef void _apply(

@@ -236,6 +236,25 @@ cdef inline int normalize_image(
     return failed
 
 
+cdef inline int apply_image(
+    const real* x, const real* residual, const real* weight, const real* bias, int activation,
+    real* y, const Cut* cut, const real* mean, const real* rstd, int threads,
+) noexcept nogil:
+    """Transform with mean and rstd, (G,), given. -1 if out of memory."""
+    cdef:
+        Py_ssize_t G = cut.groups, g
+        double* mu = <double*> malloc(2 * G * sizeof(double))
+        double* r = mu + G
+        int failed
+    if mu is NULL:
+        return -1
+    for g in range(G):
+        mu[g], r[g] = mean[g], rstd[g]
+    failed = strip_transform(x, residual, weight, bias, activation, y, cut, mu, r, threads)
+    free(mu)
+    return failed
+
+
 cdef inline void _sum_columns(
     const real* grad_y, const real* x, Py_ssize_t rows, Py_ssize_t channels,
     Py_ssize_t abreast, const Cut* cut, const real* column_mean, double* sums,
