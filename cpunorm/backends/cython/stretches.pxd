@@ -22,7 +22,7 @@ cdef enum:
     PIECES = 64         # at most, of one stretch
     PARTS = 32          # at most, of the rows in backward
     GROUP = 8           # rows that stay in cache between their sums and the parameters'
-    FLUSH = 8           # groups (times period) summed in the type of x before they go to float64
+    FLUSH = 2           # groups (times period) summed in the type of x before they go to float64
 
 
 cdef inline void _finish(double m2, bint centred, double* mu, Py_ssize_t D, double eps,

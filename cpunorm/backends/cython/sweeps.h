@@ -27,8 +27,9 @@
 
 #define BLOCK_BYTES 16384
 
-/* Rows of a strip that are summed before the sums go to float64, and columns in a full strip. */
+/* Rows of a strip that are summed before the sums go to float64, and vectors of columns at a time. */
 #define STRIP_ROWS 64
+#define BACKWARD_ROWS 8
 #define STRIP_VECTORS 4
 
 /* Chan, Golub, LeVeque 1979: (mean, m2) of n_a + n_b values from those of n_a and of n_b. */
@@ -129,6 +130,25 @@ static inline REAL FN(lanes_sum)(VEC v)
     return sum;
 }
 
+/* A vector's worth of float64 sums. */
+typedef struct {
+    double lanes[VECTOR_BYTES / sizeof(REAL)];
+} FN(wide);
+
+static inline void FN(add_wide)(FN(wide) *sum, VEC v)
+{
+    for (ptrdiff_t i = 0; i < LANES; i++)
+        sum->lanes[i] += v[i];
+}
+
+static inline double FN(wide_sum)(const FN(wide) *sum)
+{
+    double total = 0;
+    for (ptrdiff_t i = 0; i < LANES; i++)
+        total += sum->lanes[i];
+    return total;
+}
+
 /* ------------------------------------------------------------------ along a stretch: sums */
 
 /* Sum of x - pivot over one block. */
@@ -204,43 +224,43 @@ static inline double FN(sum_of_squares)(const REAL *x, ptrdiff_t n)
     return total;
 }
 
-/* Adds to sums[0..2] the sums of g, g * (x - mean) and x - mean, where g = grad_y * weight. */
+/* Adds to sums[0..2] the sums of g, g * (x - mean) and x - mean, where g = grad_y * weight. These may
+ * nearly cancel, and are compared with values of order 1 all the same: only 16 vectors are added before
+ * they go to float64. */
 static inline void FN(backward_sums)(const REAL *grad_y, const REAL *x, const REAL *weight, ptrdiff_t n,
                                      REAL mean, double *sums)
 {
-#define BACKWARD_SUMS(G, g)                                                             \
-    for (ptrdiff_t start = 0; start < n; start += BLOCK) {                              \
-        const ptrdiff_t end = MIN(n, start + BLOCK);                                    \
-        VEC a = {0}, b = {0}, c = {0}, d = {0}, e = {0}, f = {0};                       \
-        ptrdiff_t i = start;                                                            \
-        for (; i + 2 * LANES <= end; i += 2 * LANES) {                                  \
+    FN(wide) g_sum = {{0}}, gx_sum = {{0}}, x_sum = {{0}};
+    ptrdiff_t i = 0;
+#define BACKWARD_SUMS(G)                                                                \
+    while (i + 4 * LANES <= n) {                                                        \
+        const ptrdiff_t end = MIN(n, i + 16 * LANES);                                   \
+        VEC g = {0}, gx = {0}, t_sum = {0};                                             \
+        for (; i + 4 * LANES <= end; i += 4 * LANES) {                                  \
             const VEC t = LOAD(x + i) - mean, u = LOAD(x + i + LANES) - mean;           \
-            const VEC v = G(i), w = G(i + LANES);                                       \
-            a += v, b += w;                                                             \
-            c += v * t, d += w * u;                                                     \
-            e += t, f += u;                                                             \
+            const VEC v = LOAD(x + i + 2 * LANES) - mean, w = LOAD(x + i + 3 * LANES) - mean; \
+            const VEC a = G(i), b = G(i + LANES), c = G(i + 2 * LANES), d = G(i + 3 * LANES); \
+            g += (a + b) + (c + d);                                                     \
+            gx += (a * t + b * u) + (c * v + d * w);                                    \
+            t_sum += (t + u) + (v + w);                                                 \
         }                                                                               \
-        REAL s0 = FN(lanes_sum)(a + b), s1 = FN(lanes_sum)(c + d), s2 = FN(lanes_sum)(e + f); \
-        for (; i < end; i++) {                                                          \
-            const REAL t = x[i] - mean;                                                 \
-            s0 += g(i), s1 += g(i) * t, s2 += t;                                        \
-        }                                                                               \
-        sums[0] += s0, sums[1] += s1, sums[2] += s2;                                    \
+        FN(add_wide)(&g_sum, g), FN(add_wide)(&gx_sum, gx), FN(add_wide)(&x_sum, t_sum); \
     }
-#define VECTOR_G(i) LOAD(grad_y + (i))
-#define SCALAR_G(i) grad_y[i]
-#define VECTOR_WG(i) (LOAD(grad_y + (i)) * LOAD(weight + (i)))
-#define SCALAR_WG(i) (grad_y[i] * weight[i])
+#define PLAIN(i) LOAD(grad_y + (i))
+#define WEIGHTED(i) (LOAD(grad_y + (i)) * LOAD(weight + (i)))
     if (weight) {
-        BACKWARD_SUMS(VECTOR_WG, SCALAR_WG)
+        BACKWARD_SUMS(WEIGHTED)
     } else {
-        BACKWARD_SUMS(VECTOR_G, SCALAR_G)
+        BACKWARD_SUMS(PLAIN)
     }
 #undef BACKWARD_SUMS
-#undef VECTOR_G
-#undef SCALAR_G
-#undef VECTOR_WG
-#undef SCALAR_WG
+#undef PLAIN
+#undef WEIGHTED
+    sums[0] += FN(wide_sum)(&g_sum), sums[1] += FN(wide_sum)(&gx_sum), sums[2] += FN(wide_sum)(&x_sum);
+    for (; i < n; i++) {
+        const REAL t = x[i] - mean, g = weight ? grad_y[i] * weight[i] : grad_y[i];
+        sums[0] += g, sums[1] += g * t, sums[2] += t;
+    }
 }
 
 /* ------------------------------------------------------- along a stretch: element by element */
@@ -513,11 +533,11 @@ static inline void FN(column_backward_sums)(const REAL *grad_y, const REAL *x, c
                                             ptrdiff_t stride, ptrdiff_t width, const REAL *mean,
                                             double *g_sum, double *gx_sum, double *x_sum)
 {
-    REAL padded_x[STRIP_ROWS * VECTOR_BYTES / sizeof(REAL)], padded_g[STRIP_ROWS * VECTOR_BYTES / sizeof(REAL)];
+    REAL padded_x[BACKWARD_ROWS * VECTOR_BYTES / sizeof(REAL)], padded_g[BACKWARD_ROWS * VECTOR_BYTES / sizeof(REAL)];
     REAL padded_mean[VECTOR_BYTES / sizeof(REAL)];
     double narrow[3 * VECTOR_BYTES / sizeof(REAL)];
-    for (ptrdiff_t start = 0; start < rows; start += STRIP_ROWS) {
-        const ptrdiff_t count = MIN(STRIP_ROWS, rows - start);
+    for (ptrdiff_t start = 0; start < rows; start += BACKWARD_ROWS) {
+        const ptrdiff_t count = MIN(BACKWARD_ROWS, rows - start);
         const REAL *block_g = grad_y + start * stride, *block_x = x + start * stride;
         const REAL *block_weight = weight ? weight + start : weight;
         if (width < LANES) {
@@ -579,7 +599,7 @@ static inline void FN(row_parameter_sums)(const REAL *grad_y, const REAL *x, ptr
                                           const REAL *rstd, const REAL *shift, double *grad_weight,
                                           double *grad_bias)
 {
-    REAL weight_sum = 0, bias_sum = 0;
+    double weight_sum = 0, bias_sum = 0;
     for (ptrdiff_t i = 0; i < n; i++) {
         weight_sum += grad_y[i] * ((x[i] - mean[i]) * rstd[i] + shift[i]);
         bias_sum += grad_y[i];

@@ -10,9 +10,6 @@ ctypedef fused real:
 
 
 cdef extern from "sweeps.h" nogil:
-    Py_ssize_t STRIP_ROWS
-    Py_ssize_t BLOCK_BYTES
-
     void merge_moments(double n_a, double* mean_a, double* m2_a,
                        double n_b, double mean_b, double m2_b) noexcept
 
