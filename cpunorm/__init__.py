@@ -18,6 +18,7 @@ The way of the data, top to bottom::
 from ._canonical import Gradients, Stats
 from ._dispatch import available_backends, show_config, use_backend, warn_if_not_compiled
 from ._threads import get_num_threads, set_num_threads
+from ._version import __version__ as __version__
 from .functional import (
     add_layer_norm,
     add_rms_norm,
@@ -33,8 +34,6 @@ from .functional import (
     rms_norm_backward,
 )
 from .layers import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BatchNorm",

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from . import _threads
+from ._version import __version__
 from .backends import BACKENDS
 
 _current: ContextVar[str] = ContextVar("cpunorm_backend", default="auto")
@@ -121,7 +122,7 @@ def config() -> dict[str, Any]:
             return "not installed"
 
     return {
-        "cpunorm": version("cpunorm"),
+        "cpunorm": __version__,
         "location": str(Path(__file__).parent),
         "python": platform.python_version(),
         "numpy": version("numpy"),

@@ -202,6 +202,11 @@ def batch_norm(
         running_var  ← (1 - momentum)·running_var  + momentum·var·m / (m - 1)     (unbiased)
 
     Otherwise they are the running statistics themselves.
+
+    Returns
+    -------
+    Forward
+        y, mean, rstd and, where they were given, the new running statistics.
     """
     return _channel_forward(
         x, _count_channels(x, layout), (0, 2, 3) if training else None, (running_mean, running_var),
@@ -231,6 +236,11 @@ def instance_norm(
 
     The running statistics take the mean over N of each mean and unbiased variance; with
     `use_input_stats` False they are the statistics, as in batch norm.
+
+    Returns
+    -------
+    Forward
+        y, mean, rstd and, where they were given, the new running statistics.
     """
     return _channel_forward(
         x, _count_channels(x, layout), (2, 3) if use_input_stats else None,
@@ -256,6 +266,11 @@ def group_norm(
         y = activation(weight·(x - mean) / √(var + eps) + bias + residual)
 
     with mean and var over the K·S values of a group; weight and bias are per channel.
+
+    Returns
+    -------
+    Forward
+        y, mean and rstd.
     """
     return _channel_forward(
         x, num_groups, (2, 3), (None, None), weight, bias, 0.0, eps, layout, activation, residual
@@ -280,6 +295,12 @@ def batch_norm_backward(
         grad_x = rstd·(ĝ - mean(ĝ) - x̂·mean(ĝ·x̂))
 
     and grad_x = rstd·ĝ with `training` False, where the statistics are the running ones.
+
+    Returns
+    -------
+    grad_x : ndarray
+    grad_weight : ndarray
+    grad_bias : ndarray
     """
     axes = (0, 2, 3) if training else None
     running = (running_mean, running_var)
@@ -301,6 +322,12 @@ def instance_norm_backward(
     """The gradients of `instance_norm`: x, weight, bias (Ulyanov et al. 2016).
 
     As in `batch_norm_backward`, with means over S.
+
+    Returns
+    -------
+    grad_x : ndarray
+    grad_weight : ndarray
+    grad_bias : ndarray
     """
     axes = (2, 3) if use_input_stats else None
     running = (running_mean, running_var)
@@ -320,6 +347,12 @@ def group_norm_backward(
     """The gradients of `group_norm`: x, weight, bias (Wu & He 2018).
 
     As in `batch_norm_backward`, with means over the K·S values of a group.
+
+    Returns
+    -------
+    grad_x : ndarray
+    grad_weight : ndarray
+    grad_bias : ndarray
     """
     return _channel_backward(grad_y, x, num_groups, (2, 3), (None, None), weight, eps, layout)
 
@@ -390,6 +423,11 @@ def layer_norm(
         y = weight·(x - mean) / √(var + eps) + bias
 
     `axis` None means the trailing axes. The axes of weight and bias follow the order of `axis`.
+
+    Returns
+    -------
+    Forward
+        y, mean and rstd.
     """
     axes = _normalised_axes(x, normalized_shape, axis)
     return _row_forward(x, axes, weight, bias, eps, center=True)
@@ -410,6 +448,11 @@ def rms_norm(
         y = weight·x / √(mean(x²) + eps)
 
     `eps` None is the machine epsilon of the dtype sums are kept in.
+
+    Returns
+    -------
+    Forward
+        y and rstd.
     """
     axes = _normalised_axes(x, normalized_shape, axis)
     return _row_forward(x, axes, weight, None, _rms_eps(x, eps), center=False)
@@ -425,7 +468,13 @@ def add_layer_norm(
     *,
     axis: int | tuple[int, ...] | None = None,
 ) -> Forward:
-    """`layer_norm` of total = x + residual (Ba et al. 2016)."""
+    """`layer_norm` of total = x + residual (Ba et al. 2016).
+
+    Returns
+    -------
+    Forward
+        y, mean, rstd and total.
+    """
     total = np.asarray(x, np.float64) + np.asarray(residual, np.float64)
     return layer_norm(total, normalized_shape, weight, bias, eps, axis=axis)._replace(total=total)
 
@@ -439,7 +488,13 @@ def add_rms_norm(
     *,
     axis: int | tuple[int, ...] | None = None,
 ) -> Forward:
-    """`rms_norm` of total = x + residual (Zhang & Sennrich 2019)."""
+    """`rms_norm` of total = x + residual (Zhang & Sennrich 2019).
+
+    Returns
+    -------
+    Forward
+        y, rstd and total.
+    """
     total = np.asarray(x, np.float64) + np.asarray(residual, np.float64)
     eps = _rms_eps(x, eps)
     return rms_norm(total, normalized_shape, weight, eps, axis=axis)._replace(total=total)
@@ -460,6 +515,12 @@ def layer_norm_backward(
     With ĝ = weight·grad_y and means over the normalised axes::
 
         grad_x = rstd·(ĝ - mean(ĝ) - x̂·mean(ĝ·x̂)) + grad_sum
+
+    Returns
+    -------
+    grad_x : ndarray
+    grad_weight : ndarray
+    grad_bias : ndarray
     """
     axes = _normalised_axes(x, normalized_shape, axis)
     return _row_backward(grad_y, x, axes, weight, eps, grad_sum, center=True)
@@ -480,6 +541,12 @@ def rms_norm_backward(
     With ĝ = weight·grad_y and the mean over the normalised axes::
 
         grad_x = rstd·(ĝ - x̂·mean(ĝ·x̂)) + grad_sum
+
+    Returns
+    -------
+    grad_x : ndarray
+    grad_weight : ndarray
+    grad_bias : None
     """
     axes = _normalised_axes(x, normalized_shape, axis)
     return _row_backward(grad_y, x, axes, weight, _rms_eps(x, eps), grad_sum, center=False)

@@ -53,15 +53,38 @@ class Case:
     @property
     def is_frozen(self) -> bool:
         """Whether the statistics are the running ones."""
-        return not self.kwargs.get("training", self.kwargs.get("use_input_stats", True))
+        if self.op == "batch_norm":
+            return not self.kwargs.get("training", False)
+        return not self.kwargs.get("use_input_stats", True)
+
+    @property
+    def channel_axis(self) -> int | None:
+        if not self.is_channel_op:
+            return None
+        return 1 if self.kwargs["layout"] == "NCHW" else -1
+
+    @property
+    def groups(self) -> int:
+        """The number of groups of channels; batch and instance norm have one per channel."""
+        return self.kwargs.get("num_groups", *self.parameter_shape)
 
     @property
     def parameter_shape(self) -> tuple[int, ...]:
         """The shape of weight and bias."""
         if self.is_channel_op:
-            return (self.shape[-1 if self.kwargs["layout"] == "NHWC" else 1],)
+            return (self.shape[self.channel_axis],)
         normalized = self.kwargs["normalized_shape"]
         return (normalized,) if isinstance(normalized, int) else tuple(normalized)
+
+    @property
+    def stats_shape(self) -> tuple[int, ...]:
+        """The shape of the statistics, whatever the layout."""
+        if self.is_channel_op:
+            per_image = self.op != "batch_norm" and not self.is_frozen
+            return (self.shape[0], self.groups) if per_image else (self.groups,)
+        axis = self.kwargs.get("axis")
+        trailing = list(range(-len(self.parameter_shape), 0))
+        return tuple(np.delete(self.shape, trailing if axis is None else axis).tolist())
 
     def arrays(
         self,
@@ -143,6 +166,9 @@ CHANNEL_SHAPES: dict[tuple[int, ...], tuple[int, ...]] = {
     (2, 130, 3, 11): (2, 10),
     (2, 515, 2): (5,),
     (1, 3, 129, 129): (1, 3),
+    (301, 3, 5): (1,),
+    (301, 33, 7): (3,),
+    (1, 18_000, 9): (1, 6),
     (66, 2, 71, 73): (1,),
     (2, 16, 131, 65): (2, 8),
     (2, 4, 3, 5, 2): (2,),
@@ -158,7 +184,7 @@ ROW_SHAPES: tuple[tuple[tuple[int, ...], Any, Any], ...] = (
     ((4099, 33), 33, None),
     ((3, 768), 768, None),
     ((2, 9001), 9001, None),
-    ((1, 70001), 70001, None),
+    ((2, 140_003), 140_003, None),
     ((17, 3, 11), (3, 11), None),
     ((2, 3, 4, 5), [3, 4, 5], None),
     ((2, 3, 4, 5), (2, 3, 4, 5), None),

@@ -152,11 +152,13 @@ def use(name):
 
 @pytest.mark.parametrize("call", [use, lambda name: cpunorm.layer_norm(X, 6, backend=name)])
 def test_an_unknown_name_lists_the_known_ones(call):
-    with pytest.raises(ValueError, match="backend must be .*'auto'.*'numpy'.*got 'cuda'") as raised:
+    with pytest.raises(
+        ValueError, match=r"backend must be .*'auto'.*'numpy'.*got 'cuda'"
+    ) as raised:
         call("cuda")
     for name in BACKENDS:
         assert repr(name) in str(raised.value)
-    with pytest.raises(TypeError, match="backend must be .*got int"):
+    with pytest.raises(TypeError, match=r"backend must be .*got int"):
         call(1)
 
 

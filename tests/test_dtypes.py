@@ -55,16 +55,8 @@ def test_backward(case, dtype, backend_or_auto):
 @small_cases
 def test_the_shapes_of_stats(case, backend_or_auto):
     stats = statistics(case, case.arrays(), backend=backend_or_auto)
-    if case.op == "batch_norm" or case.is_frozen:
-        expected = case.parameter_shape
-    elif case.is_channel_op:
-        groups = case.kwargs.get("num_groups", *case.parameter_shape)
-        expected = (case.shape[0], groups)
-    else:
-        axis = case.kwargs["axis"]
-        expected = tuple(np.delete(case.shape, -1 if axis is None else axis))
-    assert stats.rstd.shape == expected
-    assert stats.mean is None or stats.mean.shape == expected
+    assert stats.rstd.shape == case.stats_shape
+    assert stats.mean is None or stats.mean.shape == case.stats_shape
 
 
 @small_cases

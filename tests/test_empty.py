@@ -63,19 +63,10 @@ def test_stats(case):
     if case.is_frozen:
         np.testing.assert_array_equal(stats.mean, arrays["running_mean"])
         return
-    if case.op == "batch_norm":
-        shape = case.parameter_shape
-    elif case.is_channel_op:
-        groups = case.kwargs.get("num_groups", *case.parameter_shape)
-        shape = (case.shape[0], groups)
-    else:
-        axis = case.kwargs["axis"]
-        trailing = range(-len(case.parameter_shape), 0)
-        shape = tuple(np.delete(case.shape, list(trailing) if axis is None else axis))
-    assert_zeros(stats.rstd, shape)
+    assert_zeros(stats.rstd, case.stats_shape)
     assert (stats.mean is None) == case.is_rms
     if not case.is_rms:
-        assert_zeros(stats.mean, shape)
+        assert_zeros(stats.mean, case.stats_shape)
 
 
 @cases

@@ -398,7 +398,7 @@ def test_a_weight_of_the_same_size_but_another_shape(call):
         right["stats"] = tuple(s if s is None else s[:, 0, :] for s in (mean, rstd))
     for spoiled in parameters:
         for shape in ((C, H), (C * H,)):
-            shapes = {name: (H, C) for name in parameters} | {spoiled: shape}
+            shapes = dict.fromkeys(parameters, (H, C)) | {spoiled: shape}
             given = {name: array(*s) for name, s in shapes.items()}
             call.check(ValueError, (spoiled, str((H, C)), str(shape)), **right, **given)
 

@@ -105,7 +105,7 @@ def test_frozen_statistics_are_constants(case, backend):
     arrays, grad_y = case.arrays("float64"), case.grad_y("float64")
     stats = statistics(case, arrays, backend=backend)
     gradients = run_backward(case, arrays, grad_y, stats, backend=backend)
-    axis = 1 if case.kwargs["layout"] == "NCHW" else -1
+    axis = case.channel_axis
     scale = arrays["weight"] / np.sqrt(arrays["running_var"] + 1e-5)
     scaled = np.moveaxis(np.moveaxis(grad_y, axis, -1) * scale, -1, axis)
     assert_close(gradients.x, scaled, 1e-12)

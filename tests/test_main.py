@@ -11,7 +11,8 @@ import time
 import numpy as np
 import pytest
 
-from cpunorm._demo import checks, cli, report
+from cpunorm import _dispatch
+from cpunorm._demo import checks, cli, neighbours, report, timing
 
 QUICK = ("--backend", "numpy", "--repeat", "1", "--shape", "2,4,5,6")
 
@@ -119,6 +120,21 @@ def test_wrong_arguments_exit_with_2_and_one_line(arguments, capsys):
     assert arguments[-1] in err
 
 
+def test_a_backend_that_cannot_be_loaded_is_left_out_and_named(monkeypatch, capsys):
+    load = _dispatch._load
+    monkeypatch.setattr(
+        _dispatch, "_load", lambda name: "too old" if name == "numba" else load(name)
+    )
+    monkeypatch.setattr(cli, "available_backends", lambda: ("numba", "numpy"))
+    assert cli.main(["--repeat", "1", "--shape", "3,16", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert "too old" in shown["broken_backends"]["numba"]
+    assert {check["backend"] for check in shown["checks"]} == {"numpy"}
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["--backend", "numba"])
+    assert "too old" in capsys.readouterr().err
+
+
 def test_interrupt_exits_with_130():
     process = start("--backend", "numpy", "--repeat", "1000")
     process.stdout.readline()
@@ -143,6 +159,24 @@ def test_a_wrong_kernel_fails_the_checks(monkeypatch, capsys):
     assert any(line.startswith("layer_norm ") and line.endswith("FAIL") for line in lines)
     assert cli.main([*QUICK, "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["ok"] is False
+
+
+def test_what_numba_is_warmed_up_with_works():
+    for case in checks.cases():
+        checks.compute(case, "numpy")
+    for shape in ((2, 4, 5, 6), (3, 16)):
+        for layout in timing.layouts(shape):
+            timing.call_once(shape, layout, "numpy")
+
+
+def test_a_busy_machine_is_noticed():
+    cpus = os.cpu_count()
+    if (start := neighbours.mark()) is not None:
+        time.sleep(0.2)
+        assert 0 <= neighbours.busy_since(start) <= cpus + 1
+    assert neighbours.disturb(0.5, threads=cpus)
+    assert not neighbours.disturb(0.1, threads=cpus)
+    assert not neighbours.disturb(0.5, threads=cpus - 1)
 
 
 def test_nan_fails_the_checks(monkeypatch):

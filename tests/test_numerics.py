@@ -50,7 +50,7 @@ def with_offset(case, offset, dtype="float32"):
     return arrays
 
 
-@pytest.mark.parametrize("offset", [1e2, -1e3, 1e4, -1e4])
+@pytest.mark.parametrize("offset", [-1e3, 1e4])
 @all_cases
 def test_offset(case, offset, backend):
     """2·10⁻³ at a mean of 10⁴ is the promise; kernels that hold the mean in float64 keep 3·10⁻⁶."""
@@ -79,11 +79,10 @@ def test_offset_in_float64(case, offset, backend):
     np.testing.assert_allclose(y, run_oracle(case, arrays).y, rtol=0, atol=2e-15 * abs(offset))
 
 
-@pytest.mark.parametrize("offset", [1e2, 1e4])
 @all_cases
-def test_gradients_under_an_offset(case, offset, backend):
+def test_gradients_under_an_offset(case, backend):
     """Stats bring the mean in float32, half an ulp off: 5·10⁻⁴ that must not be seen."""
-    arrays, grad_y = with_offset(case, offset), case.grad_y()
+    arrays, grad_y = with_offset(case, 1e4), case.grad_y()
     gradients = run_backward(case, arrays, grad_y, backend=backend)
     assert_gradients_close(gradients, run_oracle_backward(case, arrays, grad_y))
 
@@ -91,7 +90,7 @@ def test_gradients_under_an_offset(case, offset, backend):
 # --- Constants -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [0.0, 0.1, -1e4, 3.3e7, 1e30])
+@pytest.mark.parametrize("value", [0.1, -1e4, 3.3e7, 1e30])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CENTRED, ids=str)
 def test_a_constant_gives_exactly_the_bias(case, dtype, value, backend):
@@ -101,9 +100,7 @@ def test_a_constant_gives_exactly_the_bias(case, dtype, value, backend):
         arrays["residual"][...] = value
     y, *_, stats = run(case, arrays, return_stats=True, backend=backend)
     bias = arrays["bias"]
-    if case.is_channel_op and case.kwargs["layout"] == "NCHW":
-        bias = bias.reshape(-1, *(1,) * (len(case.shape) - 2))
-    elif case.kwargs.get("axis") == 1:
+    if 1 in (case.channel_axis, case.kwargs.get("axis")):
         bias = bias.reshape(-1, *(1,) * (len(case.shape) - 2))
     assert_same_bits(y, np.broadcast_to(bias, case.shape).copy())
     mean = value * (2 if case.adds else 1)
@@ -115,17 +112,12 @@ def test_a_constant_gives_exactly_the_bias(case, dtype, value, backend):
 def test_one_constant_statistic_among_others(case, backend):
     """The first unit is constant, the rest is not, and both come out as if alone."""
     arrays = case.arrays()
-    where = [0] * len(case.shape)
-    if case.op == "batch_norm":
+    if case.is_channel_op:
         where = [slice(None)] * len(case.shape)
-        where[1 if case.kwargs["layout"] == "NCHW" else -1] = 0
-    elif case.is_channel_op:
-        groups = case.kwargs.get("num_groups", *case.parameter_shape)
-        where = [0] + [slice(None)] * (len(case.shape) - 1)
-        where[1 if case.kwargs["layout"] == "NCHW" else -1] = slice(
-            case.parameter_shape[0] // groups
-        )
+        where[case.channel_axis] = slice(case.parameter_shape[0] // case.groups)
+        where[0] = where[0] if case.op == "batch_norm" else 0
     else:
+        where = [0] * len(case.shape)
         where[-1 if case.kwargs["axis"] is None else case.kwargs["axis"]] = slice(None)
     where = tuple(where)
     arrays["x"][where] = 1234.5
@@ -186,7 +178,7 @@ def test_an_outlier(case, outlier, position, backend):
 @pytest.mark.parametrize("op", ["layer_norm", "batch_norm"])
 def test_a_slope(op, backend):
     """Blocks whose means lie far apart: merging them is what makes the variance."""
-    x = np.linspace(-500, 1500, 100_003, dtype="float32")
+    x = np.linspace(-500, 1500, 300_007, dtype="float32")
     if op == "layer_norm":
         case, x = Case(op, (1, x.size), {"normalized_shape": x.size}), x[None]
     else:
@@ -279,3 +271,10 @@ def test_stats_are_as_good_as_the_values(case, backend):
         np.testing.assert_allclose(stats.mean, expected.mean, rtol=1e-7)
     # after an addition x is a sum in float32 and not in float64
     np.testing.assert_allclose(stats.rstd, expected.rstd, rtol=1e-3 if case.adds else 1e-6)
+
+
+def test_denormals_survive(backend):
+    """A library linked with -ffast-math would have the whole process flush them to zero."""
+    tiny = np.array([1e-40], "float32")
+    cpunorm.layer_norm(np.ones((64, 1024), "float32"), 1024, backend=backend)
+    assert (tiny * np.float32(0.5) > 0).all()

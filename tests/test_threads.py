@@ -1,6 +1,7 @@
 """Threads: how many, who may call at once, and what a fork leaves."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 import cpunorm
+from cpunorm import _dispatch
 
 from .cases import Case
 from .support import assert_same_bits, run, run_backward, statistics
@@ -26,19 +28,24 @@ CASES = (
 )
 
 
-def script(text, timeout=120, **environment):
-    """Run Python code in a process of its own; return what it printed."""
+def script(text, **environment):
+    """Run Python code in a process of its own; return what it printed, or fail if it hangs."""
     inherited = {name: v for name, v in os.environ.items() if name != "OMP_NUM_THREADS"}
-    done = subprocess.run(
+    with subprocess.Popen(
         [sys.executable, "-c", text],
         env=inherited | environment,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=timeout,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+        start_new_session=True,
+    ) as process:
+        try:
+            printed, complaint = process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the children that hang, too
+            raise
+    assert process.returncode == 0, complaint
+    return printed.strip()
 
 
 # --- How many ------------------------------------------------------------------------------------
@@ -179,9 +186,7 @@ def test_threads_do_not_share_the_choice_of_a_backend():
 
 
 def default_backend():
-    from cpunorm._dispatch import resolve
-
-    return resolve(None)
+    return _dispatch.resolve(None)
 
 
 # --- Fork ----------------------------------------------------------------------------------------

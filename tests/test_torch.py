@@ -1,13 +1,16 @@
 """What torch tests its own normalizations with, given to ours: values, gradients, errors."""
 
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import cpunorm
 
-from .support import DTYPES, assert_gradients_close, assert_values_close
+from .support import AVAILABLE, DTYPES, assert_gradients_close, assert_values_close
 
 with warnings.catch_warnings():  # torch's affair
     warnings.simplefilter("ignore")
@@ -147,10 +150,29 @@ def test_gelu_is_the_exact_one(backend):
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_both_in_one_process_in_turn(threads, backend, restore_threads):
-    """One OpenMP runtime serves both: neither hangs the other, and the numbers stay."""
+    """Neither hangs the other, and the numbers stay."""
     cpunorm.set_num_threads(threads)
     x = np.random.default_rng(0).normal(1, 2, (64, 1024)).astype("float32")
     expected = torch.nn.functional.layer_norm(torch.tensor(x).double(), (1024,)).numpy()
     for _ in range(5):
         assert_values_close(cpunorm.layer_norm(x, 1024, backend=backend), expected)
         torch.nn.functional.layer_norm(torch.tensor(x), (1024,))
+
+
+@pytest.mark.skipif("cython" not in AVAILABLE, reason="the compiled backend was not built")
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="libraries are listed in /proc")
+@pytest.mark.parametrize("order", ["torch, cpunorm", "cpunorm, torch"])
+def test_both_share_one_openmp_runtime(order):
+    """Whichever comes first brings it; two would fight for the cores."""
+    text = f"""
+import re, warnings
+warnings.simplefilter("ignore")
+import {order}, numpy
+cpunorm.layer_norm(numpy.ones((64, 1024), "float32"), 1024, backend="cython")
+torch.nn.functional.layer_norm(torch.ones(64, 1024), (1024,))
+print(len(set(re.findall(r"/.*/lib[gi]?omp.*", open("/proc/self/maps").read()))))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", text], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "1"

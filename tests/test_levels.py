@@ -1,0 +1,81 @@
+"""The compiled kernels of every instruction set this CPU has, not only of the one in use."""
+
+import importlib
+import os
+import subprocess
+import sys
+
+import pytest
+
+from cpunorm import _dispatch
+from cpunorm.backends import KERNELS
+
+from .cases import CASES, SMALL_CASES
+from .support import (
+    AVAILABLE,
+    assert_gradients_close,
+    assert_values_close,
+    first,
+    run,
+    run_backward,
+    run_oracle,
+    run_oracle_backward,
+)
+
+if "cython" not in AVAILABLE:
+    pytest.skip("the compiled backend was not built", allow_module_level=True)
+
+from cpunorm.backends import cython
+
+
+@pytest.fixture(params=cython.LEVELS)
+def level(request, monkeypatch):
+    """Run the kernels of one instruction set in place of those in use."""
+    kernels = {
+        (problem, verb): getattr(
+            importlib.import_module(f"{cython.__name__}.{request.param}.{problem}"), verb
+        )
+        for problem, verb in KERNELS
+    }
+    monkeypatch.setattr(_dispatch, "kernel", lambda problem, verb, _: kernels[problem, verb])
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("case", [*SMALL_CASES, *CASES[::3]], ids=str)
+def test_values_and_gradients(case, dtype, level):
+    arrays, grad_y = case.arrays(dtype), case.grad_y(dtype)
+    expected = run_oracle(case, arrays)
+    gradients = run_backward(case, arrays, grad_y, backend="cython")
+    assert_values_close(first(run(case, arrays, backend="cython")), expected.y)
+    assert_gradients_close(gradients, run_oracle_backward(case, arrays, grad_y))
+
+
+@pytest.mark.parametrize("wanted", cython.LEVELS)
+def test_the_environment_chooses(wanted):
+    printed = subprocess.run(
+        [sys.executable, "-c", "import cpunorm; cpunorm.show_config()"],
+        env=os.environ | {"CPUNORM_ISA": wanted},
+        capture_output=True, text=True, timeout=60, check=True,
+    ).stdout  # fmt: skip
+    assert f"instruction set   {wanted}" in printed
+
+
+def test_an_unknown_choice_is_said():
+    """The library works without, and says why the backend that was asked for is missing."""
+    text = """
+import warnings; warnings.simplefilter("ignore")
+import numpy, cpunorm
+print(cpunorm.available_backends())
+try: cpunorm.layer_norm(numpy.eye(2), 2, backend="cython")
+except RuntimeError as error: print(error)
+"""
+    printed = subprocess.run(
+        [sys.executable, "-c", text],
+        env=os.environ | {"CPUNORM_ISA": "x86_64_v9"},
+        capture_output=True, text=True, timeout=60, check=True,
+    ).stdout  # fmt: skip
+    available, error = printed.strip().splitlines()
+    assert "cython" not in available
+    for text in ("CPUNORM_ISA", "x86_64_v9", *cython.LEVELS):
+        assert text in error
