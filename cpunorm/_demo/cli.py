@@ -10,9 +10,9 @@ from dataclasses import asdict
 from typing import Any, NoReturn
 
 from .. import available_backends, get_num_threads, show_config
-from .._dispatch import config
+from .._dispatch import check_backend, config
 from ..backends import BACKENDS
-from . import checks, neighbours, pipeline, report, timing
+from . import checks, neighbours, pipeline, report, timing, warmup
 
 DESCRIPTION = """\
 Check every normalization against the float64 oracle, run a small network on real images, and time
@@ -21,7 +21,7 @@ minute. The exit code is 1 if a check failed, 2 for a wrong argument.
 """
 
 # Where Numba compiles slowly, this keeps the whole within a minute.
-SHORTEN_AFTER_SECONDS = 45
+SHORTEN_AFTER_SECONDS = 40
 
 
 class _Parser(argparse.ArgumentParser):
@@ -34,12 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the main job and return its exit code."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    available = available_backends()
-    if options.backend is not None and options.backend not in available:
-        parser.error(f"argument --backend: {options.backend!r} is not available here")
-    backends = available if options.backend is None else (options.backend,)
     try:
-        return _run(backends, options)
+        usable, broken = _backends(options.backend)
+        if options.backend in broken:
+            parser.error(f"argument --backend: {broken[options.backend]}")
+        return _run(usable, broken, options)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -52,23 +51,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _run(backends: Sequence[str], options: argparse.Namespace) -> int:
+def _backends(only: str | None) -> tuple[list[str], dict[str, str]]:
+    """Return the backends that can be used, and why those that were expected cannot."""
+    usable, broken = [], {}
+    for name in available_backends() if only is None else (only,):
+        try:
+            check_backend(name)
+        except RuntimeError as error:
+            broken[name] = str(error)
+        else:
+            usable.append(name)
+    return usable, broken
+
+
+def _run(backends: Sequence[str], broken: dict[str, str], options: argparse.Namespace) -> int:
     start = time.perf_counter()
     text = report.Text(_ansi())
     if not options.json:
         print(text.bold("cpunorm: normalization of NumPy arrays on the CPU"), end="\n\n")
         show_config()
+        for reason in broken.values():
+            print(reason)
 
     def show(lines: Iterable[str]) -> None:
         if not options.json:
             print(*lines, sep="\n", flush=True)
 
+    shapes = options.shape or timing.SHAPES
+    warmed = warmup.run(shapes) if "numba" in backends else None
+    if warmed is not None:
+        show(report.warmup(warmed))
     found, seconds = checks.run(backends)
     ok = all(check.ok for check in found)
     show(report.checks(found, seconds, text))
     runs = pipeline.run(options.backend, options.repeat or timing.BLOCKS)
     show(report.pipeline(runs, text))
-    shapes = options.shape or timing.SHAPES
     before = neighbours.mark()
     tables = timing.run(shapes, backends, options.repeat, start + SHORTEN_AFTER_SECONDS)
     busy = neighbours.busy_since(before)
@@ -80,7 +97,9 @@ def _run(backends: Sequence[str], options: argparse.Namespace) -> int:
     if options.json:
         content = {
             "config": config(),
+            "broken_backends": broken,
             "ok": ok,
+            "numba_warmup_seconds": warmed,
             "checks": [{**asdict(check), "ok": check.ok} for check in found],
             "check_seconds": seconds,
             "pipeline": [asdict(run) for run in runs],

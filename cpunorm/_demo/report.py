@@ -11,7 +11,6 @@ from .timing import LAYOUTS, PLAIN, Row, Table
 
 NAME, CELL = 23, 8  # widths of columns
 NAME_OF_CHECK = 38
-NUMBA_IS_COMPILING = 5.0  # seconds; from its cache the checks take one or two
 
 
 class Text:
@@ -31,6 +30,12 @@ class Text:
     def best(self, text: str, width: int) -> str:
         """Right-align the best of a row, in bold or else with an asterisk."""
         return self.bold(text.rjust(width)) if self.ansi else f"*{text}".rjust(width)
+
+
+def warmup(seconds: float) -> Iterator[str]:
+    """Say what Numba's compiler took."""
+    yield ""
+    yield f"Numba's kernels took {seconds:.0f} s to compile or to load; compiled ones stay on disk."
 
 
 def checks(found: Sequence[Check], seconds: dict[str, float], text: Text) -> Iterator[str]:
@@ -57,9 +62,7 @@ def checks(found: Sequence[Check], seconds: dict[str, float], text: Text) -> Ite
     failed = sum(not check.ok for check in found)
     times = ", ".join(f"{b} {s:.1f} s" for b, s in seconds.items())
     cases = sum(check.cases for check in found)
-    yield f"{cases} comparisons, {failed or 'none of them'} failed ({times})"
-    if seconds.get("numba", 0) > NUMBA_IS_COMPILING:
-        yield "Numba compiled its kernels for this; the next run finds them on disk."
+    yield f"{failed or 'None'} of {len(found)} failed; {cases} calls in all ({times})"
 
 
 def pipeline(runs: Sequence[Run], text: Text) -> Iterator[str]:
@@ -112,10 +115,10 @@ def timing(tables: Sequence[Table], backends: Sequence[str], text: Text) -> Iter
 def disturbed(busy: float, text: Text) -> Iterator[str]:
     """Warn of times that other programs have spoilt."""
     yield ""
-    yield text.bold(f"Other programs kept {busy:.1f} CPUs busy meanwhile: the times of anything")
     yield text.bold(
-        "that uses threads are too long. Run this again on an idle machine, or with OMP_NUM_THREADS=1."
+        f"Other programs kept {busy:.1f} CPUs busy meanwhile: the times of anything that"
     )
+    yield text.bold("uses threads are too long. Try an idle machine, or OMP_NUM_THREADS=1.")
 
 
 def _head(layout: str, columns: Sequence[str]) -> str:
@@ -159,6 +162,8 @@ def _spread(ratios: Sequence[float]) -> str:
 
 
 def _size(nbytes: int) -> str:
+    if nbytes < 2**10:
+        return f"{nbytes} B"
     return f"{nbytes / 2**10:.0f} KiB" if nbytes < 2**20 else f"{nbytes / 2**20:.1f} MiB"
 
 

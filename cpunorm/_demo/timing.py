@@ -101,14 +101,21 @@ def run(
     the shapes that are left when `time.perf_counter` reaches `until`.
     """
     tables = []
-    with stage("measuring", sum(len(_layouts(shape)) for shape in shapes)) as advance:
+    with stage("measuring", sum(len(layouts(shape)) for shape in shapes)) as advance:
         for shape in shapes:
             count = blocks or (BLOCKS if time.perf_counter() < until else 1)
             tables.append(_table(shape, backends, count, advance))
     return tables
 
 
-def _layouts(shape: tuple[int, ...]) -> tuple[str, ...]:
+def call_once(shape: tuple[int, ...], layout: str, backend: str) -> None:
+    """Call what `run` measures of one backend, layout and shape."""
+    for _, _, ours in _operations(_lay(np.ones(shape, np.float32), layout), layout):
+        ours(backend=backend)
+
+
+def layouts(shape: tuple[int, ...]) -> tuple[str, ...]:
+    """Return the layouts that differ for a shape."""
     return LAYOUTS if len(shape) > 2 else LAYOUTS[:1]
 
 
@@ -120,10 +127,9 @@ def _table(
     y = np.empty_like(x)
     copy = measure({COPY: partial(np.copyto, y, x)}, (), blocks)[COPY]
     table = Table(shape, x.nbytes, copy * 1e6, blocks)
-    for layout in _layouts(shape):
-        if layout == "NHWC":
-            x = np.ascontiguousarray(np.moveaxis(x, 1, -1))
-            y = np.empty_like(x)
+    for layout in layouts(shape):
+        x = _lay(x, layout)
+        y = np.empty_like(x)
         for operation, plain, ours in _operations(x, layout):
             calls: dict[str, Call] = {b: partial(ours, out=y, backend=b) for b in backends}
             calls[PLAIN] = plain
@@ -132,6 +138,10 @@ def _table(
             table.rows.append(Row(operation, layout, times))
         advance()
     return table
+
+
+def _lay(x: Array, layout: str) -> Array:
+    return x if layout == "NCHW" else np.ascontiguousarray(np.moveaxis(x, 1, -1))
 
 
 def _operations(x: Array, layout: str) -> Iterator[tuple[str, Call, Callable[..., object]]]:
@@ -165,7 +175,7 @@ def _operations(x: Array, layout: str) -> Iterator[tuple[str, Call, Callable[...
         )
     if spatial:
         yield (
-            f"group norm, {groups} groups",
+            f"group norm, {groups} group{'s' * (groups > 1)}",
             partial(formulas.group_norm, x, groups, weight, bias, axis),
             partial(functional.group_norm, x, groups, weight, bias, **in_layout),
         )

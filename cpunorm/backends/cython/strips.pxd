@@ -6,8 +6,8 @@
 #
 # The matrix is cut into chunks of rows and strips of channels, by shape alone. A task is one chunk
 # of one strip: its columns are measured straight down, with vectors of columns in registers, and
-# folded into channels. Chunks are merged, then channels into groups, in float64. The transform takes
-# the same tasks backwards, to meet what the first sweep left in the cache.
+# folded into channels. Chunks are merged, then channels into groups, in float64. The transform
+# takes the same tasks backwards, to meet what the first sweep left in the cache.
 #
 # Rows of few columns are taken side by side: `abreast` of them fill a measured strip, and
 # `in_line` a loop of the transform.
