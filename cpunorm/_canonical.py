@@ -141,7 +141,7 @@ def flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def _integers(name: str, value: Any) -> tuple[int, ...]:
+def integers(name: str, value: Any) -> tuple[int, ...]:
     """Check an int or a sequence of ints."""
     if isinstance(value, (str, bytes, bool)):
         raise TypeError(f"{name} must be an int or a sequence of ints, got {value!r}")
@@ -189,7 +189,7 @@ def _out(
     for other, a in (same_as | others).items():
         if a is None or not np.may_share_memory(checked, a):
             continue
-        if other in same_as and _place(a) == _place(checked):
+        if other in same_as and memory_of(a) == memory_of(checked):
             continue
         if np.shares_memory(checked, a):
             allowed = " or ".join(f"{s} itself" for s in same_as)
@@ -210,7 +210,7 @@ def _overlaps_itself(a: Array) -> bool:
     return False
 
 
-def _place(a: Array) -> tuple[int, tuple[int, ...]]:
+def memory_of(a: Array) -> tuple[int, tuple[int, ...]]:
     return a.__array_interface__["data"][0], a.strides
 
 
@@ -238,7 +238,7 @@ def _normalized_axes(
     x: Array, normalized_shape: Any, axis: Any
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Check normalized_shape and axis against x; return both as tuples, axes not negative."""
-    shape = _integers("normalized_shape", normalized_shape)
+    shape = integers("normalized_shape", normalized_shape)
     if not shape:
         raise ValueError("normalized_shape must name at least one axis, got an empty sequence")
     if axis is None:
@@ -246,7 +246,7 @@ def _normalized_axes(
             raise ValueError(f"normalized_shape must have at most x's {x.ndim} axes, got {shape}")
         axes = tuple(range(x.ndim - len(shape), x.ndim))
     else:
-        given = _integers("axis", axis)
+        given = integers("axis", axis)
         if len(given) != len(shape):
             raise ValueError(
                 f"axis must name one axis per entry of normalized_shape {shape}, got {axis!r}"

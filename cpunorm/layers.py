@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from . import functional
-from ._canonical import STATS_DTYPE, Array, Gradients, Stats, _integers, _place
+from ._canonical import STATS_DTYPE, Array, Gradients, Stats, integers, memory_of
 
 if TYPE_CHECKING:
     from ._canonical import Activation, Layout, Need, Shape
@@ -78,7 +78,7 @@ class _Layer(ABC):
         y: Array
         if self.training and self.activation is None:
             y, stats = self._forward(x, out=out, return_stats=True, **options)
-            overwritten = out is not None and _place(out) == _place(x)
+            overwritten = out is not None and memory_of(out) == memory_of(x)
             self._remembered = "its latest call wrote y over x" if overwritten else (x, stats)
         else:
             y = self._forward(x, out=out, **options)
@@ -245,7 +245,7 @@ class _ChannelNorm(_Layer):
         dtype: DTypeLike,
         backend: str | None,
     ) -> None:
-        count = _integers(*channels)
+        count = integers(*channels)
         if len(count) != 1:
             raise TypeError(f"{channels[0]} must be an int, got {channels[1]!r}")
         super().__init__(count, affine, affine and bias, dtype, backend)
@@ -596,7 +596,7 @@ class _AxisNorm(_Layer):
         dtype: DTypeLike,
         backend: str | None,
     ) -> None:
-        self.normalized_shape = _integers("normalized_shape", normalized_shape)
+        self.normalized_shape = integers("normalized_shape", normalized_shape)
         super().__init__(self.normalized_shape, elementwise_affine, bias, dtype, backend)
         self.eps = eps
         self.elementwise_affine = elementwise_affine
