@@ -1,58 +1,187 @@
-"""Every numba option of the package, and the rules by which a kernel is launched.
+"""Every numba option of the package, and how a kernel is compiled and launched.
 
-numba caches a kernel under the file that defines it and looks at no other: after editing `sweeps.py`,
-delete the `.nbi` files in `__pycache__`.
+A kernel is a function `kernel(task, ...)` that does one task out of several. It is compiled once, into
+a callback that a loop over the tasks calls by address, and all kernels share two such loops: a serial
+one and a prange. Were the loop part of the kernel, each kernel would be compiled twice, which takes
+three times as long, and the two would not always round alike.
 """
 
 import threading
+from collections.abc import Callable
+from functools import lru_cache
+from hashlib import blake2b
+from pathlib import Path
 from types import FunctionType
+from typing import Any
 
 import numba
 import numpy as np
+from llvmlite import ir
+from numba import prange, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
+Array = np.ndarray[Any, Any]
+
+# Neither `nnan` nor `ninf`: NaN and Inf must survive, and stay in the statistic they belong to. Nor
+# `contract`: a loop that stores is compiled twice, vectorised and, for arrays that overlap, scalar;
+# the two would fuse different products.
 OPTIONS = {
-    "nogil": True,
     "error_model": "numpy",
-    # Never `nnan` or `ninf`: NaN and Inf must survive, and stay in the statistic they belong to.
-    "fastmath": {"reassoc", "contract", "nsz", "arcp"},
+    "fastmath": {"nsz", "arcp"},
     "boundscheck": False,
 }
+# Sums over a whole loop are not vectorised in the order they are written. They store nothing, so that
+# there is only one of each loop.
+_SUM_OPTIONS = {**OPTIONS, "fastmath": {"nsz", "arcp", "contract", "reassoc"}}
+
+# What only kernels call needs neither a wrapper for Python nor a place in the cache: it is linked into
+# them. That halves the time to compile.
+_LINKED = {"nogil": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+jit = numba.njit(**_LINKED, **OPTIONS)
+jit_sum = numba.njit(**_LINKED, **_SUM_OPTIONS)
 
 # numba's `workqueue` layer dies when two Python threads launch at once; `omp` and `tbb` do not.
 _one_launch = threading.Lock()
 
-# What only kernels call needs neither a wrapper for Python nor a place in the cache: it is linked
-# into them. That halves the time to compile.
-jit = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)
-kernel = numba.njit(cache=True, **OPTIONS)
-_parallel_kernel = numba.njit(cache=True, parallel=True, **OPTIONS)
+
+def _digest() -> str:
+    """numba's cache only watches the file of the function itself; this watches the package."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return blake2b(b"".join(map(Path.read_bytes, sources)), digest_size=6).hexdigest()
 
 
-def twins(body):
-    """Compile `body(tasks, ...)`, one prange loop, serially and in parallel.
+_DIGEST = _digest()
 
-    The function returned takes the largest number of threads first. One thread runs the serial twin
-    and touches no thread pool, which is what makes it safe in a forked child.
+
+def cached(decorator: Callable[..., Any], *arguments: Any, **options: Any) -> Callable[..., Any]:
+    """`decorator` with a cache, if there is a place for one: numba raises where there is none."""
+
+    def decorate(function):
+        try:
+            return decorator(*arguments, cache=True, **options)(function)
+        except RuntimeError:
+            return decorator(*arguments, **options)(function)
+
+    return decorate
+
+
+def _compiled(function: FunctionType, name: str, **options: Any) -> Callable[..., Any]:
+    function.__qualname__ = f"{name}_{_DIGEST}"
+    return cached(numba.njit, nogil=True, **options, **OPTIONS)(function)
+
+
+def once(function: FunctionType) -> Callable[..., Any]:
+    """Compile what Python calls directly."""
+    return _compiled(function, function.__qualname__)
+
+
+@intrinsic
+def call_address(typing_context, address, first, second):
+    """Call the function void(intp, intp) at an address."""
+
+    def generate(context, builder, signature, values):
+        address, *arguments = values
+        function = ir.FunctionType(ir.VoidType(), (cgutils.intp_t, cgutils.intp_t))
+        builder.call(builder.inttoptr(address, function.as_pointer()), arguments)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp), generate
+
+
+@intrinsic
+def _launch(typing_context, loop, tasks, kernel, arguments):
+    """Call loop(callback, tasks, address), where callback(i, address) is kernel(i, *arguments)."""
+    argument_types = (types.intp, *arguments.types)
+    typing_context.resolve_function_type(kernel, argument_types, {})
+    compiled = kernel.dispatcher.overloads[argument_types]
+    intp = cgutils.intp_t
+
+    def generate(context, builder, signature, values):
+        loop, tasks, _, packed = values
+        context.active_code_library.add_linking_library(compiled.library)
+        function = context.declare_function(builder.module, compiled.fndesc)
+        slot = cgutils.alloca_once_value(builder, packed)
+
+        name = builder.module.get_unique_name("callback")
+        callback = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), (intp, intp)), name)
+        callback.linkage = "internal"
+        body = ir.IRBuilder(callback.append_basic_block())
+        task, address = callback.args
+        unpacked = cgutils.unpack_tuple(body, body.load(body.inttoptr(address, slot.type)))
+        # Its status is not asked for: all a kernel can fail at is a few kilobytes of scratch.
+        context.call_conv.call_function(
+            body, function, types.none, argument_types, (task, *unpacked)
+        )
+        body.ret_void()
+
+        loop_type = ir.FunctionType(ir.VoidType(), (intp, intp, intp))
+        builder.call(
+            builder.inttoptr(loop, loop_type.as_pointer()),
+            (builder.ptrtoint(callback, intp), tasks, builder.ptrtoint(slot, intp)),
+        )
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, kernel, arguments), generate
+
+
+_KERNEL = None  # every entry has its own among its globals
+
+
+def _entry(loop, tasks, *arguments):
+    _launch(loop, tasks, _KERNEL, arguments)
+
+
+def _serial_loop(callback, tasks, address):
+    for task in range(tasks):
+        call_address(callback, task, address)
+
+
+def _prange(callback, tasks, address):
+    for task in prange(tasks):
+        call_address(callback, task, address)
+
+
+_compiled_prange = _compiled(_prange, "_prange", parallel=True)
+
+
+def _parallel_loop(callback, tasks, address):
+    _compiled_prange(callback, tasks, address)
+
+
+@lru_cache
+def _compiled_loop(loop: FunctionType) -> Any:
+    return cached(numba.cfunc, "void(intp, intp, intp)", **OPTIONS)(loop)
+
+
+def kernel(task: FunctionType) -> Callable[..., None]:
+    """Compile `task(i, ...)`; return a function that runs it for every i below `tasks`.
+
+    That function takes the largest number of threads and the number of tasks first. One thread touches
+    no thread pool, which is what makes it safe in a forked child.
     """
-    # The same body serves both: without parallel=True, prange is range. But the cache goes by names.
-    namesake = FunctionType(body.__code__, body.__globals__, body.__name__)
-    namesake.__qualname__ = f"{body.__qualname__}_parallel"
-    serial = kernel(body)
-    parallel = _parallel_kernel(namesake)
+    # numba puts the cache beside the file that it takes the code to be from.
+    code = _entry.__code__.replace(
+        co_filename=task.__code__.co_filename, co_firstlineno=task.__code__.co_firstlineno
+    )
+    entry = FunctionType(code, {**globals(), "_KERNEL": jit(task)}, task.__name__)
+    entry.__module__ = task.__module__
+    entry = _compiled(entry, task.__qualname__)
 
-    def launch(threads, tasks, *arguments):
+    def launch(threads: int, tasks: int, *arguments: Any) -> None:
         threads = min(threads, tasks, numba.config.NUMBA_NUM_THREADS)
         if threads == 1:
-            serial(tasks, *arguments)
+            entry(_compiled_loop(_serial_loop).address, tasks, *arguments)
             return
         before = numba.get_num_threads()
         numba.set_num_threads(threads)
         try:
+            loop = _compiled_loop(_parallel_loop).address
             if numba.threading_layer() == "workqueue":
                 with _one_launch:
-                    parallel(tasks, *arguments)
+                    entry(loop, tasks, *arguments)
             else:
-                parallel(tasks, *arguments)
+                entry(loop, tasks, *arguments)
         finally:
             numba.set_num_threads(before)
 
@@ -60,15 +189,13 @@ def twins(body):
 
 
 class _Unlocked:
-    def __init__(self, array):
+    def __init__(self, array: Array) -> None:
         self.base = array
-        self.__array_interface__ = {
-            **array.__array_interface__,
-            "data": (array.ctypes.data, False),
-        }
+        data = array.ctypes.data, False
+        self.__array_interface__ = {**array.__array_interface__, "data": data}
 
 
-def flat(array, like):
+def flat(array: Array | None, like: Array) -> Array:
     """`array` in one dimension; None becomes an empty array of the dtype of `like`.
 
     So that no argument asks for a compilation of its own: neither None nor a read-only array, which
@@ -78,4 +205,4 @@ def flat(array, like):
         return np.empty(0, like.dtype)
     if not array.flags.writeable:
         array = np.asarray(_Unlocked(array))
-    return array.reshape(-1)
+    return array.ravel()

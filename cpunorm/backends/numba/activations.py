@@ -3,31 +3,29 @@
 Kernels call them by address: linked into every kernel, they would take longer to compile than all the
 rest. So each is compiled when it is first asked for, once.
 
-The exponential is worked out here because numba calls the scalar one of the C library, around which no
-loop is vectorised. Everything is evaluated in float64, where nothing cancels that float32 could show.
+The exponential is worked out here because numba calls the scalar one of the C library, around which
+no loop is vectorised. Everything is evaluated in float64, where nothing cancels that float32 shows.
 """
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import ir
 from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 from numpy.polynomial import chebyshev
 
 from cpunorm.backends import ACTIVATIONS
 
-from ._jit import OPTIONS, jit
+from ._jit import OPTIONS, cached, call_address, jit
 
 _LOG2E = 1 / math.log(2)
 _LN2 = math.log(2)
 _EXPM1 = tuple(1 / math.factorial(n) for n in range(13, 0, -1))  # (exp(r) - 1)/r, |r| <= ln(2)/2
 
 
-def _erf_coefficients():
+def _erf_coefficients() -> tuple[float, ...]:
     """erf(t)/t, even in t, as a polynomial in u = t²/8 - 1 for |t| <= 4: within 4e-10."""
 
     def over_t(u):
@@ -50,7 +48,7 @@ def _polynomial(coefficients, r):
 
 @jit
 def _exp_parts(x):
-    """(s, q) with exp(x) = s + s·q, s a power of two; so that exp(x) - 1 = s·q + (s - 1) is exact too."""
+    """(s, q) with exp(x) = s + s·q, s a power of two: then exp(x) - 1 = s·q + (s - 1) is exact too."""
     x = -708.0 if x < -708.0 else x
     x = 708.0 if x > 708.0 else x
     exponent = np.floor(x * _LOG2E + 0.5)
@@ -61,7 +59,7 @@ def _exp_parts(x):
 
 
 @jit
-def _sigmoid_of(x):
+def _logistic(x):
     s, q = _exp_parts(-x)
     return 1.0 / (1.0 + (s + s * q))
 
@@ -77,7 +75,7 @@ def _silu(pointer, n):
     z = numba.carray(pointer, n)
     for i in range(n):
         x = np.float64(z[i])
-        z[i] = x * _sigmoid_of(x)
+        z[i] = x * _logistic(x)
 
 
 def _gelu(pointer, n):
@@ -102,7 +100,7 @@ def _gelu_single(pointer, n):
 def _sigmoid(pointer, n):
     z = numba.carray(pointer, n)
     for i in range(n):
-        z[i] = _sigmoid_of(np.float64(z[i]))
+        z[i] = _logistic(np.float64(z[i]))
 
 
 def _tanh(pointer, n):
@@ -117,34 +115,19 @@ _FUNCTIONS = {"relu": _relu, "silu": _silu, "gelu": _gelu, "sigmoid": _sigmoid, 
 
 
 @lru_cache
-def _compiled(name, dtype):
+def _compiled(name: str, dtype: np.dtype[Any]) -> Any:
     function = _gelu_single if name == "gelu" and dtype == np.float32 else _FUNCTIONS[name]
     signature = types.void(types.CPointer(numba.from_dtype(dtype)), types.intp)
-    return numba.cfunc(signature, **OPTIONS)(function)
+    return cached(numba.cfunc, signature, **OPTIONS)(function)
 
 
-def address(activation, dtype):
+def address(activation: int, dtype: np.dtype[Any]) -> int:
     """Where the compiled activation is, for `activate`; 0 for none."""
     name = ACTIVATIONS[activation]
     return 0 if name is None else _compiled(name, dtype).address
 
 
-@intrinsic
-def _call(typing_context, address, pointer, n):
-    def generate(context, builder, signature, arguments):
-        bytes_ = ir.IntType(8).as_pointer()
-        function = ir.FunctionType(ir.VoidType(), (bytes_, cgutils.intp_t))
-        address, pointer, n = arguments
-        builder.call(
-            builder.inttoptr(address, function.as_pointer()),
-            (builder.inttoptr(pointer, bytes_), n),
-        )
-        return context.get_dummy_value()
-
-    return types.void(types.intp, types.intp, types.intp), generate
-
-
 @jit
 def activate(address, z, n):
     """Apply the activation at `address` to z[:n] in place."""
-    _call(address, z.ctypes.data, n)
+    call_address(address, z.ctypes.data, n)

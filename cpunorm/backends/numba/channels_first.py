@@ -13,10 +13,8 @@ C·S channels, S to a group; and group norm is `rows` of K·S elements.
 """
 
 import numpy as np
-from numba import prange
-
 from . import channels_last, rows
-from ._jit import flat, jit, twins
+from ._jit import flat, jit, kernel
 from .activations import address
 from .sweeps import (
     BLOCK,
@@ -24,20 +22,22 @@ from .sweeps import (
     TASKS,
     add_parameter_sums,
     at,
+    block_gradient_sums,
     block_moments,
     ceil_div,
     finish,
     group_terms,
+    in_full,
     merge_gradients,
     merge_moments,
     part_of,
     same_memory,
     set_terms,
-    store_statistics,
+    settle,
     store_totals,
 )
 
-SHORT = 16
+SHORT = 32
 
 
 @jit
@@ -46,9 +46,9 @@ def _affine(x, start, rows, stride, width, terms, channel, out, first, step):
     for r in range(rows):
         a = start + r * stride
         o = first + r * step
-        mean = terms[0, channel + r]
-        scale = terms[1, channel + r]
-        shift = terms[2, channel + r]
+        mean = terms[0, at(channel + r)]
+        scale = terms[1, at(channel + r)]
+        shift = terms[2, at(channel + r)]
         for j in range(width):
             out[at(o + j)] = (x[at(a + j)] - mean) * scale + shift
 
@@ -56,8 +56,9 @@ def _affine(x, start, rows, stride, width, terms, channel, out, first, step):
 @jit
 def _transform(x, residual, activation, start, rows, stride, width, terms, y, z):
     """Write a block of y, a row for each channel."""
+    zero = np.intp(0)
     if not (residual.size or activation or same_memory(x, y)):
-        _affine(x, start, rows, stride, width, terms, np.intp(0), y, start, stride)
+        _affine(x, start, rows, stride, width, terms, zero, y, start, stride)
         return
     tall = max(1, BLOCK // width)
     for top in range(0, rows, tall):
@@ -65,46 +66,40 @@ def _transform(x, residual, activation, start, rows, stride, width, terms, y, z)
         for left in range(0, width, BLOCK):
             n = min(BLOCK, width - left)
             first = start + top * stride + left
-            _affine(x, first, h, stride, n, terms, top, z, np.intp(0), n)
+            _affine(x, first, h, stride, n, terms, top, z, zero, n)
             if n == stride:
                 finish(z, residual, activation, first, h * n, h * n, h * n, y)
             else:
                 finish(z, residual, activation, first, h * n, stride, n, y)
 
 
-@jit
-def _normalize_task(task, x, residual, weight, bias, eps, activation, y, outputs, sizes):
+@kernel
+def _normalize(task, x, residual, weight, bias, eps, activation, y, outputs, sizes):
     B, R, G, K, S, images, groups = sizes
     across = (G + groups - 1) // groups
     g0 = task % across * groups
     b0 = task // across * images
     width = min(groups, G - g0)
     stride = G * K * S
+    mean = np.empty(width)
+    M2 = np.empty(width)
     terms = np.empty((3, width * K), x.dtype)
     z = np.empty(BLOCK, x.dtype)
     for b in range(b0, min(B, b0 + images)):
         start = b * R * stride + g0 * K * S
         for g in range(width):
-            mean, M2 = block_moments(x, start + g * K * S, R, stride, K * S, True)
-            rstd = store_statistics(b * G + g0 + g, mean, M2, R * K * S, eps, outputs)
-            for k in range(g * K, g * K + K):
-                set_terms(terms, k, mean, rstd, weight, bias, g0 * K + k)
+            mean[g], M2[g] = block_moments(x, start + g * K * S, R, stride, K * S, True)
+        settle(mean, M2, width, R * K * S, eps, outputs, b * G + g0)
         if y.size:
+            set_terms(terms, width * K, mean, M2, np.intp(0), K, weight, bias, g0 * K)
             # Backwards, to meet first what was read last.
             for r in range(R - 1, -1, -1):
-                _transform(
-                    x, residual, activation, start + r * stride, width * K, S, S, terms, y, z
-                )
+                a = start + r * stride
+                _transform(x, residual, activation, a, width * K, S, S, terms, y, z)
 
 
-@twins
-def _normalize(tasks, x, residual, weight, bias, eps, activation, y, outputs, sizes):
-    for task in prange(tasks):
-        _normalize_task(task, x, residual, weight, bias, eps, activation, y, outputs, sizes)
-
-
-@jit
-def _measure_part(task, x, parts, sizes):
+@kernel
+def _measure_parts(task, x, parts, sizes):
     R, G, run, height, length = sizes
     part = task % parts.shape[1]
     unit = task // parts.shape[1]
@@ -113,75 +108,32 @@ def _measure_part(task, x, parts, sizes):
     parts[0, part, unit], parts[1, part, unit] = block_moments(x, start, h, G * run, w, True)
 
 
-@twins
-def _measure_parts(tasks, x, parts, sizes):
-    for task in prange(tasks):
-        _measure_part(task, x, parts, sizes)
-
-
-@jit
-def _apply_task(task, x, residual, weight, bias, activation, y, stats, sizes):
+@kernel
+def _apply(task, x, residual, weight, bias, activation, y, mean, rstd, sizes):
     N, R, G, K, S, height, length = sizes
     C = G * K
     top, left, h, w = part_of(task, N * C, S, height, length)
     terms = np.empty((3, h), x.dtype)
     z = np.empty(BLOCK, x.dtype)
-    for i in range(h):
-        n = (top + i) // C
-        c = (top + i) % C
+    for n in range(top // C, (top + h - 1) // C + 1):
+        first = max(top, n * C)
+        channels = min(top + h, n * C + C) - first
+        c = first - n * C
         unit = n // R * G + c // K
-        set_terms(terms, i, stats[0, unit], stats[1, unit], weight, bias, c)
-    _transform(x, residual, activation, top * S + left, h, S, w, terms, y, z)
-
-
-@twins
-def _apply(tasks, x, residual, weight, bias, activation, y, stats, sizes):
-    for task in prange(tasks):
-        _apply_task(task, x, residual, weight, bias, activation, y, stats, sizes)
-
-
-@jit
-def _sum_channel(grad_y, x, start, rows, stride, width, mean, sums, i):
-    """sums[:, i] = Σdy, Σdy·(x - mean), Σ(x - mean) over one block."""
-    m = np.float64(mean)
-    g = 0.0
-    gx = 0.0
-    lost = 0.0
-    for r in range(rows):
-        a = start + r * stride
-        for j in range(width):
-            d = x[at(a + j)] - m
-            v = np.float64(grad_y[at(a + j)])
-            g += v
-            gx += v * d
-            lost += d
-    sums[0, i] = g
-    sums[1, i] = gx
-    sums[2, i] = lost
+        set_terms(terms, channels, mean, rstd, unit, K, weight, bias, c)
+        a = first * S + left
+        _transform(x, residual, activation, a, channels, S, w, terms, y, z)
 
 
 @jit
 def _write_grad_x(
-    grad_y,
-    x,
-    start,
-    rows,
-    stride,
-    width,
-    mean,
-    rstd,
-    weight,
-    channel,
-    slope,
-    offset,
-    frozen,
-    grad_x,
+    grad_y, x, start, rows, stride, width, mean, rstd, weight, channel, terms, frozen, grad_x
 ):
-    """grad_x of one channel over one block."""
+    """grad_x of one channel over one block; `terms` are the slope and offset of its group."""
     number = x.dtype.type
     scale = number(np.float64(rstd) * weight[channel]) if weight.size else rstd
-    slope = number(slope)
-    offset = number(offset)
+    slope = number(terms[0])
+    offset = number(terms[1])
     for r in range(rows):
         a = start + r * stride
         if frozen:
@@ -194,8 +146,8 @@ def _write_grad_x(
                 grad_x[i] = scale * grad_y[i] + (slope * (x[i] - mean) + offset)
 
 
-@jit
-def _backward_task(task, grad_y, x, saved, weight, grad_x, totals, sizes):
+@kernel
+def _backward(task, grad_y, x, saved, weight, grad_x, totals, sizes):
     B, R, G, K, S, images, groups = sizes
     mean, rstd = saved
     across = (G + groups - 1) // groups
@@ -209,51 +161,41 @@ def _backward_task(task, grad_y, x, saved, weight, grad_x, totals, sizes):
             start = b * R * stride + g * K * S
             s = np.float64(rstd[unit])
             for k in range(K):
-                _sum_channel(grad_y, x, start + k * S, R, stride, S, mean[unit], sums, k)
+                sums[0, k], sums[1, k], sums[2, k] = block_gradient_sums(
+                    grad_y, x, start + k * S, R, stride, S, mean[unit]
+                )
             delta, slope, offset = group_terms(sums, 0, K, R * K * S, s, weight, g * K)
             add_parameter_sums(sums, 0, K, s, delta, totals, task // across, g * K)
             if grad_x.size:
                 for k in range(K):
                     _write_grad_x(
                         grad_y, x, start + k * S, R, stride, S,
-                        mean[unit], rstd[unit], weight, g * K + k, slope, offset, False, grad_x,
+                        mean[unit], rstd[unit], weight, g * K + k, (slope, offset), False, grad_x,
                     )  # fmt: skip
 
 
-@twins
-def _backward(tasks, grad_y, x, saved, weight, grad_x, totals, sizes):
-    for task in prange(tasks):
-        _backward_task(task, grad_y, x, saved, weight, grad_x, totals, sizes)
-
-
-@jit
-def _backward_part(task, grad_y, x, saved, weight, frozen, parts, terms, grad_x, sizes):
-    """Over one part of some channels: their sums, and grad_x if there is one to write yet."""
+@kernel
+def _backward_parts(task, grad_y, x, saved, weight, frozen, parts, terms, grad_x, sizes):
+    """Over one part of some channels: their sums, or grad_x, or both where it does not need them."""
     R, G, K, S, channels, height, length = sizes
     C = G * K
     mean, rstd = saved
-    sums = np.empty((3, 1))
     count = parts.shape[1]
     top, left, h, w = part_of(task % count, R, S, height, length)
     first = task // count * channels
     for q in range(first, min(first + channels, mean.size * K)):
         unit = q // K
-        start = ((unit // G * R + top) * C + q % C) * S + left
+        c = q % C
+        a = ((unit // G * R + top) * C + c) * S + left
         if parts.size:
-            _sum_channel(grad_y, x, start, h, C * S, w, mean[unit], sums, 0)
+            sums = block_gradient_sums(grad_y, x, a, h, C * S, w, mean[unit])
             for i in range(3):
-                parts[i, task % count, q] = sums[i, 0]
+                parts[i, task % count, q] = sums[i]
         if grad_x.size:
             _write_grad_x(
-                grad_y, x, start, h, C * S, w, mean[unit], rstd[unit], weight, q % C,
-                terms[0, unit], terms[1, unit], frozen, grad_x,
+                grad_y, x, a, h, C * S, w, mean[unit], rstd[unit], weight, c,
+                (terms[0, unit], terms[1, unit]), frozen, grad_x,
             )  # fmt: skip
-
-
-@twins
-def _backward_parts(tasks, grad_y, x, saved, weight, frozen, parts, terms, grad_x, sizes):
-    for task in prange(tasks):
-        _backward_part(task, grad_y, x, saved, weight, frozen, parts, terms, grad_x, sizes)
 
 
 def _units(x, mean):
@@ -326,9 +268,8 @@ def normalize(x, residual, weight, bias, eps, activation, y, mean, var, rstd, th
         return
     height, length, count = _part_size(R, K * S)
     parts = np.empty((2, count, B * G))
-    stats = np.empty((2, B * G))
     _measure_parts(threads, B * G * count, x, parts, (R, G, K * S, height, length))
-    merge_moments(parts, R, K * S, height, length, eps, stats, outputs)
+    stats = merge_moments(parts, R, K * S, height, length, eps, outputs)
     if y.size:
         _sweep(x, residual, weight, bias, function, y, stats, units, threads)
 
@@ -337,7 +278,7 @@ def _sweep(x, residual, weight, bias, function, y, stats, units, threads):
     B, R, G, K, S = units
     height, length, tasks = _part_size(B * R * G * K, S)
     sizes = B * R, R, G, K, S, height, length
-    _apply(threads, tasks, x, residual, weight, bias, function, y, stats, sizes)
+    _apply(threads, tasks, x, residual, weight, bias, function, y, *stats, sizes)
 
 
 def apply(x, residual, weight, bias, activation, y, mean, rstd, threads):
@@ -349,7 +290,7 @@ def apply(x, residual, weight, bias, activation, y, mean, rstd, threads):
         channels_last.apply(x, residual, *parameters, activation, y, mean, rstd, threads)
         return
     function = address(activation, x.dtype)
-    stats = np.array((mean.reshape(-1), rstd.reshape(-1)), np.float64)
+    stats = in_full(mean, rstd)
     arrays = (flat(array, x) for array in (x, residual, weight, bias))
     _sweep(*arrays, function, flat(y, x), stats, units, threads)
 

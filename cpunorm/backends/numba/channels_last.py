@@ -9,17 +9,14 @@ all that `apply` does.
 """
 
 import numpy as np
-from numba import prange
-
 from . import rows
-from ._jit import flat, jit, twins
+from ._jit import flat, jit, kernel
 from .activations import address
 from .sweeps import (
     BLOCK,
     PIECE,
     SLAB,
     TASKS,
-    WIDE,
     add_parameter_sums,
     at,
     ceil_div,
@@ -27,22 +24,18 @@ from .sweeps import (
     column_moments,
     finish,
     group_terms,
+    in_full,
+    lanes_of,
     merge_gradients,
     merge_moments,
     same_memory,
     set_terms,
-    store_statistics,
+    settle,
     store_totals,
     unfold,
 )
 
 NARROW = 64  # channels of the narrowest strip that still reads whole cache lines in a row
-
-
-@jit
-def _lanes(rows, width, C):
-    """How many rows are swept as one: they must lie side by side, and be short."""
-    return min(max(1, WIDE // width), rows) if width == C else 1
 
 
 @jit
@@ -57,7 +50,7 @@ def _affine(x, start, count, stride, width, terms, out, first, step):
 
 @jit
 def _transform(x, residual, activation, start, rows, C, width, lanes, terms, y, z):
-    """Write a block of y; `terms` has room for `lanes` times its width."""
+    """Write a block of y; `terms` has room for the lanes."""
     for i in range(3):
         unfold(terms[i], width, lanes)
     wide = lanes * width
@@ -78,29 +71,32 @@ def _transform(x, residual, activation, start, rows, C, width, lanes, terms, y, 
 
 
 @jit
-def _group_moments(mean, M2, first, K, rows):
-    """Mean and M2 of K columns of equal length."""
+def _group_columns(mean, M2, groups, K, rows):
+    """From the moments of columns to those of groups of K, in place."""
     if K == 1:
-        return mean[first], M2[first]
-    offset = 0.0
-    for k in range(first, first + K):
-        offset += mean[k] - mean[first]
-    group_mean = mean[first] + offset / K
-    group_M2 = 0.0
-    for k in range(first, first + K):
-        d = mean[k] - group_mean
-        group_M2 += M2[k] + rows * d * d
-    return group_mean, group_M2
+        return
+    for g in range(groups):
+        first = mean[g * K]
+        offset = 0.0
+        for k in range(g * K, g * K + K):
+            offset += mean[k] - first
+        group_mean = first + offset / K
+        group_M2 = 0.0
+        for k in range(g * K, g * K + K):
+            d = mean[k] - group_mean
+            group_M2 += M2[k] + rows * d * d
+        mean[g] = group_mean
+        M2[g] = group_M2
 
 
-@jit
-def _normalize_task(task, x, residual, weight, bias, eps, activation, y, outputs, sizes):
+@kernel
+def _normalize(task, x, residual, weight, bias, eps, activation, y, outputs, sizes):
     N, S, C, K, images, strip = sizes
     across = (C + strip - 1) // strip
     c0 = task % across * strip
     n0 = task // across * images
     width = min(strip, C - c0)
-    lanes = _lanes(S, width, C)
+    lanes = lanes_of(S, width, C)
     wide = lanes * width
     pivot = np.empty(wide)
     mean = np.empty(wide)
@@ -110,107 +106,85 @@ def _normalize_task(task, x, residual, weight, bias, eps, activation, y, outputs
     for n in range(n0, min(N, n0 + images)):
         start = n * S * C + c0
         column_moments(x, start, S, C, width, lanes, True, pivot, mean, M2)
-        for k in range(0, width, K):
-            group_mean, group_M2 = _group_moments(mean, M2, k, K, S)
-            unit = (n * C + c0 + k) // K
-            rstd = store_statistics(unit, group_mean, group_M2, S * K, eps, outputs)
-            for c in range(k, k + K):
-                set_terms(terms, c, group_mean, rstd, weight, bias, c0 + c)
+        _group_columns(mean, M2, width // K, K, S)
+        settle(mean, M2, width // K, S * K, eps, outputs, (n * C + c0) // K)
         if y.size:
+            set_terms(terms, width, mean, M2, np.intp(0), K, weight, bias, c0)
             _transform(x, residual, activation, start, S, C, width, lanes, terms, y, z)
-
-
-@twins
-def _normalize(tasks, x, residual, weight, bias, eps, activation, y, outputs, sizes):
-    for task in prange(tasks):
-        _normalize_task(task, x, residual, weight, bias, eps, activation, y, outputs, sizes)
 
 
 @jit
 def _part(task, sizes):
-    """(image, part, first row, rows, first channel, channels) of a task."""
-    N, S, C, K, height, strip = sizes
+    """(image, part, first element, rows, first channel, channels) of a task."""
+    _, S, C, _, height, strip = sizes
     across = (C + strip - 1) // strip
     count = (S + height - 1) // height
     c0 = task % across * strip
     part = task // across % count
-    top = part * height
-    return task // across // count, part, top, min(height, S - top), c0, min(strip, C - c0)
+    n = task // across // count
+    start = (n * S + part * height) * C + c0
+    return n, part, start, min(height, S - part * height), c0, min(strip, C - c0)
 
 
-@jit
-def _measure_part(task, x, parts, sizes):
-    N, S, C, K, height, strip = sizes
-    n, part, top, h, c0, width = _part(task, sizes)
-    lanes = _lanes(h, width, C)
+@kernel
+def _measure_parts(task, x, parts, sizes):
+    _, _, C, K, _, _ = sizes
+    n, part, start, h, c0, width = _part(task, sizes)
+    lanes = lanes_of(h, width, C)
     pivot = np.empty(lanes * width)
     mean = np.empty(lanes * width)
     M2 = np.empty(lanes * width)
-    column_moments(x, (n * S + top) * C + c0, h, C, width, lanes, True, pivot, mean, M2)
-    for k in range(0, width, K):
-        unit = (n * C + c0 + k) // K
-        parts[0, part, unit], parts[1, part, unit] = _group_moments(mean, M2, k, K, h)
+    column_moments(x, start, h, C, width, lanes, True, pivot, mean, M2)
+    _group_columns(mean, M2, width // K, K, h)
+    for g in range(width // K):
+        parts[0, part, (n * C + c0) // K + g] = mean[g]
+        parts[1, part, (n * C + c0) // K + g] = M2[g]
 
 
-@twins
-def _measure_parts(tasks, x, parts, sizes):
-    for task in prange(tasks):
-        _measure_part(task, x, parts, sizes)
-
-
-@jit
-def _apply_task(task, x, residual, weight, bias, activation, y, stats, sizes):
-    N, S, C, K, height, strip = sizes
-    n, part, top, h, c0, width = _part(task, sizes)
-    lanes = _lanes(h, width, C)
+@kernel
+def _apply(task, x, residual, weight, bias, activation, y, mean, rstd, sizes):
+    _, _, C, K, _, _ = sizes
+    n, _, start, h, c0, width = _part(task, sizes)
+    lanes = lanes_of(h, width, C)
     terms = np.empty((3, lanes * width), x.dtype)
     z = np.empty(max(BLOCK, lanes * width), x.dtype)
-    for c in range(width):
-        unit = (n * C + c0 + c) // K
-        set_terms(terms, c, stats[0, unit], stats[1, unit], weight, bias, c0 + c)
-    start = (n * S + top) * C + c0
+    set_terms(terms, width, mean, rstd, (n * C + c0) // K, K, weight, bias, c0)
     _transform(x, residual, activation, start, h, C, width, lanes, terms, y, z)
 
 
-@twins
-def _apply(tasks, x, residual, weight, bias, activation, y, stats, sizes):
-    for task in prange(tasks):
-        _apply_task(task, x, residual, weight, bias, activation, y, stats, sizes)
+@jit
+def _sum_columns(grad_y, x, start, rows, C, width, lanes, means, sums):
+    """sums[:, c] = Σdy, Σdy·(x - mean), Σ(x - mean) of every column of a block."""
+    wide = lanes * width
+    g = np.empty(wide, x.dtype)
+    gx = np.empty(wide, x.dtype)
+    lost = np.empty(wide, x.dtype)
+    one = np.ones(1, x.dtype)
+    unfold(means, width, lanes)
+    column_gradient_sums(
+        grad_y, x, start, rows, C, width, lanes, means, one, 0, g, gx, lost, sums
+    )
 
 
 @jit
-def _set_means(terms, mean, n, c0, width, C, K):
+def _set_means(means, mean, unit, K, width):
+    """The mean of every column of a strip that begins with `unit`."""
     for c in range(width):
-        terms[0, c] = mean[(n * C + c0 + c) // K]
+        means[c] = mean[unit + c // K]
 
 
 @jit
 def _set_group(terms, k, K, rstd, weight, channel, slope, offset):
-    """terms[1:] of one group: grad_x = scale·dy + slope·(x - mean) + offset."""
-    for c in range(k, k + K):
-        terms[1, c] = rstd * weight[channel + c - k] if weight.size else rstd
-        terms[2, c] = slope
-        terms[3, c] = offset
-
-
-@jit
-def _sum_columns(grad_y, x, start, rows, C, width, lanes, terms, sums):
-    """sums[:, c] = Σdy, Σdy·(x - mean), Σ(x - mean) of every column of a block."""
-    g = np.empty(lanes * width)
-    gx = np.empty(lanes * width)
-    lost = np.empty(lanes * width)
-    one = np.ones(1, x.dtype)
-    unfold(terms[0], width, lanes)
-    column_gradient_sums(grad_y, x, start, rows, C, width, lanes, terms[0], one, 0, g, gx, lost)
-    for c in range(width):
-        sums[0, c] = g[c]
-        sums[1, c] = gx[c]
-        sums[2, c] = lost[c]
+    """terms[1:] for the columns of a group: grad_x = scale·dy + slope·(x - mean) + offset."""
+    for i in range(K):
+        terms[1, k + i] = rstd * weight[channel + i] if weight.size else rstd
+        terms[2, k + i] = slope
+        terms[3, k + i] = offset
 
 
 @jit
 def _write_grad_x(grad_y, x, start, rows, C, width, lanes, terms, frozen, grad_x):
-    for i in range(4):
+    for i in range(1, 4):
         unfold(terms[i], width, lanes)
     wide = lanes * width
     count = rows * width
@@ -228,23 +202,24 @@ def _write_grad_x(grad_y, x, start, rows, C, width, lanes, terms, frozen, grad_x
                 grad_x[i] = terms[1, j] * grad_y[i] + rest
 
 
-@jit
-def _backward_task(task, grad_y, x, saved, weight, grad_x, totals, sizes):
+@kernel
+def _backward(task, grad_y, x, saved, weight, grad_x, totals, sizes):
     N, S, C, K, images, strip = sizes
     mean, rstd = saved
     across = (C + strip - 1) // strip
     c0 = task % across * strip
     n0 = task // across * images
     width = min(strip, C - c0)
-    lanes = _lanes(S, width, C)
+    lanes = lanes_of(S, width, C)
     terms = np.empty((4, lanes * width), x.dtype)
     sums = np.empty((3, width))
     for n in range(n0, min(N, n0 + images)):
         start = n * S * C + c0
-        _set_means(terms, mean, n, c0, width, C, K)
-        _sum_columns(grad_y, x, start, S, C, width, lanes, terms, sums)
+        unit = (n * C + c0) // K
+        _set_means(terms[0], mean, unit, K, width)
+        _sum_columns(grad_y, x, start, S, C, width, lanes, terms[0], sums)
         for k in range(0, width, K):
-            s = np.float64(rstd[(n * C + c0 + k) // K])
+            s = np.float64(rstd[unit + k // K])
             delta, slope, offset = group_terms(sums, k, K, S * K, s, weight, c0 + k)
             add_parameter_sums(sums, k, K, s, delta, totals, task // across, c0 + k)
             _set_group(terms, k, K, s, weight, c0 + k, slope, offset)
@@ -252,41 +227,30 @@ def _backward_task(task, grad_y, x, saved, weight, grad_x, totals, sizes):
             _write_grad_x(grad_y, x, start, S, C, width, lanes, terms, False, grad_x)
 
 
-@twins
-def _backward(tasks, grad_y, x, saved, weight, grad_x, totals, sizes):
-    for task in prange(tasks):
-        _backward_task(task, grad_y, x, saved, weight, grad_x, totals, sizes)
-
-
-@jit
-def _backward_part(task, grad_y, x, saved, weight, frozen, parts, group_terms_, grad_x, sizes):
-    """Over one part: the sums of its columns, and grad_x if there is one to write yet."""
-    N, S, C, K, height, strip = sizes
+@kernel
+def _backward_parts(task, grad_y, x, saved, weight, frozen, parts, merged, grad_x, sizes):
+    """Over one part: the sums of its columns, or grad_x, or both where it does not need them."""
+    _, _, C, K, _, _ = sizes
     mean, rstd = saved
-    n, part, top, h, c0, width = _part(task, sizes)
-    lanes = _lanes(h, width, C)
-    start = (n * S + top) * C + c0
+    n, part, start, h, c0, width = _part(task, sizes)
+    lanes = lanes_of(h, width, C)
     terms = np.empty((4, lanes * width), x.dtype)
-    _set_means(terms, mean, n, c0, width, C, K)
+    unit = (n * C + c0) // K
+    _set_means(terms[0], mean, unit, K, width)
     if parts.size:
         sums = np.empty((3, width))
-        _sum_columns(grad_y, x, start, h, C, width, lanes, terms, sums)
+        _sum_columns(grad_y, x, start, h, C, width, lanes, terms[0], sums)
         for i in range(3):
             for c in range(width):
                 parts[i, part, n * C + c0 + c] = sums[i, c]
+    else:
+        unfold(terms[0], width, lanes)
     if grad_x.size:
         for k in range(0, width, K):
-            unit = (n * C + c0 + k) // K
-            s = np.float64(rstd[unit])
-            slope, offset = group_terms_[0, unit], group_terms_[1, unit]
-            _set_group(terms, k, K, s, weight, c0 + k, slope, offset)
+            u = unit + k // K
+            s = np.float64(rstd[u])
+            _set_group(terms, k, K, s, weight, c0 + k, merged[0, u], merged[1, u])
         _write_grad_x(grad_y, x, start, h, C, width, lanes, terms, frozen, grad_x)
-
-
-@twins
-def _backward_parts(tasks, grad_y, x, saved, weight, frozen, parts, group_terms_, grad_x, sizes):
-    for task in prange(tasks):
-        _backward_part(task, grad_y, x, saved, weight, frozen, parts, group_terms_, grad_x, sizes)
 
 
 def _sizes(x, mean):
@@ -349,11 +313,10 @@ def normalize(x, residual, weight, bias, eps, activation, y, mean, var, rstd, th
     tasks = N * count * ceil_div(C, strip)
     cut = *sizes, height, strip
     parts = np.empty((2, count, N * C // K))
-    stats = np.empty((2, N * C // K))
     _measure_parts(threads, tasks, x, parts, cut)
-    merge_moments(parts, S, K, height, K, eps, stats, outputs)
+    stats = merge_moments(parts, S, K, height, K, eps, outputs)
     if y.size:
-        _apply(threads, tasks, x, residual, weight, bias, function, y, stats, cut)
+        _apply(threads, tasks, x, residual, weight, bias, function, y, *stats, cut)
 
 
 def apply(x, residual, weight, bias, activation, y, mean, rstd, threads):
@@ -361,10 +324,10 @@ def apply(x, residual, weight, bias, activation, y, mean, rstd, threads):
     sizes = N, S, C, K = _sizes(x, mean)
     function = address(activation, x.dtype)
     height, strip, count = _part_size(sizes)
-    stats = np.array((mean.reshape(-1), rstd.reshape(-1)), np.float64)
+    tasks = N * count * ceil_div(C, strip)
+    x, residual, weight, bias, y = (flat(array, x) for array in (x, residual, weight, bias, y))
     _apply(
-        threads, N * count * ceil_div(C, strip),
-        flat(x, x), flat(residual, x), flat(weight, x), flat(bias, x), function, flat(y, x), stats,
+        threads, tasks, x, residual, weight, bias, function, y, *in_full(mean, rstd),
         (*sizes, height, strip),
     )  # fmt: skip
 

@@ -1,19 +1,26 @@
 """The inner loops that several problems share, and the sizes by which all of them cut their work.
 
-A block is `rows` rows of `width` elements in a flat array, `stride` apart, the first at `start`; where
-a block is given by its `count` of elements, its last row may be short. Loops take offsets, not slices:
-numba counts references to a slice, which costs more than a short row.
+A block is `rows` rows of `width` elements in a flat array, `stride` apart, the first at `start`;
+where a block is given by its `count` of elements, its last row may be short. Loops take offsets, not
+slices: numba counts references to a slice, which costs more than a short row.
 
-Every sum is held in float64, and deviations are taken from an element of the statistic itself:
-M2 = Σd² - (Σd)²/n with d = x - pivot then loses at most n·2⁻⁵³ of itself however large the mean, and
-a constant comes out with its own value as the mean and a variance of exactly 0.
+Moments are summed in float64, as deviations from an element of the statistic itself. With
+d = x - pivot, M2 = Σd² - (Σd)²/n then loses at most n·2⁻⁵³ of itself however large the mean, and a
+constant comes out with its own value as the mean and a variance of exactly 0.
+
+Statistics in progress are two float64 arrays, `mean` and `M2`, which `settle` turns into mean and
+rstd. Gradients in progress are three, the sums Σg, Σg·(x - mean), Σ(x - mean), with g = grad_y·weight
+or, for a channel, grad_y alone; they turn into the terms by which grad_x is written,
+
+    grad_x = scale·(grad_y - centre) + slope·(x - mean) + rest
+
+or, where the weight changes along the way, rstd·(g - centre) + slope·(x - mean) + rest. The last sum
+is what the mean lost by being rounded; slope and rest make up for it.
 """
-
-import math
 
 import numpy as np
 
-from ._jit import jit, kernel
+from ._jit import Array, jit, jit_sum, once
 from .activations import activate
 
 BLOCK = 4096  # elements that are swept several times from L1
@@ -21,12 +28,13 @@ PIECE = 32768  # elements of the least task worth a thread
 SLAB = 512 * 1024  # bytes that stay in L2 between two sweeps
 TASKS = 16  # enough to keep the threads busy; where there would be fewer, statistics are cut
 WIDE = 512  # elements of a row long enough for a loop of its own
+SHORT_SUM = 32  # rows summed in the type of x before float64 takes over
 
 # An index of this type cannot be negative: numba's test for that would keep the loops scalar.
 at = np.uintp
 
 
-def ceil_div(a, b):
+def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
@@ -36,6 +44,28 @@ def same_memory(a, b):
 
 
 @jit
+def lanes_of(rows, width, stride):
+    """How many rows of a block to sweep as one: it must be narrow, without gaps, and tall."""
+    return max(1, min(WIDE // width, rows // 8)) if width == stride else 1
+
+
+@jit
+def fold(sums, width, lanes):
+    """Add up the lanes of a swept row into the first."""
+    for lane in range(1, lanes):
+        a = lane * width
+        for j in range(width):
+            sums[j] += sums[at(a + j)]
+
+
+@jit
+def unfold(values, width, lanes):
+    """Copy the first lane to the others."""
+    for j in range(width, lanes * width):
+        values[at(j)] = values[at(j - width)]
+
+
+@jit_sum
 def block_moments(x, start, rows, stride, width, center):
     """Mean and M2 of one block; 0 and Σx² where it is not to be centred."""
     pivot = np.float64(x[at(start)]) if center else 0.0
@@ -57,8 +87,7 @@ def block_moments(x, start, rows, stride, width, center):
 def column_moments(x, start, rows, stride, width, lanes, center, pivot, mean, M2):
     """Mean and M2 of every column of a block, into mean[:width] and M2[:width].
 
-    A narrow block without gaps is swept as if `lanes` of its rows were one: the three arrays, all
-    float64, are that many times as long as it is wide.
+    The three arrays, all float64, are `lanes` times as long as the block is wide.
     """
     wide = lanes * width
     step = lanes * stride
@@ -84,7 +113,7 @@ def column_moments(x, start, rows, stride, width, lanes, center, pivot, mean, M2
             dc = x[at(c + j)] - p
             dd = x[at(d + j)] - p
             mean[j] += (da + db) + (dc + dd)
-            M2[j] += (da * da + db * db) + (dc * dc + dd * dd)
+            M2[j] = M2[j] + da * da + db * db + dc * dc + dd * dd
     for r in range(fours, full + 1):
         a = start + r * step
         for j in range(min(wide, count - r * wide)):
@@ -100,80 +129,22 @@ def column_moments(x, start, rows, stride, width, lanes, center, pivot, mean, M2
 
 
 @jit
-def column_gradient_sums(
-    grad_y, x, start, rows, stride, width, lanes, mean, weight, weighted, g, gx, lost
-):
-    """Σg, Σg·(x - mean) and Σ(x - mean) of every column of a block, with g = grad_y·weight of the row.
-
-    As in `column_moments`, all arrays are `lanes` times as long as the block is wide, which goes with a
-    weight that is the same for all rows (`weighted` is 0).
-    """
-    wide = lanes * width
-    step = lanes * stride
-    count = rows * width
-    full = count // wide
-    pairs = full - full % 2
-    for j in range(wide):
-        g[j] = 0.0
-        gx[j] = 0.0
-        lost[j] = 0.0
-    for r in range(0, pairs, 2):
-        a = start + r * step
-        b = a + step
-        wa = np.float64(weight[at(r * weighted)])
-        wb = np.float64(weight[at((r + 1) * weighted)])
-        for j in range(wide):
-            m = np.float64(mean[j])
-            da = x[at(a + j)] - m
-            db = x[at(b + j)] - m
-            ga = grad_y[at(a + j)] * wa
-            gb = grad_y[at(b + j)] * wb
-            g[j] += ga + gb
-            gx[j] += ga * da + gb * db
-            lost[j] += da + db
-    for r in range(pairs, full + 1):
-        a = start + r * step
-        wa = np.float64(weight[at(min(r, rows - 1) * weighted)])
-        for j in range(min(wide, count - r * wide)):
-            da = x[at(a + j)] - np.float64(mean[j])
-            ga = grad_y[at(a + j)] * wa
-            g[j] += ga
-            gx[j] += ga * da
-            lost[j] += da
-    fold(g, width, lanes)
-    fold(gx, width, lanes)
-    fold(lost, width, lanes)
-
-
-@jit
-def fold(sums, width, lanes):
-    """Add up the lanes of a swept row into the first."""
-    for lane in range(1, lanes):
-        a = lane * width
-        for j in range(width):
-            sums[j] += sums[at(a + j)]
-
-
-@jit
-def unfold(values, width, lanes):
-    """Copy the first lane to the others."""
-    for j in range(width, lanes * width):
-        values[at(j)] = values[at(j - width)]
-
-
-@jit
-def store_statistics(unit, mean_value, M2, count, eps, outputs):
-    """Store what is wanted of the statistics of one unit; return its rstd."""
-    mean, var, rstd = outputs
-    variance = M2 / count
-    rstd_value = 1.0 / math.sqrt(variance + eps)
-    if mean.size:
-        mean[unit] = mean_value
-    if var.size:
-        var[unit] = variance
-    if rstd.size:
-        rstd[unit] = rstd_value
-    return rstd_value
+def settle(mean, M2, units, count, eps, outputs, unit):
+    """From M2 over `count` elements to rstd, in place; store what is wanted, from `unit` on."""
+    mean_out, var_out, rstd_out = outputs
+    for i in range(units):
+        M2[i] /= count
+    if var_out.size:
+        for i in range(units):
+            var_out[at(unit + i)] = M2[i]
+    for i in range(units):
+        M2[i] = 1.0 / np.sqrt(M2[i] + eps)
+    if mean_out.size:
+        for i in range(units):
+            mean_out[at(unit + i)] = mean[i]
+    if rstd_out.size:
+        for i in range(units):
+            rstd_out[at(unit + i)] = M2[i]
 
 
 @jit
@@ -185,43 +156,52 @@ def part_of(part, rows, width, height, length):
     return top, left, min(height, rows - top), min(length, width - left)
 
 
-@kernel
-def merge_moments(parts, rows, width, height, length, eps, stats, outputs):
-    """Merge parts[:, part, unit], the (mean, M2) of each part of the block of a unit, by Chan's formula.
-
-    stats[:, unit] becomes (mean, rstd).
-    """
-    units = stats.shape[1]
-    seen = 0
+@once
+def merge_moments(parts, rows, width, height, length, eps, outputs):
+    """Merge parts[:, part, unit], (mean, M2) of each part of a block, by Chan's formula; return both."""
+    units = parts.shape[2]
+    mean = np.zeros(units)
+    M2 = np.zeros(units)
+    seen = np.intp(0)
     for part in range(parts.shape[1]):
         _, _, h, w = part_of(part, rows, width, height, length)
         share = h * w / (seen + h * w)
-        for unit in range(units):
-            if part == 0:
-                stats[0, unit] = parts[0, 0, unit]
-                stats[1, unit] = parts[1, 0, unit]
-            else:
-                d = parts[0, part, unit] - stats[0, unit]
-                stats[0, unit] += d * share
-                stats[1, unit] += parts[1, part, unit] + d * d * seen * share
+        for i in range(units):
+            d = parts[0, part, i] - mean[i] if part else 0.0
+            mean[i] = mean[i] + d * share if part else parts[0, part, i]
+            M2[i] += parts[1, part, i] + d * d * seen * share
         seen += h * w
-    for unit in range(units):
-        stats[1, unit] = store_statistics(unit, stats[0, unit], stats[1, unit], seen, eps, outputs)
+    settle(mean, M2, units, seen, eps, outputs, np.intp(0))
+    return mean, M2
 
 
 @jit
-def set_terms(terms, i, mean, rstd, weight, bias, channel):
-    """terms[:, i] = (mean, scale, shift) with y = (x - mean)·scale + shift.
+def scale_of(rstd, weight, channel):
+    """weight·rstd of one channel, rounded once."""
+    number = weight.dtype.type
+    return number(rstd * weight[at(channel)]) if weight.size else number(rstd)
 
-    `shift` carries what the mean loses by being rounded to the type of x.
+
+@jit
+def set_terms(terms, channels, mean, rstd, unit, K, weight, bias, channel):
+    """terms[:, i] = (mean, scale, shift): y = (x - mean)·scale + shift, for channels from `channel` on.
+
+    `unit` is theirs where it holds the first, and the next one takes over every K channels. The shift
+    carries what the mean loses by being rounded.
     """
     number = terms.dtype.type
-    rounded = number(mean)
-    scale = number(rstd * weight[channel] if weight.size else rstd)
-    shift = (rounded - mean) * scale
-    terms[0, i] = rounded
-    terms[1, i] = scale
-    terms[2, i] = shift + bias[channel] if bias.size else shift
+    left = K - channel % K
+    for i in range(channels):
+        m = mean[at(unit)]
+        scale = scale_of(rstd[at(unit)], weight, channel + i)
+        shift = (number(m) - m) * scale
+        terms[0, i] = m
+        terms[1, i] = scale
+        terms[2, i] = shift + bias[at(channel + i)] if bias.size else shift
+        left -= 1
+        if left == 0:
+            left = K
+            unit += 1
 
 
 @jit
@@ -260,51 +240,149 @@ def finish(z, residual, activation, start, count, stride, width, y):
             y[at(a + j)] = z[at(b + j)]
 
 
-@jit
-def group_terms(sums, first, channels, count, rstd, weight, channel):
-    """(delta, slope, offset) of one group from Σdy, Σdy·(x - mean), Σ(x - mean) of each channel.
+@jit_sum
+def block_gradient_sums(grad_y, x, start, rows, stride, width, mean):
+    """Σdy, Σdy·(x - mean), Σ(x - mean) over one block."""
+    m = np.float64(mean)
+    g = 0.0
+    gx = 0.0
+    lost = 0.0
+    for r in range(rows):
+        a = start + r * stride
+        for j in range(width):
+            d = x[at(a + j)] - m
+            v = np.float64(grad_y[at(a + j)])
+            g += v
+            gx += v * d
+            lost += d
+    return g, gx, lost
 
-    grad_x = weight·rstd·dy + slope·(x - mean) + offset, where delta is what the mean lost by being
-    rounded and `offset` makes up for it.
+
+@jit
+def column_gradient_sums(
+    grad_y, x, start, rows, stride, width, lanes, mean, weight, weighted, g, gx, lost, sums
+):
+    """sums[:, j] = Σg, Σg·(x - mean), Σ(x - mean) down column j, with g = grad_y·weight of the row.
+
+    All arrays but `sums` are in the type of x, and `lanes` times as long as the block is wide. More
+    lanes than one go with one weight for all rows (`weighted` is 0).
     """
+    wide = lanes * width
+    step = lanes * stride
+    count = rows * width
+    full = count // wide
+    for i in range(3):
+        for j in range(width):
+            sums[i, j] = 0.0
+    for top in range(0, full + 1, SHORT_SUM):
+        stop = min(top + SHORT_SUM, full + 1)
+        fours = top + (min(stop, full) - top) // 4 * 4
+        for j in range(wide):
+            g[j] = 0.0
+            gx[j] = 0.0
+            lost[j] = 0.0
+        for r in range(top, fours, 4):
+            a = start + r * step
+            b = a + step
+            c = b + step
+            d = c + step
+            w = r * weighted
+            wa = weight[at(w)]
+            wb = weight[at(w + weighted)]
+            wc = weight[at(w + 2 * weighted)]
+            wd = weight[at(w + 3 * weighted)]
+            for j in range(wide):
+                m = mean[j]
+                da = x[at(a + j)] - m
+                db = x[at(b + j)] - m
+                dc = x[at(c + j)] - m
+                dd = x[at(d + j)] - m
+                ga = grad_y[at(a + j)] * wa
+                gb = grad_y[at(b + j)] * wb
+                gc = grad_y[at(c + j)] * wc
+                gd = grad_y[at(d + j)] * wd
+                g[j] += (ga + gb) + (gc + gd)
+                gx[j] = gx[j] + ga * da + gb * db + gc * dc + gd * dd
+                lost[j] += (da + db) + (dc + dd)
+        for r in range(fours, stop):
+            a = start + r * step
+            wa = weight[at(min(r, rows - 1) * weighted)]
+            for j in range(min(wide, count - r * wide)):
+                da = x[at(a + j)] - mean[j]
+                ga = grad_y[at(a + j)] * wa
+                g[j] += ga
+                gx[j] += ga * da
+                lost[j] += da
+        for a in range(0, wide, width):
+            for j in range(width):
+                sums[0, j] += g[at(a + j)]
+                sums[1, j] += gx[at(a + j)]
+                sums[2, j] += lost[at(a + j)]
+
+
+@jit
+def row_terms(terms, mean, rstd, unit, units, count):
+    """From terms[:3] = the sums of each unit to (centre, slope, rest, shift), in place.
+
+    The normalized x is (x - mean)·rstd + shift.
+    """
+    number = rstd.dtype.type
+    centred = 1.0 if mean.size else 0.0
+    for i in range(units):
+        s = np.float64(rstd[at(unit + i)])
+        g = centred * terms[0, i] / count
+        centre = number(g)
+        delta = centred * terms[2, i] / count
+        slope = -s * s * s * (terms[1, i] - delta * terms[0, i]) / count
+        terms[0, i] = centre
+        terms[1, i] = slope
+        terms[2, i] = s * (centre - g) - slope * delta
+        terms[3, i] = -delta * s
+
+
+@jit
+def group_terms(sums, first, K, count, rstd, weight, channel, frozen, totals, slot):
+    """From the sums of the K channels of one group to their (centre, slope, rest), in place.
+
+    totals[slot], (2, C), takes up what they add to grad_weight and grad_bias.
+    """
+    number = weight.dtype.type
     g = 0.0
     gx = 0.0
     delta = 0.0
-    for k in range(channels):
-        w = np.float64(weight[channel + k]) if weight.size else 1.0
-        g += w * sums[0, first + k]
-        gx += w * sums[1, first + k]
-        delta += sums[2, first + k] / count
-    gx -= delta * g
-    slope = -rstd * rstd * rstd * gx / count
-    return delta, slope, -rstd * g / count - slope * delta
-
-
-@jit
-def add_parameter_sums(sums, first, channels, rstd, delta, totals, slot, channel):
-    """Add one group to totals[slot], (2, C): the sums over units of grad_weight and grad_bias."""
-    for k in range(channels):
+    if not frozen:
+        for k in range(K):
+            scale = np.float64(scale_of(rstd, weight, channel + k))
+            g += scale * sums[0, first + k]
+            gx += scale * sums[1, first + k]
+            delta += sums[2, first + k] / count
+    slope = -rstd * rstd * (gx - delta * g) / count
+    for k in range(K):
         product = sums[1, first + k] - delta * sums[0, first + k]
         totals[slot, 0, channel + k] += rstd * product
         totals[slot, 1, channel + k] += sums[0, first + k]
+        scale = np.float64(scale_of(rstd, weight, channel + k))
+        centre = number(sums[0, first + k] * K / count)
+        sums[0, first + k] = centre
+        sums[1, first + k] = slope
+        sums[2, first + k] = scale * centre - g / count - slope * delta
 
 
-@kernel
-def merge_gradients(sums, groups, channels, count, rstd, weight, frozen, terms, totals):
-    """From sums (3, B·C) to terms[:, unit] = (slope, offset) of each unit and to totals[0]."""
-    for unit in range(terms.shape[1]):
-        first = unit * channels
-        channel = unit % groups * channels
+@once
+def merge_gradients(sums, G, K, count, rstd, weight, frozen, totals):
+    """`group_terms` for every group of sums (3, B·C)."""
+    for unit in range(rstd.size):
         s = np.float64(rstd[unit])
-        delta = 0.0
-        if not frozen:
-            delta, terms[0, unit], terms[1, unit] = group_terms(
-                sums, first, channels, count, s, weight, channel
-            )
-        add_parameter_sums(sums, first, channels, s, delta, totals, 0, channel)
+        channel = unit % G * K
+        group_terms(sums, unit * K, K, count, s, weight, channel, frozen, totals, np.intp(0))
 
 
-def store_totals(totals, grad_weight, grad_bias):
+def in_full(*statistics: Array) -> tuple[Array, ...]:
+    """Given statistics as the kernels hold their own."""
+    return tuple(array.reshape(-1).astype(np.float64) for array in statistics)
+
+
+def store_totals(totals: Array, grad_weight: Array | None, grad_bias: Array | None) -> None:
     """Add up totals[slot, (weight, bias), channel] over the slots, in their order."""
     for gradient, total in zip((grad_weight, grad_bias), totals.sum(axis=0), strict=True):
         if gradient is not None:
