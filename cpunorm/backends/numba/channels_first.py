@@ -12,15 +12,18 @@ Where S is short, so are the loops over it. Batch norm is then channels_last, on
 C·S channels, S to a group; and group norm is `rows` of K·S elements.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 import numpy as np
+
 from . import channels_last, rows
-from ._jit import flat, jit, kernel
+from ._jit import Array, flat, jit, kernel
 from .activations import address
 from .sweeps import (
     BLOCK,
     PIECE,
     TASKS,
-    add_parameter_sums,
     at,
     block_gradient_sums,
     block_moments,
@@ -32,6 +35,7 @@ from .sweeps import (
     merge_moments,
     part_of,
     same_memory,
+    scale_of,
     set_terms,
     settle,
     store_totals,
@@ -73,29 +77,38 @@ def _transform(x, residual, activation, start, rows, stride, width, terms, y, z)
                 finish(z, residual, activation, first, h * n, stride, n, y)
 
 
+@jit
+def _units_of(task, sizes):
+    """(first image, last image + 1, first group, last group + 1, slot) of a task."""
+    B, _, G, _, _, images, groups = sizes
+    across = (G + groups - 1) // groups
+    slot = task // across
+    b0 = slot * images
+    g0 = task % across * groups
+    return b0, min(B, b0 + images), g0, min(G, g0 + groups), slot
+
+
 @kernel
 def _normalize(task, x, residual, weight, bias, eps, activation, y, outputs, sizes):
-    B, R, G, K, S, images, groups = sizes
-    across = (G + groups - 1) // groups
-    g0 = task % across * groups
-    b0 = task // across * images
-    width = min(groups, G - g0)
+    _, R, G, K, S, _, _ = sizes
+    b0, b1, g0, g1, _ = _units_of(task, sizes)
+    groups = g1 - g0
     stride = G * K * S
-    mean = np.empty(width)
-    M2 = np.empty(width)
-    terms = np.empty((3, width * K), x.dtype)
+    mean = np.empty(groups)
+    M2 = np.empty(groups)
+    terms = np.empty((3, groups * K), x.dtype)
     z = np.empty(BLOCK, x.dtype)
-    for b in range(b0, min(B, b0 + images)):
+    for b in range(b0, b1):
         start = b * R * stride + g0 * K * S
-        for g in range(width):
+        for g in range(groups):
             mean[g], M2[g] = block_moments(x, start + g * K * S, R, stride, K * S, True)
-        settle(mean, M2, width, R * K * S, eps, outputs, b * G + g0)
+        settle(mean, M2, groups, R * K * S, eps, outputs, b * G + g0)
         if y.size:
-            set_terms(terms, width * K, mean, M2, np.intp(0), K, weight, bias, g0 * K)
+            set_terms(terms, groups * K, mean, M2, np.intp(0), K, weight, bias, g0 * K)
             # Backwards, to meet first what was read last.
             for r in range(R - 1, -1, -1):
                 a = start + r * stride
-                _transform(x, residual, activation, a, width * K, S, S, terms, y, z)
+                _transform(x, residual, activation, a, groups * K, S, S, terms, y, z)
 
 
 @kernel
@@ -109,8 +122,9 @@ def _measure_parts(task, x, parts, sizes):
 
 
 @kernel
-def _apply(task, x, residual, weight, bias, activation, y, mean, rstd, sizes):
+def _apply(task, x, residual, weight, bias, activation, y, stats, sizes):
     N, R, G, K, S, height, length = sizes
+    mean, rstd = stats
     C = G * K
     top, left, h, w = part_of(task, N * C, S, height, length)
     terms = np.empty((3, h), x.dtype)
@@ -121,19 +135,16 @@ def _apply(task, x, residual, weight, bias, activation, y, mean, rstd, sizes):
         c = first - n * C
         unit = n // R * G + c // K
         set_terms(terms, channels, mean, rstd, unit, K, weight, bias, c)
-        a = first * S + left
-        _transform(x, residual, activation, a, channels, S, w, terms, y, z)
+        _transform(x, residual, activation, first * S + left, channels, S, w, terms, y, z)
 
 
 @jit
-def _write_grad_x(
-    grad_y, x, start, rows, stride, width, mean, rstd, weight, channel, terms, frozen, grad_x
-):
-    """grad_x of one channel over one block; `terms` are the slope and offset of its group."""
+def _write_grad_x(grad_y, x, start, rows, stride, width, mean, scale, terms, frozen, grad_x):
+    """grad_x of one channel over one block."""
     number = x.dtype.type
-    scale = number(np.float64(rstd) * weight[channel]) if weight.size else rstd
-    slope = number(terms[0])
-    offset = number(terms[1])
+    centre = number(terms[0])
+    slope = number(terms[1])
+    rest = number(terms[2])
     for r in range(rows):
         a = start + r * stride
         if frozen:
@@ -143,39 +154,38 @@ def _write_grad_x(
         else:
             for j in range(width):
                 i = at(a + j)
-                grad_x[i] = scale * grad_y[i] + (slope * (x[i] - mean) + offset)
+                grad_x[i] = scale * (grad_y[i] - centre) + (slope * (x[i] - mean) + rest)
 
 
 @kernel
 def _backward(task, grad_y, x, saved, weight, grad_x, totals, sizes):
-    B, R, G, K, S, images, groups = sizes
+    _, R, G, K, S, _, _ = sizes
     mean, rstd = saved
-    across = (G + groups - 1) // groups
-    g0 = task % across * groups
-    b0 = task // across * images
+    b0, b1, g0, g1, slot = _units_of(task, sizes)
     stride = G * K * S
     sums = np.empty((3, K))
-    for b in range(b0, min(B, b0 + images)):
-        for g in range(g0, min(G, g0 + groups)):
+    for b in range(b0, b1):
+        for g in range(g0, g1):
             unit = b * G + g
             start = b * R * stride + g * K * S
             s = np.float64(rstd[unit])
+            m = mean[unit]
             for k in range(K):
                 sums[0, k], sums[1, k], sums[2, k] = block_gradient_sums(
-                    grad_y, x, start + k * S, R, stride, S, mean[unit]
+                    grad_y, x, start + k * S, R, stride, S, m
                 )
-            delta, slope, offset = group_terms(sums, 0, K, R * K * S, s, weight, g * K)
-            add_parameter_sums(sums, 0, K, s, delta, totals, task // across, g * K)
+            first = np.intp(0)
+            group_terms(sums, first, K, R * K * S, s, weight, g * K, False, totals, slot)
             if grad_x.size:
                 for k in range(K):
-                    _write_grad_x(
-                        grad_y, x, start + k * S, R, stride, S,
-                        mean[unit], rstd[unit], weight, g * K + k, (slope, offset), False, grad_x,
-                    )  # fmt: skip
+                    a = start + k * S
+                    scale = scale_of(s, weight, g * K + k)
+                    terms = sums[0, k], sums[1, k], sums[2, k]
+                    _write_grad_x(grad_y, x, a, R, stride, S, m, scale, terms, False, grad_x)
 
 
 @kernel
-def _backward_parts(task, grad_y, x, saved, weight, frozen, parts, terms, grad_x, sizes):
+def _backward_parts(task, grad_y, x, saved, weight, frozen, parts, merged, grad_x, sizes):
     """Over one part of some channels: their sums, or grad_x, or both where it does not need them."""
     R, G, K, S, channels, height, length = sizes
     C = G * K
@@ -186,27 +196,27 @@ def _backward_parts(task, grad_y, x, saved, weight, frozen, parts, terms, grad_x
     for q in range(first, min(first + channels, mean.size * K)):
         unit = q // K
         c = q % C
+        m = mean[unit]
         a = ((unit // G * R + top) * C + c) * S + left
         if parts.size:
-            sums = block_gradient_sums(grad_y, x, a, h, C * S, w, mean[unit])
+            sums = block_gradient_sums(grad_y, x, a, h, C * S, w, m)
             for i in range(3):
                 parts[i, task % count, q] = sums[i]
         if grad_x.size:
-            _write_grad_x(
-                grad_y, x, a, h, C * S, w, mean[unit], rstd[unit], weight, c,
-                (terms[0, unit], terms[1, unit]), frozen, grad_x,
-            )  # fmt: skip
+            scale = scale_of(np.float64(rstd[unit]), weight, c)
+            terms = merged[0, q], merged[1, q], merged[2, q]
+            _write_grad_x(grad_y, x, a, h, C * S, w, m, scale, terms, frozen, grad_x)
 
 
-def _units(x, mean):
+def _units(x: Array, mean: Array) -> tuple[int, ...]:
     """(B, R, G, K, S)"""
     N, C, S = x.shape
     B, G = mean.shape
     return B, N // B, G, C // G, S
 
 
-def _task_size(units):
-    """How many (images, groups) make a task; None where there are so few units that they are cut."""
+def _task_size(units: tuple[int, ...]) -> tuple[int, int] | None:
+    """How many images and groups make a task; None where there are so few units that they are cut."""
     B, R, G, K, S = units
     size = R * K * S
     if B * G < TASKS and size >= 2 * PIECE:
@@ -215,50 +225,59 @@ def _task_size(units):
     return (max(1, PIECE // (groups * size)) if groups == G else 1), groups
 
 
-def _part_size(rows, width):
+def _part_size(rows: int, width: int) -> tuple[int, int, int]:
     """The height and length of the parts of a block, and how many there are."""
     height = min(rows, max(1, PIECE // width))
     length = min(width, PIECE)
     return height, length, ceil_div(rows, height) * ceil_div(width, length)
 
 
-def _is_short(x):
-    return x.shape[2] < SHORT
-
-
-def _as(shape, *arrays):
+def _as(shape: tuple[int, ...], *arrays: Array | None) -> list[Any]:
     return [None if array is None else array.reshape(shape) for array in arrays]
 
 
-def _spread(S, *parameters):
+def _spread(S: int, *parameters: Array | None) -> list[Array | None]:
     """From one value per channel to one per (channel, s)."""
     return [None if array is None else np.repeat(array, S) for array in parameters]
 
 
-def _gather(S, wide, gradients):
+def _gather(S: int, wide: Iterable[Array | None], gradients: Iterable[Array | None]) -> None:
     """The opposite, for gradients."""
     for total, gradient in zip(wide, gradients, strict=True):
         if gradient is not None:
             gradient[...] = total.reshape(-1, S).sum(axis=1)
 
 
-def normalize(x, residual, weight, bias, eps, activation, y, mean, var, rstd, threads):
-    """y = activation((x - mean)·rstd·weight + bias + residual); where y is None, only the statistics."""
+def normalize(
+    x: Array,
+    residual: Array | None,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    activation: int,
+    y: Array | None,
+    mean: Array,
+    var: Array,
+    rstd: Array | None,
+    threads: int,
+) -> None:
+    """y = activation((x - mean)·rstd·weight + bias + residual); without y, the statistics alone."""
     units = B, R, G, K, S = _units(x, mean)
     outputs = mean, var, rstd
-    if _is_short(x):
+    function = address(activation, x.dtype)
+    if S < SHORT:
         parameters = _spread(S, weight, bias)
         if R > 1:
             x, residual, y = _as((1, R, G * S), x, residual, y)
-            channels_last.normalize(x, residual, *parameters, eps, activation, y, *outputs, threads)
+            channels_last.normalize(
+                x, residual, *parameters, eps, activation, y, *outputs, threads
+            )
         else:
-            function = address(activation, x.dtype)
             x, residual, y = _as((B * G, K * S), x, residual, y)
             rows.normalize_groups(
                 x, None, residual, *parameters, eps, True, function, y, None, outputs, G, threads
             )
         return
-    function = address(activation, x.dtype)
     x, residual, weight, bias, y = (flat(array, x) for array in (x, residual, weight, bias, y))
     outputs = tuple(flat(array, x) for array in outputs)
     if size := _task_size(units):
@@ -274,47 +293,97 @@ def normalize(x, residual, weight, bias, eps, activation, y, mean, var, rstd, th
         _sweep(x, residual, weight, bias, function, y, stats, units, threads)
 
 
-def _sweep(x, residual, weight, bias, function, y, stats, units, threads):
+def _sweep(
+    x: Array,
+    residual: Array,
+    weight: Array,
+    bias: Array,
+    function: int,
+    y: Array,
+    stats: tuple[Array, ...],
+    units: tuple[int, ...],
+    threads: int,
+) -> None:
     B, R, G, K, S = units
     height, length, tasks = _part_size(B * R * G * K, S)
     sizes = B * R, R, G, K, S, height, length
-    _apply(threads, tasks, x, residual, weight, bias, function, y, *stats, sizes)
+    _apply(threads, tasks, x, residual, weight, bias, function, y, stats, sizes)
 
 
-def apply(x, residual, weight, bias, activation, y, mean, rstd, threads):
+def apply(
+    x: Array,
+    residual: Array | None,
+    weight: Array | None,
+    bias: Array | None,
+    activation: int,
+    y: Array,
+    mean: Array,
+    rstd: Array,
+    threads: int,
+) -> None:
     """As `normalize`, with the statistics given."""
-    units = B, R, G, K, S = _units(x, mean)
-    if _is_short(x) and R > 1:
+    units = _, R, G, _, S = _units(x, mean)
+    if S < SHORT and R > 1:
         parameters = _spread(S, weight, bias)
         x, residual, y = _as((1, R, G * S), x, residual, y)
         channels_last.apply(x, residual, *parameters, activation, y, mean, rstd, threads)
         return
     function = address(activation, x.dtype)
-    stats = in_full(mean, rstd)
-    arrays = (flat(array, x) for array in (x, residual, weight, bias))
-    _sweep(*arrays, function, flat(y, x), stats, units, threads)
+    x, residual, weight, bias, y = (flat(array, x) for array in (x, residual, weight, bias, y))
+    _sweep(x, residual, weight, bias, function, y, in_full(mean, rstd), units, threads)
 
 
-def moments(x, mean, var, threads):
+def moments(x: Array, mean: Array, var: Array, threads: int) -> None:
     """Mean and biased variance."""
     normalize(x, None, None, None, 1.0, 0, None, mean, var, None, threads)
 
 
-def backward(grad_y, x, mean, rstd, weight, grad_x, grad_weight, grad_bias, threads):
+def backward(
+    grad_y: Array,
+    x: Array,
+    mean: Array,
+    rstd: Array,
+    weight: Array | None,
+    grad_x: Array | None,
+    grad_weight: Array | None,
+    grad_bias: Array | None,
+    threads: int,
+) -> None:
     """Gradients through the statistics."""
-    _gradients(grad_y, x, mean, rstd, weight, False, grad_x, grad_weight, grad_bias, threads)
+    gradients = grad_weight, grad_bias
+    _differentiate(grad_y, x, mean, rstd, weight, False, grad_x, gradients, threads)
 
 
-def backward_apply(grad_y, x, mean, rstd, weight, grad_x, grad_weight, grad_bias, threads):
+def backward_apply(
+    grad_y: Array,
+    x: Array,
+    mean: Array,
+    rstd: Array,
+    weight: Array | None,
+    grad_x: Array | None,
+    grad_weight: Array | None,
+    grad_bias: Array | None,
+    threads: int,
+) -> None:
     """Gradients with the statistics held constant."""
-    _gradients(grad_y, x, mean, rstd, weight, True, grad_x, grad_weight, grad_bias, threads)
+    gradients = grad_weight, grad_bias
+    _differentiate(grad_y, x, mean, rstd, weight, True, grad_x, gradients, threads)
 
 
-def _gradients(grad_y, x, mean, rstd, weight, frozen, grad_x, grad_weight, grad_bias, threads):
+def _differentiate(
+    grad_y: Array,
+    x: Array,
+    mean: Array,
+    rstd: Array,
+    weight: Array | None,
+    frozen: bool,
+    grad_x: Array | None,
+    gradients: tuple[Array | None, ...],
+    threads: int,
+) -> None:
     units = B, R, G, K, S = _units(x, mean)
     C = G * K
-    gradients = grad_weight, grad_bias
-    if _is_short(x) and not (R == 1 and frozen):
+    if S < SHORT and not (R == 1 and frozen):
         (weight,) = _spread(S, weight)
         wide = [None if array is None else np.empty(C * S) for array in gradients]
         if R > 1:
@@ -328,30 +397,25 @@ def _gradients(grad_y, x, mean, rstd, weight, frozen, grad_x, grad_weight, grad_
         return
     grad_y, x, weight, grad_x = (flat(array, x) for array in (grad_y, x, weight, grad_x))
     saved = flat(mean, x), flat(rstd, x)
+    inputs = grad_y, x, saved, weight
     size = _task_size(units)
     if size and not frozen:
         slots = ceil_div(B, size[0])
         totals = np.zeros((slots, 2, C))
         tasks = slots * ceil_div(G, size[1])
-        _backward(threads, tasks, grad_y, x, saved, weight, grad_x, totals, (*units, *size))
+        _backward(threads, tasks, *inputs, grad_x, totals, (*units, *size))
     else:
         height, length, count = _part_size(R, S)
         channels = max(1, PIECE // (R * S))
         tasks = ceil_div(B * C, channels) * count
         sizes = R, G, K, S, channels, height, length
-        none = grad_x[:0]
         parts = np.empty((3, count, B * C))
-        terms = np.empty((2, B * G))
         totals = np.zeros((1, 2, C))
-        _backward_parts(
-            threads, tasks, grad_y, x, saved, weight, frozen, parts, terms,
-            grad_x if frozen else none, sizes,
-        )  # fmt: skip
+        early, late = (grad_x, grad_x[:0]) if frozen else (grad_x[:0], grad_x)
+        _backward_parts(threads, tasks, *inputs, frozen, parts, np.empty((3, 0)), early, sizes)
         sums = parts.sum(axis=1)
-        merge_gradients(sums, G, K, R * K * S, saved[1], weight, frozen, terms, totals)
-        if grad_x.size and not frozen:
-            _backward_parts(
-                threads, tasks, grad_y, x, saved, weight, frozen, np.empty((3, count, 0)), terms, grad_x,
-                sizes,
-            )  # fmt: skip
+        merge_gradients(sums, G, K, R * K * S, saved[1], weight, frozen, totals)
+        if late.size:
+            parts = np.empty((3, count, 0))
+            _backward_parts(threads, tasks, *inputs, frozen, parts, sums, late, sizes)
     store_totals(totals, *gradients)

@@ -1,23 +1,25 @@
-"""channels_last: x (N, S, C), weight and bias along C, statistics over S and the K channels of a group.
+"""channels_last: x (N, S, C), weight and bias along C, statistics over S and the channels of a group.
 
-Batch norm is one image of N·S rows, with groups of one channel.
+Batch norm is one image of N·S rows, with groups of K = 1 channel.
 
 Sums run down columns. A task takes a strip of channels of some images: the columns measured, merged
 to groups, and the output written while the strip lies in L2. Where that makes too few tasks, images
-are cut along S instead: the parts measured, merged, and the output written in a second sweep, which is
-all that `apply` does.
+are cut along S instead: the parts measured, merged, and the output written in a second sweep, which
+is all that `apply` does.
 """
 
+from typing import Any
+
 import numpy as np
+
 from . import rows
-from ._jit import flat, jit, kernel
+from ._jit import Array, flat, jit, kernel
 from .activations import address
 from .sweeps import (
     BLOCK,
     PIECE,
     SLAB,
     TASKS,
-    add_parameter_sums,
     at,
     ceil_div,
     column_gradient_sums,
@@ -29,13 +31,14 @@ from .sweeps import (
     merge_gradients,
     merge_moments,
     same_memory,
+    scale_of,
     set_terms,
     settle,
     store_totals,
     unfold,
 )
 
-NARROW = 64  # channels of the narrowest strip that still reads whole cache lines in a row
+NARROW, BROAD = 64, 1024  # channels of a strip
 
 
 @jit
@@ -89,13 +92,21 @@ def _group_columns(mean, M2, groups, K, rows):
         M2[g] = group_M2
 
 
+@jit
+def _strip_of(task, sizes):
+    """(first image, last image + 1, first channel, channels, slot) of a task."""
+    N, _, C, _, images, strip = sizes
+    across = (C + strip - 1) // strip
+    slot = task // across
+    n0 = slot * images
+    c0 = task % across * strip
+    return n0, min(N, n0 + images), c0, min(strip, C - c0), slot
+
+
 @kernel
 def _normalize(task, x, residual, weight, bias, eps, activation, y, outputs, sizes):
-    N, S, C, K, images, strip = sizes
-    across = (C + strip - 1) // strip
-    c0 = task % across * strip
-    n0 = task // across * images
-    width = min(strip, C - c0)
+    _, S, C, K, _, _ = sizes
+    n0, n1, c0, width, _ = _strip_of(task, sizes)
     lanes = lanes_of(S, width, C)
     wide = lanes * width
     pivot = np.empty(wide)
@@ -103,7 +114,7 @@ def _normalize(task, x, residual, weight, bias, eps, activation, y, outputs, siz
     M2 = np.empty(wide)
     terms = np.empty((3, wide), x.dtype)
     z = np.empty(max(BLOCK, wide), x.dtype)
-    for n in range(n0, min(N, n0 + images)):
+    for n in range(n0, n1):
         start = n * S * C + c0
         column_moments(x, start, S, C, width, lanes, True, pivot, mean, M2)
         _group_columns(mean, M2, width // K, K, S)
@@ -114,7 +125,7 @@ def _normalize(task, x, residual, weight, bias, eps, activation, y, outputs, siz
 
 
 @jit
-def _part(task, sizes):
+def _part_of(task, sizes):
     """(image, part, first element, rows, first channel, channels) of a task."""
     _, S, C, _, height, strip = sizes
     across = (C + strip - 1) // strip
@@ -129,22 +140,24 @@ def _part(task, sizes):
 @kernel
 def _measure_parts(task, x, parts, sizes):
     _, _, C, K, _, _ = sizes
-    n, part, start, h, c0, width = _part(task, sizes)
+    n, part, start, h, c0, width = _part_of(task, sizes)
     lanes = lanes_of(h, width, C)
     pivot = np.empty(lanes * width)
     mean = np.empty(lanes * width)
     M2 = np.empty(lanes * width)
     column_moments(x, start, h, C, width, lanes, True, pivot, mean, M2)
     _group_columns(mean, M2, width // K, K, h)
+    unit = (n * C + c0) // K
     for g in range(width // K):
-        parts[0, part, (n * C + c0) // K + g] = mean[g]
-        parts[1, part, (n * C + c0) // K + g] = M2[g]
+        parts[0, part, unit + g] = mean[g]
+        parts[1, part, unit + g] = M2[g]
 
 
 @kernel
-def _apply(task, x, residual, weight, bias, activation, y, mean, rstd, sizes):
+def _apply(task, x, residual, weight, bias, activation, y, stats, sizes):
     _, _, C, K, _, _ = sizes
-    n, _, start, h, c0, width = _part(task, sizes)
+    mean, rstd = stats
+    n, _, start, h, c0, width = _part_of(task, sizes)
     lanes = lanes_of(h, width, C)
     terms = np.empty((3, lanes * width), x.dtype)
     z = np.empty(max(BLOCK, lanes * width), x.dtype)
@@ -154,38 +167,37 @@ def _apply(task, x, residual, weight, bias, activation, y, mean, rstd, sizes):
 
 @jit
 def _sum_columns(grad_y, x, start, rows, C, width, lanes, means, sums):
-    """sums[:, c] = Σdy, Σdy·(x - mean), Σ(x - mean) of every column of a block."""
     wide = lanes * width
     g = np.empty(wide, x.dtype)
     gx = np.empty(wide, x.dtype)
     lost = np.empty(wide, x.dtype)
     one = np.ones(1, x.dtype)
-    unfold(means, width, lanes)
     column_gradient_sums(
         grad_y, x, start, rows, C, width, lanes, means, one, 0, g, gx, lost, sums
     )
 
 
 @jit
-def _set_means(means, mean, unit, K, width):
+def _set_means(means, mean, unit, K, width, lanes):
     """The mean of every column of a strip that begins with `unit`."""
     for c in range(width):
         means[c] = mean[unit + c // K]
+    unfold(means, width, lanes)
 
 
 @jit
-def _set_group(terms, k, K, rstd, weight, channel, slope, offset):
-    """terms[1:] for the columns of a group: grad_x = scale·dy + slope·(x - mean) + offset."""
-    for i in range(K):
-        terms[1, k + i] = rstd * weight[channel + i] if weight.size else rstd
-        terms[2, k + i] = slope
-        terms[3, k + i] = offset
+def _set_gradient_terms(terms, rstd, unit, K, weight, channel, merged, first, width, lanes):
+    """terms[1:] = (scale, centre, slope, rest) of every column of a strip."""
+    for c in range(width):
+        terms[1, c] = scale_of(np.float64(rstd[unit + c // K]), weight, channel + c)
+        for i in range(3):
+            terms[2 + i, c] = merged[i, first + c]
+    for i in range(1, 5):
+        unfold(terms[i], width, lanes)
 
 
 @jit
 def _write_grad_x(grad_y, x, start, rows, C, width, lanes, terms, frozen, grad_x):
-    for i in range(1, 4):
-        unfold(terms[i], width, lanes)
     wide = lanes * width
     count = rows * width
     for r in range((count + wide - 1) // wide):
@@ -198,32 +210,29 @@ def _write_grad_x(grad_y, x, start, rows, C, width, lanes, terms, frozen, grad_x
         else:
             for j in range(n):
                 i = at(a + j)
-                rest = terms[2, j] * (x[i] - terms[0, j]) + terms[3, j]
-                grad_x[i] = terms[1, j] * grad_y[i] + rest
+                rest = terms[3, j] * (x[i] - terms[0, j]) + terms[4, j]
+                grad_x[i] = terms[1, j] * (grad_y[i] - terms[2, j]) + rest
 
 
 @kernel
 def _backward(task, grad_y, x, saved, weight, grad_x, totals, sizes):
-    N, S, C, K, images, strip = sizes
+    _, S, C, K, _, _ = sizes
     mean, rstd = saved
-    across = (C + strip - 1) // strip
-    c0 = task % across * strip
-    n0 = task // across * images
-    width = min(strip, C - c0)
+    n0, n1, c0, width, slot = _strip_of(task, sizes)
     lanes = lanes_of(S, width, C)
-    terms = np.empty((4, lanes * width), x.dtype)
+    terms = np.empty((5, lanes * width), x.dtype)
     sums = np.empty((3, width))
-    for n in range(n0, min(N, n0 + images)):
+    first = np.intp(0)
+    for n in range(n0, n1):
         start = n * S * C + c0
         unit = (n * C + c0) // K
-        _set_means(terms[0], mean, unit, K, width)
+        _set_means(terms[0], mean, unit, K, width, lanes)
         _sum_columns(grad_y, x, start, S, C, width, lanes, terms[0], sums)
         for k in range(0, width, K):
             s = np.float64(rstd[unit + k // K])
-            delta, slope, offset = group_terms(sums, k, K, S * K, s, weight, c0 + k)
-            add_parameter_sums(sums, k, K, s, delta, totals, task // across, c0 + k)
-            _set_group(terms, k, K, s, weight, c0 + k, slope, offset)
+            group_terms(sums, k, K, S * K, s, weight, c0 + k, False, totals, slot)
         if grad_x.size:
+            _set_gradient_terms(terms, rstd, unit, K, weight, c0, sums, first, width, lanes)
             _write_grad_x(grad_y, x, start, S, C, width, lanes, terms, False, grad_x)
 
 
@@ -232,41 +241,37 @@ def _backward_parts(task, grad_y, x, saved, weight, frozen, parts, merged, grad_
     """Over one part: the sums of its columns, or grad_x, or both where it does not need them."""
     _, _, C, K, _, _ = sizes
     mean, rstd = saved
-    n, part, start, h, c0, width = _part(task, sizes)
+    n, part, start, h, c0, width = _part_of(task, sizes)
     lanes = lanes_of(h, width, C)
-    terms = np.empty((4, lanes * width), x.dtype)
     unit = (n * C + c0) // K
-    _set_means(terms[0], mean, unit, K, width)
+    first = n * C + c0
+    terms = np.empty((5, lanes * width), x.dtype)
+    _set_means(terms[0], mean, unit, K, width, lanes)
     if parts.size:
         sums = np.empty((3, width))
         _sum_columns(grad_y, x, start, h, C, width, lanes, terms[0], sums)
         for i in range(3):
             for c in range(width):
-                parts[i, part, n * C + c0 + c] = sums[i, c]
-    else:
-        unfold(terms[0], width, lanes)
+                parts[i, part, first + c] = sums[i, c]
     if grad_x.size:
-        for k in range(0, width, K):
-            u = unit + k // K
-            s = np.float64(rstd[u])
-            _set_group(terms, k, K, s, weight, c0 + k, merged[0, u], merged[1, u])
+        _set_gradient_terms(terms, rstd, unit, K, weight, c0, merged, first, width, lanes)
         _write_grad_x(grad_y, x, start, h, C, width, lanes, terms, frozen, grad_x)
 
 
-def _sizes(x, mean):
+def _sizes(x: Array, mean: Array) -> tuple[int, ...]:
     """(N, S, C, K), the batch folded into the rows where it is reduced."""
     N, S, C = x.shape
     B, G = mean.shape
     return B, N // B * S, C, C // G
 
 
-def _strip(width, C, K):
+def _strip(width: int, C: int, K: int) -> int:
     """About `width` channels, in whole groups: all, or not too few."""
     width = max(width, NARROW)
-    return C if width >= C else min(C, max(1, width // K) * K if K > 1 else width // 16 * 16)
+    return C if width >= C else max(K, width // K * K if K > 1 else width // 16 * 16)
 
 
-def _task_size(sizes, itemsize):
+def _task_size(sizes: tuple[int, ...], itemsize: int) -> tuple[int, int] | None:
     """How many images and channels make a task; None where the images are cut."""
     N, S, C, K = sizes
     strip = _strip(SLAB // (S * itemsize), C, K)
@@ -280,22 +285,37 @@ def _task_size(sizes, itemsize):
     return None
 
 
-def _part_size(sizes):
-    """The rows and channels of a part, and how many parts an image has along S."""
+def _part_size(sizes: tuple[int, ...]) -> tuple[int, int, int]:
+    """The rows and channels of a part, and how many parts there are."""
     N, S, C, K = sizes
-    strip = _strip(1024, C, K)
+    strip = _strip(BROAD, C, K)
     height = min(S, max(1, PIECE // strip))
-    return height, strip, ceil_div(S, height)
+    return height, strip, N * ceil_div(S, height) * ceil_div(C, strip)
 
 
-def normalize(x, residual, weight, bias, eps, activation, y, mean, var, rstd, threads):
-    """y = activation((x - mean)·rstd·weight + bias + residual); where y is None, only the statistics."""
+def _as_rows(K: int, *arrays: Array | None) -> list[Any]:
+    return [None if array is None else array.reshape(-1, K) for array in arrays]
+
+
+def normalize(
+    x: Array,
+    residual: Array | None,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    activation: int,
+    y: Array | None,
+    mean: Array,
+    var: Array,
+    rstd: Array | None,
+    threads: int,
+) -> None:
+    """y = activation((x - mean)·rstd·weight + bias + residual); without y, the statistics alone."""
     sizes = N, S, C, K = _sizes(x, mean)
     function = address(activation, x.dtype)
     outputs = mean, var, rstd
     if S == 1:
-        groups = N * C // K, K
-        x, residual, y = (None if a is None else a.reshape(groups) for a in (x, residual, y))
+        x, residual, y = _as_rows(K, x, residual, y)
         rows.normalize_groups(
             x, None, residual, weight, bias, eps, True, function, y, None, outputs, C // K, threads
         )
@@ -305,82 +325,113 @@ def normalize(x, residual, weight, bias, eps, activation, y, mean, var, rstd, th
     outputs = tuple(flat(array, x) for array in outputs)
     if size:
         tasks = ceil_div(N, size[0]) * ceil_div(C, size[1])
-        _normalize(
-            threads, tasks, x, residual, weight, bias, eps, function, y, outputs, (*sizes, *size)
-        )
+        cut = *sizes, *size
+        _normalize(threads, tasks, x, residual, weight, bias, eps, function, y, outputs, cut)
         return
-    height, strip, count = _part_size(sizes)
-    tasks = N * count * ceil_div(C, strip)
+    height, strip, tasks = _part_size(sizes)
     cut = *sizes, height, strip
-    parts = np.empty((2, count, N * C // K))
+    parts = np.empty((2, ceil_div(S, height), N * C // K))
     _measure_parts(threads, tasks, x, parts, cut)
     stats = merge_moments(parts, S, K, height, K, eps, outputs)
     if y.size:
-        _apply(threads, tasks, x, residual, weight, bias, function, y, *stats, cut)
+        _apply(threads, tasks, x, residual, weight, bias, function, y, stats, cut)
 
 
-def apply(x, residual, weight, bias, activation, y, mean, rstd, threads):
+def apply(
+    x: Array,
+    residual: Array | None,
+    weight: Array | None,
+    bias: Array | None,
+    activation: int,
+    y: Array,
+    mean: Array,
+    rstd: Array,
+    threads: int,
+) -> None:
     """As `normalize`, with the statistics given."""
-    sizes = N, S, C, K = _sizes(x, mean)
+    sizes = _sizes(x, mean)
+    height, strip, tasks = _part_size(sizes)
+    cut = *sizes, height, strip
     function = address(activation, x.dtype)
-    height, strip, count = _part_size(sizes)
-    tasks = N * count * ceil_div(C, strip)
     x, residual, weight, bias, y = (flat(array, x) for array in (x, residual, weight, bias, y))
-    _apply(
-        threads, tasks, x, residual, weight, bias, function, y, *in_full(mean, rstd),
-        (*sizes, height, strip),
-    )  # fmt: skip
+    stats = in_full(mean, rstd)
+    _apply(threads, tasks, x, residual, weight, bias, function, y, stats, cut)
 
 
-def moments(x, mean, var, threads):
+def moments(x: Array, mean: Array, var: Array, threads: int) -> None:
     """Mean and biased variance."""
     normalize(x, None, None, None, 1.0, 0, None, mean, var, None, threads)
 
 
-def backward(grad_y, x, mean, rstd, weight, grad_x, grad_weight, grad_bias, threads):
+def backward(
+    grad_y: Array,
+    x: Array,
+    mean: Array,
+    rstd: Array,
+    weight: Array | None,
+    grad_x: Array | None,
+    grad_weight: Array | None,
+    grad_bias: Array | None,
+    threads: int,
+) -> None:
     """Gradients through the statistics."""
-    _gradients(grad_y, x, mean, rstd, weight, False, grad_x, grad_weight, grad_bias, threads)
+    gradients = grad_weight, grad_bias
+    _differentiate(grad_y, x, mean, rstd, weight, False, grad_x, gradients, threads)
 
 
-def backward_apply(grad_y, x, mean, rstd, weight, grad_x, grad_weight, grad_bias, threads):
+def backward_apply(
+    grad_y: Array,
+    x: Array,
+    mean: Array,
+    rstd: Array,
+    weight: Array | None,
+    grad_x: Array | None,
+    grad_weight: Array | None,
+    grad_bias: Array | None,
+    threads: int,
+) -> None:
     """Gradients with the statistics held constant."""
-    _gradients(grad_y, x, mean, rstd, weight, True, grad_x, grad_weight, grad_bias, threads)
+    gradients = grad_weight, grad_bias
+    _differentiate(grad_y, x, mean, rstd, weight, True, grad_x, gradients, threads)
 
 
-def _gradients(grad_y, x, mean, rstd, weight, frozen, grad_x, grad_weight, grad_bias, threads):
+def _differentiate(
+    grad_y: Array,
+    x: Array,
+    mean: Array,
+    rstd: Array,
+    weight: Array | None,
+    frozen: bool,
+    grad_x: Array | None,
+    gradients: tuple[Array | None, ...],
+    threads: int,
+) -> None:
     sizes = N, S, C, K = _sizes(x, mean)
     if S == 1 and not frozen:
-        groups = N * C // K, K
-        grad_y, x, grad_x = (None if a is None else a.reshape(groups) for a in (grad_y, x, grad_x))
+        grad_y, x, grad_x = _as_rows(K, grad_y, x, grad_x)
         rows.backward_groups(
-            grad_y, x, mean, rstd, weight, None, grad_x, grad_weight, grad_bias, C // K, threads
+            grad_y, x, mean, rstd, weight, None, grad_x, *gradients, C // K, threads
         )
         return
     size = _task_size(sizes, 2 * x.itemsize)
     grad_y, x, weight, grad_x = (flat(array, x) for array in (grad_y, x, weight, grad_x))
     saved = flat(mean, x), flat(rstd, x)
+    inputs = grad_y, x, saved, weight
     if size and not frozen:
         slots = ceil_div(N, size[0])
         totals = np.zeros((slots, 2, C))
         tasks = slots * ceil_div(C, size[1])
-        _backward(threads, tasks, grad_y, x, saved, weight, grad_x, totals, (*sizes, *size))
+        _backward(threads, tasks, *inputs, grad_x, totals, (*sizes, *size))
     else:
-        height, strip, count = _part_size(sizes)
-        tasks = N * count * ceil_div(C, strip)
+        height, strip, tasks = _part_size(sizes)
         cut = *sizes, height, strip
-        parts = np.empty((3, count, N * C))
-        terms = np.empty((2, N * C // K))
+        parts = np.empty((3, ceil_div(S, height), N * C))
         totals = np.zeros((1, 2, C))
-        none = np.empty(0, x.dtype)
-        _backward_parts(
-            threads, tasks, grad_y, x, saved, weight, frozen, parts, terms,
-            grad_x if frozen else none, cut,
-        )  # fmt: skip
+        early, late = (grad_x, grad_x[:0]) if frozen else (grad_x[:0], grad_x)
+        _backward_parts(threads, tasks, *inputs, frozen, parts, np.empty((3, 0)), early, cut)
         sums = parts.sum(axis=1)
-        merge_gradients(sums, C // K, K, S * K, saved[1], weight, frozen, terms, totals)
-        if grad_x.size and not frozen:
-            parts = np.empty((3, count, 0))
-            _backward_parts(
-                threads, tasks, grad_y, x, saved, weight, frozen, parts, terms, grad_x, cut
-            )
-    store_totals(totals, grad_weight, grad_bias)
+        merge_gradients(sums, C // K, K, S * K, saved[1], weight, frozen, totals)
+        if late.size:
+            parts = np.empty((3, parts.shape[1], 0))
+            _backward_parts(threads, tasks, *inputs, frozen, parts, sums, late, cut)
+    store_totals(totals, *gradients)

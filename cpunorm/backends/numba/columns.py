@@ -152,7 +152,7 @@ def _backward(task, grad_y, x, saved, parameters, grad_total, grad_x, totals, wa
 def _task_size(N: int, D: int, S: int, itemsize: int) -> tuple[int, int]:
     """How many images and columns make a task."""
     strip = SLAB // (D * itemsize)
-    if N * S < TASKS * strip:
+    if TASKS * strip > N * S:
         strip = max(N * S // TASKS, PIECE // D)
     strip = min(S, BROAD, max(NARROW, strip // 16 * 16))
     return max(1, PIECE // (D * strip)), strip
