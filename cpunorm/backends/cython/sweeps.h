@@ -32,6 +32,17 @@
 #define BACKWARD_ROWS 8
 #define STRIP_VECTORS 4
 
+/* Code that is inlined in two places may be rounded in two ways, and which place runs may depend on the
+ * number of threads. So there is one copy of every sweep, in which sums may be reordered and multiply-adds
+ * fused; everything outside this file is compiled to the letter. */
+#if defined(__clang__)
+#define SWEEP __attribute__((noinline, unused))
+#else
+#define SWEEP __attribute__((noinline, noclone, unused))
+#pragma GCC push_options
+#pragma GCC optimize("associative-math", "no-signed-zeros", "no-trapping-math", "fp-contract=fast")
+#endif
+
 /* Chan, Golub, LeVeque 1979: (mean, m2) of n_a + n_b values from those of n_a and of n_b. */
 static inline void merge_moments(double n_a, double *mean_a, double *m2_a,
                                  double n_b, double mean_b, double m2_b)
@@ -109,6 +120,10 @@ static inline float tanh_float(float x)
 #undef ERF
 #undef TANH
 
+#if !defined(__clang__)
+#pragma GCC pop_options
+#endif
+
 #else /* once per type */
 
 #define LANES ((ptrdiff_t)(VECTOR_BYTES / sizeof(REAL)))
@@ -152,7 +167,7 @@ static inline double FN(wide_sum)(const FN(wide) *sum)
 /* ------------------------------------------------------------------ along a stretch: sums */
 
 /* Sum of x - pivot over one block. */
-static inline REAL FN(block_sum)(const REAL *x, ptrdiff_t n, REAL pivot)
+static SWEEP REAL FN(block_sum)(const REAL *x, ptrdiff_t n, REAL pivot)
 {
     VEC a = {0}, b = {0}, c = {0}, d = {0};
     ptrdiff_t i = 0;
@@ -171,7 +186,7 @@ static inline REAL FN(block_sum)(const REAL *x, ptrdiff_t n, REAL pivot)
 }
 
 /* Sums of x - pivot and of its square over one block. */
-static inline void FN(block_sums)(const REAL *x, ptrdiff_t n, REAL pivot, REAL *sum, REAL *squares)
+static SWEEP void FN(block_sums)(const REAL *x, ptrdiff_t n, REAL pivot, REAL *sum, REAL *squares)
 {
     VEC a = {0}, b = {0}, c = {0}, d = {0}, p = {0}, q = {0}, r = {0}, s = {0};
     ptrdiff_t i = 0;
@@ -196,7 +211,7 @@ static inline void FN(block_sums)(const REAL *x, ptrdiff_t n, REAL pivot, REAL *
 /* Mean and m2 of n values. In each block a first sweep, from the block's first element, finds the
  * mean roughly; the second, from L1, is taken around it and corrected by what it finds left over. A
  * block of equal values has exactly their mean, and m2 = 0. */
-static inline void FN(moments)(const REAL *x, ptrdiff_t n, double *mean, double *m2)
+static SWEEP void FN(moments)(const REAL *x, ptrdiff_t n, double *mean, double *m2)
 {
     *mean = *m2 = 0;
     for (ptrdiff_t i = 0; i < n; i += BLOCK) {
@@ -213,7 +228,7 @@ static inline void FN(moments)(const REAL *x, ptrdiff_t n, double *mean, double 
     }
 }
 
-static inline double FN(sum_of_squares)(const REAL *x, ptrdiff_t n)
+static SWEEP double FN(sum_of_squares)(const REAL *x, ptrdiff_t n)
 {
     double total = 0;
     for (ptrdiff_t i = 0; i < n; i += BLOCK) {
@@ -227,7 +242,7 @@ static inline double FN(sum_of_squares)(const REAL *x, ptrdiff_t n)
 /* Adds to sums[0..2] the sums of g, g * (x - mean) and x - mean, where g = grad_y * weight. These may
  * nearly cancel, and are compared with values of order 1 all the same: only 16 vectors are added before
  * they go to float64. */
-static inline void FN(backward_sums)(const REAL *grad_y, const REAL *x, const REAL *weight, ptrdiff_t n,
+static SWEEP void FN(backward_sums)(const REAL *grad_y, const REAL *x, const REAL *weight, ptrdiff_t n,
                                      REAL mean, double *sums)
 {
     FN(wide) g_sum = {{0}}, gx_sum = {{0}}, x_sum = {{0}};
@@ -265,13 +280,13 @@ static inline void FN(backward_sums)(const REAL *grad_y, const REAL *x, const RE
 
 /* ------------------------------------------------------- along a stretch: element by element */
 
-static inline void FN(add)(const REAL *x, const REAL *residual, REAL *total, ptrdiff_t n)
+static SWEEP void FN(add)(const REAL *x, const REAL *residual, REAL *total, ptrdiff_t n)
 {
     IVDEP for (ptrdiff_t i = 0; i < n; i++)
         total[i] = x[i] + residual[i];
 }
 
-static inline void FN(activate)(REAL *y, ptrdiff_t n, int activation)
+static SWEEP void FN(activate)(REAL *y, ptrdiff_t n, int activation)
 {
     switch (activation) { /* the order of ACTIVATIONS */
     case 1:
@@ -298,7 +313,7 @@ static inline void FN(activate)(REAL *y, ptrdiff_t n, int activation)
 }
 
 /* y = activation((x - mean) * scale + bias + residual), one mean and one scale. */
-static inline void FN(affine)(const REAL *x, const REAL *residual, REAL *y, ptrdiff_t n,
+static SWEEP void FN(affine)(const REAL *x, const REAL *residual, REAL *y, ptrdiff_t n,
                               double mean, double scale, double bias, int activation)
 {
     const REAL pivot = mean, a = scale, b = bias - (mean - pivot) * scale;
@@ -315,7 +330,7 @@ static inline void FN(affine)(const REAL *x, const REAL *residual, REAL *y, ptrd
 }
 
 /* The same with a weight and a bias per element, and one mean and one rstd. */
-static inline void FN(affine_along)(const REAL *x, const REAL *weight, const REAL *bias, const REAL *residual,
+static SWEEP void FN(affine_along)(const REAL *x, const REAL *weight, const REAL *bias, const REAL *residual,
                                     REAL *y, ptrdiff_t n, double mean, double rstd, int activation)
 {
     const REAL pivot = mean, r = rstd, s = (pivot - mean) * rstd;
@@ -338,7 +353,7 @@ static inline void FN(affine_along)(const REAL *x, const REAL *weight, const REA
 }
 
 /* grad_x = a * grad_y * weight + b * (x - mean) + c + grad_total; no x: statistics held constant. */
-static inline void FN(backward_affine)(const REAL *grad_y, const REAL *x, const REAL *weight,
+static SWEEP void FN(backward_affine)(const REAL *grad_y, const REAL *x, const REAL *weight,
                                        const REAL *grad_total, REAL *grad_x, ptrdiff_t n, REAL mean,
                                        double a_, double b_, double c_)
 {
@@ -356,7 +371,7 @@ static inline void FN(backward_affine)(const REAL *grad_y, const REAL *x, const 
 
 /* Adds, for `rows` rows of n elements, grad_y * (x - mean) * rstd to grad_weight and grad_y to grad_bias.
  * Four rows at a time, so that the sums are loaded and stored a quarter as often. */
-static inline void FN(parameter_sums)(const REAL *grad_y, const REAL *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t n,
+static SWEEP void FN(parameter_sums)(const REAL *grad_y, const REAL *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t n,
                                       const double *mean, const double *rstd, REAL *grad_weight, REAL *grad_bias)
 {
 #define X_HAT(k) ((x##k[i] - pivot##k) * r##k + s##k)
@@ -427,7 +442,7 @@ static inline __attribute__((always_inline)) void FN(vectors_moments)(
 }
 
 /* Mean and m2 of every column of a strip, merged into those of the `before` rows above it. */
-static inline void FN(column_moments)(const REAL *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t width,
+static SWEEP void FN(column_moments)(const REAL *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t width,
                                       double *mean, double *m2)
 {
     REAL padded[STRIP_ROWS * VECTOR_BYTES / sizeof(REAL)];
@@ -482,7 +497,7 @@ static inline __attribute__((always_inline)) void FN(vectors_squares)(
 }
 
 /* Adds the sum of squares of every column of a strip. */
-static inline void FN(column_squares)(const REAL *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t width,
+static SWEEP void FN(column_squares)(const REAL *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t width,
                                       double *squares)
 {
     REAL padded[STRIP_ROWS * VECTOR_BYTES / sizeof(REAL)];
@@ -529,7 +544,7 @@ static inline __attribute__((always_inline)) void FN(vectors_backward_sums)(
 
 /* Adds, for every column, the sums of g, g * (x - mean) and x - mean, where g = grad_y * weight and
  * the weight, if there is one, belongs to the row. */
-static inline void FN(column_backward_sums)(const REAL *grad_y, const REAL *x, const REAL *weight, ptrdiff_t rows,
+static SWEEP void FN(column_backward_sums)(const REAL *grad_y, const REAL *x, const REAL *weight, ptrdiff_t rows,
                                             ptrdiff_t stride, ptrdiff_t width, const REAL *mean,
                                             double *g_sum, double *gx_sum, double *x_sum)
 {
@@ -565,7 +580,7 @@ static inline void FN(column_backward_sums)(const REAL *grad_y, const REAL *x, c
 /* ---------------------------------------------------- along one row of a strip: element by element */
 
 /* y = activation(((x - pivot) * scale + shift) * weight + bias + residual), the first three per column. */
-static inline void FN(affine_columns)(const REAL *x, const REAL *residual, REAL *y, ptrdiff_t n,
+static SWEEP void FN(affine_columns)(const REAL *x, const REAL *residual, REAL *y, ptrdiff_t n,
                                       const REAL *pivot, const REAL *scale, const REAL *shift,
                                       double weight, double bias, int activation)
 {
@@ -581,7 +596,7 @@ static inline void FN(affine_columns)(const REAL *x, const REAL *residual, REAL 
 
 /* grad_x = a * grad_y * weight + b * (x - mean) + c + grad_total, a, b, c and mean per column; no x:
  * statistics held constant. */
-static inline void FN(backward_columns)(const REAL *grad_y, const REAL *x, double weight, const REAL *grad_total,
+static SWEEP void FN(backward_columns)(const REAL *grad_y, const REAL *x, double weight, const REAL *grad_total,
                                         REAL *grad_x, ptrdiff_t n, const REAL *mean, const REAL *a, const REAL *b,
                                         const REAL *c)
 {
@@ -595,7 +610,7 @@ static inline void FN(backward_columns)(const REAL *grad_y, const REAL *x, doubl
 }
 
 /* Adds the sums of grad_y * ((x - mean) * rstd + shift) and of grad_y over a row. */
-static inline void FN(row_parameter_sums)(const REAL *grad_y, const REAL *x, ptrdiff_t n, const REAL *mean,
+static SWEEP void FN(row_parameter_sums)(const REAL *grad_y, const REAL *x, ptrdiff_t n, const REAL *mean,
                                           const REAL *rstd, const REAL *shift, double *grad_weight,
                                           double *grad_bias)
 {

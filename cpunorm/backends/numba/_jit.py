@@ -1,9 +1,9 @@
 """Every numba option of the package, and how a kernel is compiled and launched.
 
-A kernel is a function `kernel(task, ...)` that does one task out of several. It is compiled once, into
-a callback that a loop over the tasks calls by address, and all kernels share two such loops: a serial
-one and a prange. Were the loop part of the kernel, each kernel would be compiled twice, which takes
-three times as long, and the two would not always round alike.
+A kernel is a function `kernel(task, arguments)` that does one task out of several. It is compiled
+once, into a callback that a loop over the tasks calls by address, and all kernels share two such
+loops: a serial one and a prange. Were the loop part of the kernel, each kernel would be compiled
+twice, which takes three times as long, and the two would not always round alike.
 """
 
 import threading
@@ -31,15 +31,16 @@ OPTIONS = {
     "fastmath": {"nsz", "arcp"},
     "boundscheck": False,
 }
-# Sums over a whole loop are not vectorised in the order they are written. They store nothing, so that
-# there is only one of each loop.
+# A sum over a whole loop is not vectorised in the order it is written. Such a loop stores nothing, so
+# that there is only one of it.
 _SUM_OPTIONS = {**OPTIONS, "fastmath": {"nsz", "arcp", "contract", "reassoc"}}
 
-# What only kernels call needs neither a wrapper for Python nor a place in the cache: it is linked into
-# them. That halves the time to compile.
+# What only kernels call needs neither a wrapper for Python nor a place in the cache: it is linked
+# into them. That halves the time to compile.
 _LINKED = {"nogil": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 jit = numba.njit(**_LINKED, **OPTIONS)
 jit_sum = numba.njit(**_LINKED, **_SUM_OPTIONS)
+_inlined = numba.njit(inline="always", **_LINKED, **OPTIONS)
 
 # numba's `workqueue` layer dies when two Python threads launch at once; `omp` and `tbb` do not.
 _one_launch = threading.Lock()
@@ -90,17 +91,13 @@ def call_address(typing_context, address, first, second):
 
 
 @intrinsic
-def _launch(typing_context, loop, tasks, kernel, arguments):
-    """Call loop(callback, tasks, address), where callback(i, address) is kernel(i, *arguments)."""
-    argument_types = (types.intp, *arguments.types)
-    typing_context.resolve_function_type(kernel, argument_types, {})
-    compiled = kernel.dispatcher.overloads[argument_types]
+def _launch(typing_context, loop, tasks, arguments):
+    """In an entry: call loop(callback, tasks, address), where callback(i, address) is task i."""
+    argument_types = (types.intp, types.intp, arguments)
     intp = cgutils.intp_t
 
     def generate(context, builder, signature, values):
-        loop, tasks, _, packed = values
-        context.active_code_library.add_linking_library(compiled.library)
-        function = context.declare_function(builder.module, compiled.fndesc)
+        loop, tasks, packed = values
         slot = cgutils.alloca_once_value(builder, packed)
 
         name = builder.module.get_unique_name("callback")
@@ -108,11 +105,9 @@ def _launch(typing_context, loop, tasks, kernel, arguments):
         callback.linkage = "internal"
         body = ir.IRBuilder(callback.append_basic_block())
         task, address = callback.args
-        unpacked = cgutils.unpack_tuple(body, body.load(body.inttoptr(address, slot.type)))
+        values = intp(0), task, body.load(body.inttoptr(address, slot.type))
         # Its status is not asked for: all a kernel can fail at is a few kilobytes of scratch.
-        context.call_conv.call_function(
-            body, function, types.none, argument_types, (task, *unpacked)
-        )
+        context.call_conv.call_function(body, builder.function, types.none, argument_types, values)
         body.ret_void()
 
         loop_type = ir.FunctionType(ir.VoidType(), (intp, intp, intp))
@@ -122,14 +117,18 @@ def _launch(typing_context, loop, tasks, kernel, arguments):
         )
         return context.get_dummy_value()
 
-    return types.void(types.intp, types.intp, kernel, arguments), generate
+    return types.void(types.intp, types.intp, arguments), generate
 
 
 _KERNEL = None  # every entry has its own among its globals
 
 
-def _entry(loop, tasks, *arguments):
-    _launch(loop, tasks, _KERNEL, arguments)
+def _entry(loop, task, arguments):
+    """One task, or where there is the address of a loop, as many as `task` says."""
+    if loop:
+        _launch(loop, task, arguments)
+    else:
+        _KERNEL(task, arguments)
 
 
 def _serial_loop(callback, tasks, address):
@@ -155,23 +154,23 @@ def _compiled_loop(loop: FunctionType) -> Any:
 
 
 def kernel(task: FunctionType) -> Callable[..., None]:
-    """Compile `task(i, ...)`; return a function that runs it for every i below `tasks`.
+    """Compile `task(i, arguments)`; return a function that runs it for every i below `tasks`.
 
-    That function takes the largest number of threads and the number of tasks first. One thread touches
-    no thread pool, which is what makes it safe in a forked child.
+    That function takes the largest number of threads and the number of tasks, then the arguments.
+    One thread touches no thread pool, which is what makes it safe in a forked child.
     """
     # numba puts the cache beside the file that it takes the code to be from.
     code = _entry.__code__.replace(
         co_filename=task.__code__.co_filename, co_firstlineno=task.__code__.co_firstlineno
     )
-    entry = FunctionType(code, {**globals(), "_KERNEL": jit(task)}, task.__name__)
+    entry = FunctionType(code, {**globals(), "_KERNEL": _inlined(task)}, task.__name__)
     entry.__module__ = task.__module__
     entry = _compiled(entry, task.__qualname__)
 
     def launch(threads: int, tasks: int, *arguments: Any) -> None:
         threads = min(threads, tasks, numba.config.NUMBA_NUM_THREADS)
         if threads == 1:
-            entry(_compiled_loop(_serial_loop).address, tasks, *arguments)
+            entry(_compiled_loop(_serial_loop).address, tasks, arguments)
             return
         before = numba.get_num_threads()
         numba.set_num_threads(threads)
@@ -179,9 +178,9 @@ def kernel(task: FunctionType) -> Callable[..., None]:
             loop = _compiled_loop(_parallel_loop).address
             if numba.threading_layer() == "workqueue":
                 with _one_launch:
-                    entry(loop, tasks, *arguments)
+                    entry(loop, tasks, arguments)
             else:
-                entry(loop, tasks, *arguments)
+                entry(loop, tasks, arguments)
         finally:
             numba.set_num_threads(before)
 

@@ -1,7 +1,7 @@
 """Activations, applied to a piece of the output while it lies in L1.
 
-Kernels call them by address: linked into every kernel, they would take longer to compile than all the
-rest. So each is compiled when it is first asked for, once.
+Kernels call them by address: linked into every kernel, they would take longer to compile than all
+the rest. So each is compiled when it is first asked for, once.
 
 The exponential is worked out here because numba calls the scalar one of the C library, around which
 no loop is vectorised. Everything is evaluated in float64, where nothing cancels that float32 shows.
@@ -48,7 +48,7 @@ def _polynomial(coefficients, r):
 
 @jit
 def _exp_parts(x):
-    """(s, q) with exp(x) = s + s·q, s a power of two: then exp(x) - 1 = s·q + (s - 1) is exact too."""
+    """(s, q): exp(x) = s + s·q, s a power of two, so that exp(x) - 1 = s·q + (s - 1) is exact."""
     x = -708.0 if x < -708.0 else x
     x = 708.0 if x > 708.0 else x
     exponent = np.floor(x * _LOG2E + 0.5)

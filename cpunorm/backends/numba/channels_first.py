@@ -5,8 +5,8 @@ each C·S after the one before. R is 1 in instance and group norm; in batch norm
 
 A task of `normalize` or `backward` is whole units, of as many groups and images as make a piece:
 statistics (or sums) of each, then its output while it lies in L2. Few large units are cut instead:
-the parts measured, merged, and the output written in a second sweep over channels as they lie, which
-is all that `apply` does.
+the parts measured, merged, and the output written in a second sweep over channels as they lie,
+which is all that `apply` does.
 
 Where S is short, so are the loops over it. Batch norm is then channels_last, one image of N rows of
 C·S channels, S to a group; and group norm is `rows` of K·S elements.
@@ -89,7 +89,8 @@ def _units_of(task, sizes):
 
 
 @kernel
-def _normalize(task, x, residual, weight, bias, eps, activation, y, outputs, sizes):
+def _normalize(task, arguments):
+    x, residual, weight, bias, eps, activation, y, outputs, sizes = arguments
     _, R, G, K, S, _, _ = sizes
     b0, b1, g0, g1, _ = _units_of(task, sizes)
     groups = g1 - g0
@@ -112,7 +113,8 @@ def _normalize(task, x, residual, weight, bias, eps, activation, y, outputs, siz
 
 
 @kernel
-def _measure_parts(task, x, parts, sizes):
+def _measure_parts(task, arguments):
+    x, parts, sizes = arguments
     R, G, run, height, length = sizes
     part = task % parts.shape[1]
     unit = task // parts.shape[1]
@@ -122,7 +124,8 @@ def _measure_parts(task, x, parts, sizes):
 
 
 @kernel
-def _apply(task, x, residual, weight, bias, activation, y, stats, sizes):
+def _apply(task, arguments):
+    x, residual, weight, bias, activation, y, stats, sizes = arguments
     N, R, G, K, S, height, length = sizes
     mean, rstd = stats
     C = G * K
@@ -158,7 +161,8 @@ def _write_grad_x(grad_y, x, start, rows, stride, width, mean, scale, terms, fro
 
 
 @kernel
-def _backward(task, grad_y, x, saved, weight, grad_x, totals, sizes):
+def _backward(task, arguments):
+    grad_y, x, saved, weight, grad_x, totals, sizes = arguments
     _, R, G, K, S, _, _ = sizes
     mean, rstd = saved
     b0, b1, g0, g1, slot = _units_of(task, sizes)
@@ -185,8 +189,9 @@ def _backward(task, grad_y, x, saved, weight, grad_x, totals, sizes):
 
 
 @kernel
-def _backward_parts(task, grad_y, x, saved, weight, frozen, parts, merged, grad_x, sizes):
-    """Over one part of some channels: their sums, or grad_x, or both where it does not need them."""
+def _backward_parts(task, arguments):
+    """Over a part of some channels: their sums, or grad_x, or both where that needs no sums."""
+    grad_y, x, saved, weight, frozen, parts, merged, grad_x, sizes = arguments
     R, G, K, S, channels, height, length = sizes
     C = G * K
     mean, rstd = saved
@@ -216,7 +221,7 @@ def _units(x: Array, mean: Array) -> tuple[int, ...]:
 
 
 def _task_size(units: tuple[int, ...]) -> tuple[int, int] | None:
-    """How many images and groups make a task; None where there are so few units that they are cut."""
+    """How many images and groups make a task; None where units are so few that they are cut."""
     B, R, G, K, S = units
     size = R * K * S
     if B * G < TASKS and size >= 2 * PIECE:
@@ -269,9 +274,7 @@ def normalize(
         parameters = _spread(S, weight, bias)
         if R > 1:
             x, residual, y = _as((1, R, G * S), x, residual, y)
-            channels_last.normalize(
-                x, residual, *parameters, eps, activation, y, *outputs, threads
-            )
+            channels_last.normalize(x, residual, *parameters, eps, activation, y, *outputs, threads)
         else:
             x, residual, y = _as((B * G, K * S), x, residual, y)
             rows.normalize_groups(

@@ -1,4 +1,4 @@
-"""channels_last: x (N, S, C), weight and bias along C, statistics over S and the channels of a group.
+"""channels_last: x (N, S, C), weight and bias along C, statistics over S and a group of channels.
 
 Batch norm is one image of N·S rows, with groups of K = 1 channel.
 
@@ -104,7 +104,8 @@ def _strip_of(task, sizes):
 
 
 @kernel
-def _normalize(task, x, residual, weight, bias, eps, activation, y, outputs, sizes):
+def _normalize(task, arguments):
+    x, residual, weight, bias, eps, activation, y, outputs, sizes = arguments
     _, S, C, K, _, _ = sizes
     n0, n1, c0, width, _ = _strip_of(task, sizes)
     lanes = lanes_of(S, width, C)
@@ -138,7 +139,8 @@ def _part_of(task, sizes):
 
 
 @kernel
-def _measure_parts(task, x, parts, sizes):
+def _measure_parts(task, arguments):
+    x, parts, sizes = arguments
     _, _, C, K, _, _ = sizes
     n, part, start, h, c0, width = _part_of(task, sizes)
     lanes = lanes_of(h, width, C)
@@ -154,7 +156,8 @@ def _measure_parts(task, x, parts, sizes):
 
 
 @kernel
-def _apply(task, x, residual, weight, bias, activation, y, stats, sizes):
+def _apply(task, arguments):
+    x, residual, weight, bias, activation, y, stats, sizes = arguments
     _, _, C, K, _, _ = sizes
     mean, rstd = stats
     n, _, start, h, c0, width = _part_of(task, sizes)
@@ -172,9 +175,7 @@ def _sum_columns(grad_y, x, start, rows, C, width, lanes, means, sums):
     gx = np.empty(wide, x.dtype)
     lost = np.empty(wide, x.dtype)
     one = np.ones(1, x.dtype)
-    column_gradient_sums(
-        grad_y, x, start, rows, C, width, lanes, means, one, 0, g, gx, lost, sums
-    )
+    column_gradient_sums(grad_y, x, start, rows, C, width, lanes, means, one, 0, g, gx, lost, sums)
 
 
 @jit
@@ -215,7 +216,8 @@ def _write_grad_x(grad_y, x, start, rows, C, width, lanes, terms, frozen, grad_x
 
 
 @kernel
-def _backward(task, grad_y, x, saved, weight, grad_x, totals, sizes):
+def _backward(task, arguments):
+    grad_y, x, saved, weight, grad_x, totals, sizes = arguments
     _, S, C, K, _, _ = sizes
     mean, rstd = saved
     n0, n1, c0, width, slot = _strip_of(task, sizes)
@@ -237,8 +239,9 @@ def _backward(task, grad_y, x, saved, weight, grad_x, totals, sizes):
 
 
 @kernel
-def _backward_parts(task, grad_y, x, saved, weight, frozen, parts, merged, grad_x, sizes):
-    """Over one part: the sums of its columns, or grad_x, or both where it does not need them."""
+def _backward_parts(task, arguments):
+    """Over a part: the sums of its columns, or grad_x, or both where that needs no sums."""
+    grad_y, x, saved, weight, frozen, parts, merged, grad_x, sizes = arguments
     _, _, C, K, _, _ = sizes
     mean, rstd = saved
     n, part, start, h, c0, width = _part_of(task, sizes)

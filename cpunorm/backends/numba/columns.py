@@ -55,7 +55,8 @@ def _strip(task, sizes):
 
 
 @kernel
-def _normalize(task, x, addend, parameters, eps, center, y, total, outputs, sizes):
+def _normalize(task, arguments):
+    x, addend, parameters, eps, center, y, total, outputs, sizes = arguments
     _, D, S, _, _ = sizes
     n0, n1, s0, width = _strip(task, sizes)
     pivot = np.empty(width)
@@ -121,7 +122,8 @@ def _sum_parameters(grad_y, x, start, D, S, width, terms, totals, slot, wanted):
 
 
 @kernel
-def _backward(task, grad_y, x, saved, parameters, grad_total, grad_x, totals, wanted, sizes):
+def _backward(task, arguments):
+    grad_y, x, saved, parameters, grad_total, grad_x, totals, wanted, sizes = arguments
     _, D, S, _, _ = sizes
     mean, rstd = saved
     weight, row_weight, weighted = parameters

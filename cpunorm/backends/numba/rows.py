@@ -1,9 +1,9 @@
 """rows: x (M, D), one statistic per row, weight and bias along the row.
 
-A task is a range of rows. Its rows are taken as many at a time as fit L1 and swept there: statistics,
-then output; in backward the sums, grad_x, and what the rows add to the parameter gradients, which
-every task gathers for itself. Few huge rows are cut along D instead: the parts measured, merged, and
-the output written in a second sweep.
+A task is a range of rows. Its rows are taken as many at a time as fit L1 and swept there:
+statistics, then output; in backward the sums, grad_x, and what the rows add to the parameter
+gradients, which every task gathers for itself. Few huge rows are cut along D instead: the parts
+measured, merged, and the output written in a second sweep.
 
 Other problems hand over what has this shape. Then row m belongs to group m % G, and the parameters
 are (G, D).
@@ -77,9 +77,8 @@ def _transform(x, residual, parameters, activation, stats, row, y, z, block, siz
 
 
 @kernel
-def _normalize(
-    task, x, addend, residual, parameters, eps, center, activation, y, total, outputs, sizes
-):
+def _normalize(task, arguments):
+    x, addend, residual, parameters, eps, center, activation, y, total, outputs, sizes = arguments
     M, D, G, height = sizes
     tall = max(1, BLOCK // D)
     mean = np.empty(tall)
@@ -103,7 +102,8 @@ def _normalize(
 
 
 @kernel
-def _measure_parts(task, x, addend, center, total, parts, D):
+def _measure_parts(task, arguments):
+    x, addend, center, total, parts, D = arguments
     part = task % parts.shape[1]
     row = task // parts.shape[1]
     start = row * D + part * PIECE
@@ -115,7 +115,8 @@ def _measure_parts(task, x, addend, center, total, parts, D):
 
 
 @kernel
-def _transform_parts(task, x, parameters, stats, y, D):
+def _transform_parts(task, arguments):
+    x, parameters, stats, y, D = arguments
     across = (D + PIECE - 1) // PIECE
     row = task // across
     left = task % across * PIECE
@@ -212,10 +213,11 @@ def _flush(sums, totals, slot, left):
 
 
 @kernel
-def _backward(task, grad_y, x, saved, parameters, grad_total, grad_x, totals, wanted, sizes):
+def _backward(task, arguments):
+    grad_y, x, saved, parameters, grad_total, grad_x, totals, wanted, sizes = arguments
     M, D, G, height = sizes
     mean, rstd = saved
-    tall = max(1, BLOCK // D)
+    tall = max(1, min(BLOCK // D, SHORT_SUM * G))
     terms = np.empty((4, tall))
     sums = np.zeros((2, G * D), x.dtype)
     pending = 0
@@ -235,7 +237,8 @@ def _backward(task, grad_y, x, saved, parameters, grad_total, grad_x, totals, wa
 
 
 @kernel
-def _sum_parts(task, grad_y, x, mean, parameters, parts, D):
+def _sum_parts(task, arguments):
+    grad_y, x, mean, parameters, parts, D = arguments
     part = task % parts.shape[1]
     row = task // parts.shape[1]
     sums = np.empty((3, 1))
@@ -246,7 +249,8 @@ def _sum_parts(task, grad_y, x, mean, parameters, parts, D):
 
 
 @kernel
-def _backward_parts(task, grad_y, x, saved, parameters, grad_total, sums, grad_x, totals, wanted):
+def _backward_parts(task, arguments):
+    grad_y, x, saved, parameters, grad_total, sums, grad_x, totals, wanted = arguments
     mean, rstd = saved
     M = rstd.size
     D = totals.shape[2]
@@ -376,9 +380,7 @@ def normalize(
     """y = (x - mean)·rstd·weight + bias along D, of total = x + residual where there is one."""
     center = mean is not None
     outputs = mean, None, rstd
-    normalize_groups(
-        x, residual, None, weight, bias, eps, center, 0, y, total, outputs, 1, threads
-    )
+    normalize_groups(x, residual, None, weight, bias, eps, center, 0, y, total, outputs, 1, threads)
 
 
 def backward(

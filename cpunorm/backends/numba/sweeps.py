@@ -1,21 +1,21 @@
 """The inner loops that several problems share, and the sizes by which all of them cut their work.
 
 A block is `rows` rows of `width` elements in a flat array, `stride` apart, the first at `start`;
-where a block is given by its `count` of elements, its last row may be short. Loops take offsets, not
-slices: numba counts references to a slice, which costs more than a short row.
+where a block is given by its `count` of elements, its last row may be short. Loops take offsets,
+not slices: numba counts references to a slice, which costs more than a short row.
 
 Moments are summed in float64, as deviations from an element of the statistic itself. With
 d = x - pivot, M2 = Σd² - (Σd)²/n then loses at most n·2⁻⁵³ of itself however large the mean, and a
 constant comes out with its own value as the mean and a variance of exactly 0.
 
 Statistics in progress are two float64 arrays, `mean` and `M2`, which `settle` turns into mean and
-rstd. Gradients in progress are three, the sums Σg, Σg·(x - mean), Σ(x - mean), with g = grad_y·weight
-or, for a channel, grad_y alone; they turn into the terms by which grad_x is written,
+rstd. Gradients in progress are the three sums Σg, Σg·(x - mean), Σ(x - mean); they turn into the
+terms of
 
-    grad_x = scale·(grad_y - centre) + slope·(x - mean) + rest
+    grad_x = scale·(g - centre) + slope·(x - mean) + rest
 
-or, where the weight changes along the way, rstd·(g - centre) + slope·(x - mean) + rest. The last sum
-is what the mean lost by being rounded; slope and rest make up for it.
+where g = grad_y·weight and scale = rstd, or for one channel g = grad_y and scale = weight·rstd. The
+last sum is what the mean lost by being rounded; slope and rest make up for it.
 """
 
 import numpy as np
@@ -158,7 +158,10 @@ def part_of(part, rows, width, height, length):
 
 @once
 def merge_moments(parts, rows, width, height, length, eps, outputs):
-    """Merge parts[:, part, unit], (mean, M2) of each part of a block, by Chan's formula; return both."""
+    """Merge parts[:, part, unit], (mean, M2) of each part of a block, by Chan's formula.
+
+    Return mean and rstd.
+    """
     units = parts.shape[2]
     mean = np.zeros(units)
     M2 = np.zeros(units)
@@ -184,10 +187,10 @@ def scale_of(rstd, weight, channel):
 
 @jit
 def set_terms(terms, channels, mean, rstd, unit, K, weight, bias, channel):
-    """terms[:, i] = (mean, scale, shift): y = (x - mean)·scale + shift, for channels from `channel` on.
+    """terms[:, i] = (mean, scale, shift), y = (x - mean)·scale + shift, for channels from `channel`.
 
-    `unit` is theirs where it holds the first, and the next one takes over every K channels. The shift
-    carries what the mean loses by being rounded.
+    `unit` is that of the first, and the next one takes over every K channels. The shift carries
+    what the mean loses by being rounded.
     """
     number = terms.dtype.type
     left = K - channel % K
@@ -242,7 +245,7 @@ def finish(z, residual, activation, start, count, stride, width, y):
 
 @jit_sum
 def block_gradient_sums(grad_y, x, start, rows, stride, width, mean):
-    """Σdy, Σdy·(x - mean), Σ(x - mean) over one block."""
+    """Σg, Σg·(x - mean), Σ(x - mean) over one block, with g = grad_y."""
     m = np.float64(mean)
     g = 0.0
     gx = 0.0
@@ -327,12 +330,11 @@ def row_terms(terms, mean, rstd, unit, units, count):
     The normalized x is (x - mean)·rstd + shift.
     """
     number = rstd.dtype.type
-    centred = 1.0 if mean.size else 0.0
     for i in range(units):
         s = np.float64(rstd[at(unit + i)])
-        g = centred * terms[0, i] / count
+        g = terms[0, i] / count if mean.size else 0.0
+        delta = terms[2, i] / count if mean.size else 0.0
         centre = number(g)
-        delta = centred * terms[2, i] / count
         slope = -s * s * s * (terms[1, i] - delta * terms[0, i]) / count
         terms[0, i] = centre
         terms[1, i] = slope
