@@ -57,7 +57,6 @@ def extensions():
     sources = cythonize(
         [Extension(f"{PACKAGE}.{m}", [f"cpunorm/backends/cython/{m}.pyx"]) for m in MODULES],
         language_level=3,
-        nthreads=os.cpu_count(),
         compiler_directives={"boundscheck": False, "wraparound": False, "cdivision": True},
     )
     for level, march in LEVELS.items():

@@ -7,7 +7,6 @@ caller's shape and strides.
 """
 
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -124,7 +123,10 @@ def _number(name: str, value: Any) -> float:
         raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
     if isinstance(value, np.complexfloating):
         raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must fit a float64, got an integer beyond it") from None
 
 
 def _eps(value: Any, *, positive: bool = False) -> float:
@@ -141,16 +143,18 @@ def flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
+def integer(name: str, value: Any) -> int:
+    """Check an int; arrays and bools are none, although Python would take them for one."""
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    return int(value)
+
+
 def integers(name: str, value: Any) -> tuple[int, ...]:
     """Check an int or a sequence of ints."""
-    if isinstance(value, (str, bytes, bool)):
-        raise TypeError(f"{name} must be an int or a sequence of ints, got {value!r}")
     try:
-        return (operator.index(value),)
-    except TypeError:
-        pass
-    try:
-        return tuple(operator.index(v) for v in value)
+        values = (value,) if isinstance(value, (int, np.integer)) else tuple(value)
+        return tuple(integer(name, v) for v in values)
     except TypeError:
         raise TypeError(f"{name} must be an int or a sequence of ints, got {value!r}") from None
 
@@ -187,9 +191,7 @@ def _out(
     if checked.size and _overlaps_itself(checked):
         raise ValueError(f"{name} must not overlap itself, got strides {checked.strides}")
     for other, a in (same_as | others).items():
-        if a is None or not np.may_share_memory(checked, a):
-            continue
-        if other in same_as and memory_of(a) == memory_of(checked):
+        if a is None or (other in same_as and memory_of(a) == memory_of(checked)):
             continue
         if np.shares_memory(checked, a):
             allowed = " or ".join(f"{s} itself" for s in same_as)
@@ -211,7 +213,9 @@ def _overlaps_itself(a: Array) -> bool:
 
 
 def memory_of(a: Array) -> tuple[int, tuple[int, ...]]:
-    return a.__array_interface__["data"][0], a.strides
+    # The strides of axes of length 1 mean nothing.
+    strides = tuple(s for s, n in zip(a.strides, a.shape, strict=True) if n != 1)
+    return a.__array_interface__["data"][0], strides
 
 
 def _stats(
@@ -435,9 +439,7 @@ def _channels(op: str, x: Array, layout: Any, num_groups: Any, frozen: bool) -> 
     axis = x.ndim - 1 if CHANNELS_LAST[layout] else min(1, x.ndim - 1)
     images, count = x.shape[0], x.shape[axis]
     if op == "group_norm":
-        if isinstance(num_groups, (bool, float, str)) or not hasattr(num_groups, "__index__"):
-            raise TypeError(f"num_groups must be an int, got {type(num_groups).__name__}")
-        groups = operator.index(num_groups)
+        groups = integer("num_groups", num_groups)
         if groups < 1 or count % groups:
             raise ValueError(
                 f"num_groups must be at least 1 and divide x's {count} channels, got {groups}"
@@ -449,27 +451,35 @@ def _channels(op: str, x: Array, layout: Any, num_groups: Any, frozen: bool) -> 
 
 def _running_statistics(
     running: tuple[Any, Any], channels: _Channels, x: Array, frozen: bool
-) -> tuple[Any, Any]:
+) -> dict[str, Any]:
     names = ("running_mean", "running_var")
     given = [name for name, a in zip(names, running, strict=True) if a is not None]
     if len(given) == 1:
         missing = names[1 - names.index(given[0])]
         raise ValueError(f"{missing} must be given with {given[0]}, got None")
-    if not given:
-        if frozen:
-            raise ValueError(
-                "running_mean and running_var must be given where x's own statistics are not "
-                "used, got None"
-            )
-        return None, None
-    mean, var = (
-        _sized(name, a, (channels.size,), x.dtype, "one per channel")
-        for name, a in zip(names, running, strict=True)
-    )
-    for name, a in zip(names, (mean, var), strict=True):
-        if not frozen and not a.flags.writeable:
+    if given:
+        return {
+            name: _sized(name, a, (channels.size,), x.dtype, "one per channel")
+            for name, a in zip(names, running, strict=True)
+        }
+    if frozen:
+        raise ValueError(
+            "running_mean and running_var must be given where x's own statistics are not "
+            "used, got None"
+        )
+    return {}
+
+
+def _updatable(statistics: dict[str, Any], inputs: dict[str, Array | None]) -> None:
+    """Check that running statistics can be written without touching anything else."""
+    for name, a in statistics.items():
+        if not a.flags.writeable:
             raise ValueError(f"{name} must be writeable where it is updated, got a read-only array")
-    return mean, var
+        if a.size and _overlaps_itself(a):
+            raise ValueError(f"{name} must not overlap itself, got strides {a.strides}")
+        for other, b in (inputs | statistics).items():
+            if other != name and b is not None and np.shares_memory(a, b):
+                raise ValueError(f"{name} must not overlap {other}, got a view of its memory")
 
 
 def channel_norm(
@@ -496,7 +506,7 @@ def channel_norm(
     channels = _channels(op, x, layout, num_groups, frozen)
     weight = _parameter("weight", weight, (channels.size,), x.dtype, "one per channel")
     bias = _parameter("bias", bias, (channels.size,), x.dtype, "one per channel")
-    running_mean, running_var = _running_statistics(running, channels, x, frozen)
+    statistics = _running_statistics(running, channels, x, frozen)
     eps = _eps(eps, positive=op == "batch_norm" and not frozen)
     momentum = _number("momentum", momentum)
     return_stats = flag("return_stats", return_stats)
@@ -504,14 +514,11 @@ def channel_norm(
     summands = {"x": x}
     if residual is not None:
         summands["residual"] = residual = _like("residual", residual, x)
+    parameters = {"weight": weight, "bias": bias}
+    if not frozen:
+        _updatable(statistics, {**summands, **parameters})
     if out is not None:
-        others = {
-            "weight": weight,
-            "bias": bias,
-            "running_mean": running_mean,
-            "running_var": running_var,
-        }
-        out = _out("out", out, x, summands, others)
+        out = _out("out", out, x, summands, parameters | statistics)
     per_statistic = x.size // max(1, math.prod(channels.stats))
     if op != "group_norm" and not frozen and per_statistic == 1:
         unit = "channel" if op == "batch_norm" else "channel of an image"
@@ -523,9 +530,10 @@ def channel_norm(
     frame = channel_frame(x, channels.axis, channels.per_image)
     y = frame.new(x) if out is None else out
     if frozen:
-        mean = running_mean.astype(acc).reshape(channels.stats)
-        rstd = 1 / np.sqrt(running_var.astype(np.float64) + eps)
-        rstd = rstd.astype(acc).reshape(channels.stats)
+        mean = statistics["running_mean"].astype(acc).reshape(channels.stats)
+        with np.errstate(all="ignore"):
+            rstd = 1 / np.sqrt(statistics["running_var"].astype(np.float64) + eps)
+            rstd = rstd.astype(acc).reshape(channels.stats)
     else:
         mean, var, rstd = (np.empty if x.size else np.zeros)((3, *channels.stats), acc)
     if x.size:
@@ -543,10 +551,8 @@ def channel_norm(
         else:
             kernel = _dispatch.kernel(frame.problem, "normalize", backend)
             kernel(*inputs, eps, activation, placed, mean, var, rstd, threads)
-            if running_mean is not None:
-                _update_running_statistics(
-                    (running_mean, running_var), mean, var, per_statistic, momentum
-                )
+            if statistics:
+                _update_running_statistics(statistics, mean, var, per_statistic, momentum)
         frame.deliver(placed, y)
     if return_stats:
         shape = channels.public_stats
@@ -555,13 +561,16 @@ def channel_norm(
 
 
 def _update_running_statistics(
-    running: tuple[Array, Array], mean: Array, var: Array, count: int, momentum: float
+    statistics: dict[str, Array], mean: Array, var: Array, count: int, momentum: float
 ) -> None:
     """Move the running statistics towards the batch's means of mean and unbiased variance."""
-    new_mean = mean.mean(axis=0, dtype=np.float64)
-    new_var = var.mean(axis=0, dtype=np.float64) * (count / (count - 1))
-    for old, new in zip(running, (new_mean, new_var), strict=True):
-        old[...] = (1 - momentum) * old.astype(np.float64) + momentum * new
+    with np.errstate(all="ignore"):
+        new = {
+            "running_mean": mean.mean(axis=0, dtype=np.float64),
+            "running_var": var.mean(axis=0, dtype=np.float64) * (count / (count - 1)),
+        }
+        for name, old in statistics.items():
+            old[...] = (1 - momentum) * old.astype(np.float64) + momentum * new[name]
 
 
 def channel_norm_backward(

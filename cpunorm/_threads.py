@@ -5,6 +5,9 @@ import os
 
 # Below this many bytes of x, waking a second thread costs more than it brings.
 SERIAL_BYTES = 64 * 1024
+# What a thread should have to do at the least, and how many of them any call may start.
+BYTES_PER_THREAD = 32 * 1024
+MOST_THREADS = 512
 
 
 def _default_num_threads() -> int:
@@ -91,4 +94,6 @@ def set_num_threads(n: int) -> None:
 
 def threads_for(nbytes: int) -> int:
     """Return the number of threads for an x of `nbytes` bytes."""
-    return 1 if nbytes < SERIAL_BYTES else get_num_threads()
+    if nbytes < SERIAL_BYTES:
+        return 1
+    return min(get_num_threads(), nbytes // BYTES_PER_THREAD, MOST_THREADS)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from . import functional
-from ._canonical import STATS_DTYPE, Array, Gradients, Stats, integers, memory_of
+from ._canonical import STATS_DTYPE, Array, Gradients, Stats, flag, integer, integers, memory_of
 
 if TYPE_CHECKING:
     from ._canonical import Activation, Layout, Need, Shape
@@ -54,6 +54,8 @@ class _Layer(ABC):
         dtype: DTypeLike,
         backend: str | None,
     ) -> None:
+        if dtype is None:
+            raise TypeError("dtype must be float32 or float64, got None")
         self.dtype = np.dtype(dtype)
         if self.dtype not in STATS_DTYPE:
             supported = " or ".join(map(str, STATS_DTYPE))
@@ -245,12 +247,10 @@ class _ChannelNorm(_Layer):
         dtype: DTypeLike,
         backend: str | None,
     ) -> None:
-        count = integers(*channels)
-        if len(count) != 1:
-            raise TypeError(f"{channels[0]} must be an int, got {channels[1]!r}")
-        super().__init__(count, affine, affine and bias, dtype, backend)
+        count = (integer(*channels),)
+        self.affine = flag("affine", affine)
+        super().__init__(count, affine, affine and flag("bias", bias), dtype, backend)
         self.eps: float = eps
-        self.affine = affine
         self.layout = layout
         self.activation = activation
         self.running_mean: Array | None = None

@@ -24,12 +24,12 @@ def _levels() -> list[str]:
     """Return the levels this CPU has, best first."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return ["baseline"]
+    from numpy._core._multiarray_umath import __cpu_baseline__ as assumed
     from numpy._core._multiarray_umath import __cpu_features__ as features
 
     levels = []
     for level in reversed(_FEATURES):
-        # NumPy leaves out of its table what it was built to require.
-        if not all(features.get(f, True) for f in _FEATURES[level]):
+        if not all(features.get(f, f in assumed) for f in _FEATURES[level]):
             break
         levels.insert(0, level)
     return levels

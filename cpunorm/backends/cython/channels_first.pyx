@@ -352,7 +352,7 @@ cdef inline void differentiate_chunk(
         here = plane_at(u, p) + chunk.start
         backward_affine(grad_y + here, at(x, here), <const real*> NULL, <const real*> NULL,
                         grad_x + here, chunk.length, <real> mean,
-                        rstd * (1 if weight is NULL else <double> weight[p % u.K]), b, c)
+                        1 if weight is NULL else weight[p % u.K], rstd, b, c)
 
 
 cdef inline void sweep_chunk(
@@ -400,8 +400,8 @@ cdef inline int backward_unit(
     free(sums)
     if frozen or grad_x is NULL:
         return 0
-    b = -rstd * rstd * rstd * gx_sum / n
-    c = -rstd * g_sum / n - b * rest
+    b = -rstd * rstd * gx_sum / n
+    c = -g_sum / n - b * rest
     if threads == 1:
         for q in range(u.chunks - 1, -1, -1):
             differentiate_chunk(grad_y, x, weight, grad_x, u, q, mean, rstd, b, c)

@@ -106,7 +106,6 @@ cdef inline void _backward_strip(
     cdef:
         double sums[3 * WIDEST]
         real pivot[WIDEST]
-        real a[WIDEST]
         real b[WIDEST]
         real c[WIDEST]
         real shift[WIDEST]
@@ -123,17 +122,17 @@ cdef inline void _backward_strip(
         r = rstd[s]
         # The mean arrives rounded: what was rounded away is the mean of what is left.
         rest = 0 if mean is NULL else x_sum[s] / D
-        a[s] = rstd[s]
-        b[s] = <real> (-r * r * r * (gx_sum[s] - rest * g_sum[s]) / D)
-        c[s] = 0 if mean is NULL else <real> (-r * g_sum[s] / D - b[s] * rest)
+        b[s] = <real> (-r * r * (gx_sum[s] - rest * g_sum[s]) / D)
+        c[s] = 0 if mean is NULL else <real> (-g_sum[s] / D - b[s] * rest)
         shift[s] = <real> (-rest * r)
     for d in range(D):
         if parameter_sums is not NULL:
-            row_parameter_sums(grad_y + d * S, x + d * S, width, pivot, a, shift,
+            row_parameter_sums(grad_y + d * S, x + d * S, width, pivot, rstd, shift,
                                parameter_sums + d, parameter_sums + D + d)
         if grad_x is not NULL:
-            backward_columns(grad_y + d * S, x + d * S, 1 if weight is NULL else weight[d],
-                             at(grad_total, d * S), grad_x + d * S, width, pivot, a, b, c)
+            backward_columns(grad_y + d * S, x + d * S, <const real*> NULL,
+                             1 if weight is NULL else weight[d], at(grad_total, d * S),
+                             grad_x + d * S, width, pivot, rstd, b, c)
 
 
 cdef inline void _backward_part(

@@ -10,7 +10,7 @@
 #                       GROUP at a time the parameters' sums, which each part keeps in float64
 
 from cython.parallel cimport prange
-from libc.stdlib cimport calloc, free, malloc
+from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 from .sweeps cimport (add, affine_along, at, backward_affine, backward_sums, merge_moments, moments,
@@ -124,11 +124,11 @@ cdef inline void _grad_x_one(
     backward_sums(grad_y, x, weight, D, <real> mean, sums)
     rest = sums[2] / D if centred else 0
     exact_mean[0] = mean + rest
-    b = -rstd * rstd * rstd * (sums[1] - rest * sums[0]) / D
+    b = -rstd * rstd * (sums[1] - rest * sums[0]) / D
     if centred:
-        c = -rstd * sums[0] / D - b * rest
+        c = -sums[0] / D - b * rest
     if grad_x is not NULL:
-        backward_affine(grad_y, x, weight, grad_total, grad_x, D, <real> mean, rstd, b, c)
+        backward_affine(grad_y, x, weight, grad_total, grad_x, D, <real> mean, 1, rstd, b, c)
 
 
 cdef inline int _backward_part(

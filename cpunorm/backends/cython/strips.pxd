@@ -13,7 +13,6 @@
 # `in_line` a loop of the transform.
 
 from cython.parallel cimport prange
-from libc.math cimport sqrt
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
 
@@ -297,38 +296,36 @@ cdef inline void _sum(const real* grad_y, const real* x, const Cut* cut, Py_ssiz
 
 cdef inline void _differentiate(
     const real* grad_y, const real* x, real* grad_x, const Cut* cut, Py_ssize_t index,
-    const double* mean, const double* a, const double* b, const double* c,
+    const double* terms,
 ) noexcept nogil:
+    """terms, (5, C): mean, weight, rstd, b and c of backward_columns."""
     cdef:
-        real column_mean[COLUMNS]
-        real column_a[COLUMNS]
-        real column_b[COLUMNS]
-        real column_c[COLUMNS]
+        real columns[5 * COLUMNS]
         Task task = task_of(cut, index)
         Py_ssize_t stride = cut.channels * cut.inner * cut.in_line
         Py_ssize_t width = task.channels * cut.inner * cut.in_line
-        Py_ssize_t length = task.rows * cut.channels * cut.inner, i = task.offset, done = 0
-    expand(mean + task.first_channel, task.channels, cut.inner, cut.in_line, column_mean)
-    expand(a + task.first_channel, task.channels, cut.inner, cut.in_line, column_a)
-    expand(b + task.first_channel, task.channels, cut.inner, cut.in_line, column_b)
-    expand(c + task.first_channel, task.channels, cut.inner, cut.in_line, column_c)
+        Py_ssize_t length = task.rows * cut.channels * cut.inner, i = task.offset, done = 0, v
+    for v in range(5):
+        expand(terms + v * cut.channels + task.first_channel, task.channels, cut.inner,
+               cut.in_line, columns + v * COLUMNS)
     while done < length:
-        backward_columns(grad_y + i, at(x, i), 1, <const real*> NULL, grad_x + i,
-                         min(width, length - done) if cut.in_line > 1 else width, column_mean,
-                         column_a, column_b, column_c)
+        backward_columns(grad_y + i, at(x, i), columns + COLUMNS, 1, <const real*> NULL,
+                         grad_x + i, min(width, length - done) if cut.in_line > 1 else width,
+                         columns, columns + 2 * COLUMNS, columns + 3 * COLUMNS,
+                         columns + 4 * COLUMNS)
         done += stride
         i += stride
 
 
 cdef inline void _sum_and_differentiate(
     const real* grad_y, const real* x, real* grad_x, const Cut* cut, Py_ssize_t index,
-    const double* mean, const double* a, double* sums,
+    const double* terms, double* sums,
 ) noexcept nogil:
     """One task of the backward pass past constant statistics: everything in one sweep."""
     if sums is not NULL:
-        _sum(grad_y, x, cut, index, mean, sums)
+        _sum(grad_y, x, cut, index, terms, sums)
     if grad_x is not NULL:
-        _differentiate(grad_y, <const real*> NULL, grad_x, cut, index, mean, a, a, a)
+        _differentiate(grad_y, <const real*> NULL, grad_x, cut, index, terms)
 
 
 cdef inline int backward_image(
@@ -339,20 +336,22 @@ cdef inline int backward_image(
     cdef:
         Py_ssize_t C = cut.channels, K = cut.channels // cut.groups
         Py_ssize_t tasks = cut.chunks * cut.strips, q, i, c, g
-        double n = cut.rows * cut.inner * K, g_sum, gx_sum, rest, w, r
-        double* mu = <double*> calloc((4 + 3 * cut.chunks) * C, sizeof(double))
-        double* a_ = mu + C
-        double* b_ = a_ + C
+        double n = cut.rows * cut.inner * K, g_sum, gx_sum, rest, r
+        double* mu = <double*> calloc((5 + 3 * cut.chunks) * C, sizeof(double))
+        double* w_ = mu + C
+        double* r_ = w_ + C
+        double* b_ = r_ + C
         double* c_ = b_ + C
         double* sums = c_ + C
     if mu is NULL:
         return -1
     for c in range(C):
         mu[c] = mean[c // K]
-        a_[c] = rstd[c // K] * (1 if weight is NULL else <double> weight[c])
+        w_[c] = 1 if weight is NULL else weight[c]
+        r_[c] = rstd[c // K]
     if frozen:
         for q in prange(tasks, num_threads=threads, schedule="static"):
-            _sum_and_differentiate(grad_y, x, grad_x, cut, q, mu, a_,
+            _sum_and_differentiate(grad_y, x, grad_x, cut, q, mu,
                                    NULL if grad_weight is NULL else sums)
     else:
         for q in prange(tasks, num_threads=threads, schedule="static"):
@@ -368,18 +367,17 @@ cdef inline int backward_image(
             for c in range(g * K, (g + 1) * K):
                 rest += sums[2 * C + c] / n
         for c in range(g * K, (g + 1) * K):
-            w = 1 if weight is NULL else weight[c]
             sums[C + c] -= rest * sums[c]
-            g_sum += w * sums[c]
-            gx_sum += w * sums[C + c]
+            g_sum += w_[c] * sums[c]
+            gx_sum += w_[c] * sums[C + c]
             if grad_weight is not NULL:
                 grad_weight[c] += r * sums[C + c]
                 grad_bias[c] += sums[c]
         for c in range(g * K, (g + 1) * K):
-            b_[c] = -r * r * r * gx_sum / n
-            c_[c] = -r * g_sum / n - b_[c] * rest
+            b_[c] = -r * r * gx_sum / n
+            c_[c] = -g_sum / n - b_[c] * rest
     if grad_x is not NULL and not frozen:
         for q in prange(tasks, num_threads=threads, schedule="static"):
-            _differentiate(grad_y, x, grad_x, cut, tasks - 1 - q, mu, a_, b_, c_)
+            _differentiate(grad_y, x, grad_x, cut, tasks - 1 - q, mu)
     free(mu)
     return 0

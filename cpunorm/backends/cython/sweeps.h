@@ -37,8 +37,10 @@
  * fused; everything outside this file is compiled to the letter. */
 #if defined(__clang__)
 #define SWEEP __attribute__((noinline, unused))
+#define EXACT_SWEEP SWEEP
 #else
 #define SWEEP __attribute__((noinline, noclone, unused))
+#define EXACT_SWEEP __attribute__((noinline, noclone, unused, optimize("fp-contract=off", "no-associative-math")))
 #pragma GCC push_options
 #pragma GCC optimize("associative-math", "no-signed-zeros", "no-trapping-math", "fp-contract=fast")
 #endif
@@ -352,21 +354,23 @@ static SWEEP void FN(affine_along)(const REAL *x, const REAL *weight, const REAL
     }
 }
 
-/* grad_x = a * grad_y * weight + b * (x - mean) + c + grad_total; no x: statistics held constant. */
-static SWEEP void FN(backward_affine)(const REAL *grad_y, const REAL *x, const REAL *weight,
-                                       const REAL *grad_total, REAL *grad_x, ptrdiff_t n, REAL mean,
-                                       double a_, double b_, double c_)
+/* grad_x = rstd * (grad_y * weight + b * (x - mean) + c) + grad_total, weight per element where `weights`
+ * are given; no x: statistics held constant, grad_x = rstd * grad_y * weight. Where a unit is constant
+ * the terms cancel, and rstd is large: the product is rounded as in the sums, before anything is added. */
+static EXACT_SWEEP void FN(backward_affine)(const REAL *grad_y, const REAL *x, const REAL *weights,
+                                            const REAL *grad_total, REAL *grad_x, ptrdiff_t n, REAL mean,
+                                            double weight, double rstd, double b_, double c_)
 {
-    const REAL a = a_, b = b_, c = c_;
+    const REAL w = weight, r = rstd, b = b_, c = c_, a = rstd * weight;
     if (!x)
         IVDEP for (ptrdiff_t i = 0; i < n; i++)
             grad_x[i] = a * grad_y[i];
-    else if (weight)
+    else if (weights)
         IVDEP for (ptrdiff_t i = 0; i < n; i++)
-            grad_x[i] = a * (grad_y[i] * weight[i]) + (b * (x[i] - mean) + c) + (grad_total ? grad_total[i] : 0);
+            grad_x[i] = r * (grad_y[i] * weights[i] + (b * (x[i] - mean) + c)) + (grad_total ? grad_total[i] : 0);
     else
         IVDEP for (ptrdiff_t i = 0; i < n; i++)
-            grad_x[i] = a * grad_y[i] + (b * (x[i] - mean) + c) + (grad_total ? grad_total[i] : 0);
+            grad_x[i] = r * (grad_y[i] * w + (b * (x[i] - mean) + c)) + (grad_total ? grad_total[i] : 0);
 }
 
 /* Adds, for `rows` rows of n elements, grad_y * (x - mean) * rstd to grad_weight and grad_y to grad_bias.
@@ -594,19 +598,21 @@ static SWEEP void FN(affine_columns)(const REAL *x, const REAL *residual, REAL *
     FN(activate)(y, n, activation);
 }
 
-/* grad_x = a * grad_y * weight + b * (x - mean) + c + grad_total, a, b, c and mean per column; no x:
- * statistics held constant. */
-static SWEEP void FN(backward_columns)(const REAL *grad_y, const REAL *x, double weight, const REAL *grad_total,
-                                        REAL *grad_x, ptrdiff_t n, const REAL *mean, const REAL *a, const REAL *b,
-                                        const REAL *c)
+/* As backward_affine, with mean, rstd, b and c per column; so are `weights`, where they are given. */
+static EXACT_SWEEP void FN(backward_columns)(const REAL *grad_y, const REAL *x, const REAL *weights, double weight,
+                                             const REAL *grad_total, REAL *grad_x, ptrdiff_t n, const REAL *mean,
+                                             const REAL *rstd, const REAL *b, const REAL *c)
 {
     const REAL w = weight;
     if (!x)
         IVDEP for (ptrdiff_t i = 0; i < n; i++)
-            grad_x[i] = a[i] * grad_y[i];
+            grad_x[i] = rstd[i] * weights[i] * grad_y[i];
+    else if (weights)
+        IVDEP for (ptrdiff_t i = 0; i < n; i++)
+            grad_x[i] = rstd[i] * (grad_y[i] * weights[i] + (b[i] * (x[i] - mean[i]) + c[i]));
     else
         IVDEP for (ptrdiff_t i = 0; i < n; i++)
-            grad_x[i] = a[i] * (grad_y[i] * w) + (b[i] * (x[i] - mean[i]) + c[i]) + (grad_total ? grad_total[i] : 0);
+            grad_x[i] = rstd[i] * (grad_y[i] * w + (b[i] * (x[i] - mean[i]) + c[i])) + (grad_total ? grad_total[i] : 0);
 }
 
 /* Adds the sums of grad_y * ((x - mean) * rstd + shift) and of grad_y over a row. */

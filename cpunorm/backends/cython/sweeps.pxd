@@ -23,9 +23,9 @@ cdef extern from "sweeps.h" nogil:
                 double mean, double scale, double bias, int activation) noexcept
     void affine_along(const real* x, const real* weight, const real* bias, const real* residual,
                       real* y, Py_ssize_t n, double mean, double rstd, int activation) noexcept
-    void backward_affine(const real* grad_y, const real* x, const real* weight,
+    void backward_affine(const real* grad_y, const real* x, const real* weights,
                          const real* grad_total, real* grad_x, Py_ssize_t n, real mean,
-                         double a, double b, double c) noexcept
+                         double weight, double rstd, double b, double c) noexcept
     void parameter_sums(const real* grad_y, const real* x, Py_ssize_t rows, Py_ssize_t stride,
                         Py_ssize_t n, const double* mean, const double* rstd,
                         real* grad_weight, real* grad_bias) noexcept
@@ -42,9 +42,9 @@ cdef extern from "sweeps.h" nogil:
     void affine_columns(const real* x, const real* residual, real* y, Py_ssize_t n,
                         const real* pivot, const real* scale, const real* shift,
                         double weight, double bias, int activation) noexcept
-    void backward_columns(const real* grad_y, const real* x, double weight,
+    void backward_columns(const real* grad_y, const real* x, const real* weights, double weight,
                           const real* grad_total, real* grad_x, Py_ssize_t n, const real* mean,
-                          const real* a, const real* b, const real* c) noexcept
+                          const real* rstd, const real* b, const real* c) noexcept
     void row_parameter_sums(const real* grad_y, const real* x, Py_ssize_t n, const real* mean,
                             const real* rstd, const real* shift, double* grad_weight,
                             double* grad_bias) noexcept
