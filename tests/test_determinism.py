@@ -5,11 +5,17 @@ import pytest
 
 import cpunorm
 
-from .cases import CASES, SMALL_CASES
+from .cases import CASES, SMALL_CASES, channel_cases
 from .support import assert_same_bits, copies, pick, run, run_backward, statistics
 
 # Large enough for more than one thread: 64 KiB and above. Some are kept small, for many runs.
 THREADED_CASES = [c for c in CASES if np.prod(c.shape) >= 2**14]
+# As many units as threads, or nearly: where the way of sharing the work changes with their number.
+FEW_UNITS = [
+    c
+    for shape, groups in (((9, 3, 3960), (1, 3)), ((2, 3, 66000), (3,)), ((3, 8, 65, 16), (2,)))
+    for c in channel_cases(shape, groups)
+]
 REPEATED_CASES = [*SMALL_CASES, *[c for c in THREADED_CASES if np.prod(c.shape) < 2**17][::3]]
 
 
@@ -26,12 +32,12 @@ def everything(case, arrays, grad_y, backend):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("case", THREADED_CASES, ids=str)
+@pytest.mark.parametrize("case", [*THREADED_CASES, *FEW_UNITS], ids=str)
 def test_any_number_of_threads(case, dtype, backend, restore_threads):
     arrays, grad_y = case.arrays(dtype), case.grad_y(dtype)
     cpunorm.set_num_threads(1)
     expected = everything(case, arrays, grad_y, backend)
-    for threads in (2, 3):
+    for threads in (2, 3, 5):
         cpunorm.set_num_threads(threads)
         assert_same_bits(everything(case, arrays, grad_y, backend), expected)
 

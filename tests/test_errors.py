@@ -216,13 +216,15 @@ TABLE: tuple[Wrong, ...] = (
         Wrong("momentum", momentum, TypeError, (type(momentum).__name__,))
         for momentum in (None, "0.1", 1j, [0.1])
     ),
+    Wrong("eps", 10**400, ValueError, ("float64",)),
+    Wrong("normalized_shape", (True,), TypeError, ("(True,)",)),
     Wrong("num_groups", 0, ValueError, ("0", str(C))),
     Wrong("num_groups", -2, ValueError, ("-2", str(C))),
     Wrong("num_groups", 4, ValueError, ("4", str(C))),
     Wrong("num_groups", 2 * C, ValueError, (str(2 * C), str(C))),
     *(
         Wrong("num_groups", groups, TypeError, (type(groups).__name__,))
-        for groups in (None, 2.0, "2", True, (2,))
+        for groups in (None, 2.0, "2", True, (2,), np.array(2), np.array([2]))
     ),
     # flags
     *(

@@ -142,3 +142,24 @@ def test_the_gradient_of_x_is_orthogonal_to_what_normalization_takes_away(backen
     assert_close(gradient.sum(axis=1), np.zeros(5), 1e-12)
     assert_close((gradient * x).sum(axis=1), np.zeros(5), 1e-12)
     assert np.abs(gradient).max() > 0.1
+
+
+@pytest.mark.parametrize("weight", [None, np.float32(1.37)])
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_units_of_one_value_pass_no_gradient(layout, weight, backend):
+    """The terms cancel while rstd is large: nothing may be left."""
+    rng = np.random.default_rng(0)
+    x = np.full((64, 1, 1, 3) if layout == "NHWC" else (64, 3, 1, 1), 100, "float32")
+    grad_y = rng.normal(0, 2, x.shape).astype("float32")
+    weight = None if weight is None else np.full(3, weight)
+    _, stats = cpunorm.group_norm(x, 3, weight, layout=layout, return_stats=True, backend=backend)
+    grads = cpunorm.group_norm_backward(grad_y, x, 3, stats, weight, layout=layout, backend=backend)
+    assert not grads.x.any()
+    assert not grads.weight.any()
+
+
+def test_constant_rows_with_a_constant_gradient(backend):
+    x, grad_y = np.ones((4, 64), "float32"), np.full((4, 64), 2.7, "float32")
+    _, stats = cpunorm.layer_norm(x, 64, return_stats=True, backend=backend)
+    grads = cpunorm.layer_norm_backward(grad_y, x, 64, stats, backend=backend)
+    assert np.abs(grads.x).max() <= 3e-5

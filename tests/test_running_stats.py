@@ -157,3 +157,34 @@ def test_many_small_steps_add_up(backend):
         exact_var = 0.9 * exact_var + 0.1 * wide.var(axis=(0, 2), ddof=1)
     np.testing.assert_allclose(mean, exact_mean, rtol=1e-6)
     np.testing.assert_allclose(var, exact_var, rtol=1e-6)
+
+
+@updating_cases
+def test_overlaps_are_refused(case, backend_or_auto):
+    """What is updated in place must be nothing else's memory."""
+    right = case.arrays()
+    x = right["x"]
+    first = np.lib.stride_tricks.as_strided(x, right["running_mean"].shape, (x.itemsize,))
+    wrong = {
+        "running_var": {
+            "running_mean": right["running_mean"],
+            "running_var": right["running_mean"],
+        },
+        "x": {"running_mean": first},
+        "weight": {"running_mean": right["weight"]},
+        "itself": {"running_var": np.lib.stride_tricks.as_strided(x.copy(), first.shape, (0,))},
+    }
+    for other, arrays in wrong.items():
+        before = copies(right)
+        with pytest.raises(ValueError, match=rf"running_\w+ must not overlap.*{other}"):
+            run(case, {**right, **arrays}, backend=backend_or_auto)
+        assert_same_bits(tuple(right.values()), tuple(before.values()))
+
+
+@updating_cases
+def test_overflow_is_no_half_update(case, backend):
+    """Both are written even where NumPy would warn, and warnings are errors here."""
+    arrays = case.arrays() | {"x": np.full(case.shape, 3e38, "float32")}
+    arrays["x"].flat[0] = -3e38
+    run(case, arrays, momentum=2.0, backend=backend)
+    assert not np.isfinite(arrays["running_var"]).all()

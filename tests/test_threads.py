@@ -247,3 +247,12 @@ if __name__ == "__main__":
         print(pool.map(work, range(4)) == expected)
 """
     assert script(text) == "True"
+
+
+@pytest.mark.parametrize("n", [100_000, 2**40])
+def test_absurdly_many_threads_are_only_a_limit(n, backend, restore_threads):
+    x = np.random.default_rng(0).normal(size=(64, 1024)).astype("float32")
+    expected = cpunorm.layer_norm(x, 1024, backend=backend)
+    cpunorm.set_num_threads(n)
+    assert cpunorm.get_num_threads() == n
+    assert_same_bits(cpunorm.layer_norm(x, 1024, backend=backend), expected)

@@ -31,8 +31,8 @@ OPTIONS = {
     "fastmath": {"nsz", "arcp"},
     "boundscheck": False,
 }
-# A sum over a whole loop is not vectorised in the order it is written. Such a loop stores nothing, so
-# that there is only one of it.
+# A sum over a whole loop is not vectorised in the order it is written. Such a loop stores nothing,
+# so there is only one of it.
 _SUM_OPTIONS = {**OPTIONS, "fastmath": {"nsz", "arcp", "contract", "reassoc"}}
 
 # What only kernels call needs neither a wrapper for Python nor a place in the cache: it is linked
@@ -55,26 +55,30 @@ def _digest() -> str:
 _DIGEST = _digest()
 
 
-def cached(decorator: Callable[..., Any], *arguments: Any, **options: Any) -> Callable[..., Any]:
-    """`decorator` with a cache, if there is a place for one: numba raises where there is none."""
-
-    def decorate(function):
-        try:
-            return decorator(*arguments, cache=True, **options)(function)
-        except RuntimeError:
-            return decorator(*arguments, **options)(function)
-
-    return decorate
+def _with_cache(decorator: Any, function: FunctionType, *arguments: Any, **options: Any) -> Any:
+    """A compiled function; cached, where there is a place for it: elsewhere numba would raise."""
+    try:
+        return decorator(*arguments, cache=True, **options, **OPTIONS)(function)
+    except RuntimeError:
+        return decorator(*arguments, **options, **OPTIONS)(function)
 
 
-def _compiled(function: FunctionType, name: str, **options: Any) -> Callable[..., Any]:
-    function.__qualname__ = f"{name}_{_DIGEST}"
-    return cached(numba.njit, nogil=True, **options, **OPTIONS)(function)
+def once(function: FunctionType, **options: Any) -> Any:
+    """For what is not linked into others, but called from Python or at its address."""
+    function.__qualname__ += f"_{_DIGEST}"
+    return _with_cache(numba.njit, function, nogil=True, **options)
 
 
-def once(function: FunctionType) -> Callable[..., Any]:
-    """Compile what Python calls directly."""
-    return _compiled(function, function.__qualname__)
+_callbacks: dict[Any, Any] = {}
+
+
+def address_of(function: FunctionType, signature: Any) -> int:
+    """Where the function is once compiled for a signature, for others to call it there."""
+    key = function, signature
+    if key not in _callbacks:
+        # Should two threads come here at once, both get the one that is kept alive.
+        _callbacks.setdefault(key, _with_cache(numba.cfunc, function, signature))
+    return _callbacks[key].address
 
 
 @intrinsic
@@ -105,9 +109,9 @@ def _launch(typing_context, loop, tasks, arguments):
         callback.linkage = "internal"
         body = ir.IRBuilder(callback.append_basic_block())
         task, address = callback.args
-        values = intp(0), task, body.load(body.inttoptr(address, slot.type))
+        single = intp(0), task, body.load(body.inttoptr(address, slot.type))
         # Its status is not asked for: all a kernel can fail at is a few kilobytes of scratch.
-        context.call_conv.call_function(body, builder.function, types.none, argument_types, values)
+        context.call_conv.call_function(body, builder.function, types.none, argument_types, single)
         body.ret_void()
 
         loop_type = ir.FunctionType(ir.VoidType(), (intp, intp, intp))
@@ -141,7 +145,7 @@ def _prange(callback, tasks, address):
         call_address(callback, task, address)
 
 
-_compiled_prange = _compiled(_prange, "_prange", parallel=True)
+_compiled_prange = once(_prange, parallel=True)
 
 
 def _parallel_loop(callback, tasks, address):
@@ -149,8 +153,8 @@ def _parallel_loop(callback, tasks, address):
 
 
 @lru_cache
-def _compiled_loop(loop: FunctionType) -> Any:
-    return cached(numba.cfunc, "void(intp, intp, intp)", **OPTIONS)(loop)
+def _loop_address(function: FunctionType) -> int:
+    return address_of(function, types.void(types.intp, types.intp, types.intp))
 
 
 def kernel(task: FunctionType) -> Callable[..., None]:
@@ -165,17 +169,17 @@ def kernel(task: FunctionType) -> Callable[..., None]:
     )
     entry = FunctionType(code, {**globals(), "_KERNEL": _inlined(task)}, task.__name__)
     entry.__module__ = task.__module__
-    entry = _compiled(entry, task.__qualname__)
+    entry = once(entry)
 
     def launch(threads: int, tasks: int, *arguments: Any) -> None:
         threads = min(threads, tasks, numba.config.NUMBA_NUM_THREADS)
         if threads == 1:
-            entry(_compiled_loop(_serial_loop).address, tasks, arguments)
+            entry(_loop_address(_serial_loop), tasks, arguments)
             return
         before = numba.get_num_threads()
         numba.set_num_threads(threads)
         try:
-            loop = _compiled_loop(_parallel_loop).address
+            loop = _loop_address(_parallel_loop)
             if numba.threading_layer() == "workqueue":
                 with _one_launch:
                     entry(loop, tasks, arguments)

@@ -18,7 +18,7 @@ from numpy.polynomial import chebyshev
 
 from cpunorm.backends import ACTIVATIONS
 
-from ._jit import OPTIONS, cached, call_address, jit
+from ._jit import address_of, call_address, jit
 
 _LOG2E = 1 / math.log(2)
 _LN2 = math.log(2)
@@ -115,16 +115,14 @@ _FUNCTIONS = {"relu": _relu, "silu": _silu, "gelu": _gelu, "sigmoid": _sigmoid, 
 
 
 @lru_cache
-def _compiled(name: str, dtype: np.dtype[Any]) -> Any:
-    function = _gelu_single if name == "gelu" and dtype == np.float32 else _FUNCTIONS[name]
-    signature = types.void(types.CPointer(numba.from_dtype(dtype)), types.intp)
-    return cached(numba.cfunc, signature, **OPTIONS)(function)
-
-
 def address(activation: int, dtype: np.dtype[Any]) -> int:
     """Where the compiled activation is, for `activate`; 0 for none."""
     name = ACTIVATIONS[activation]
-    return 0 if name is None else _compiled(name, dtype).address
+    if name is None:
+        return 0
+    function = _gelu_single if name == "gelu" and dtype == np.float32 else _FUNCTIONS[name]
+    number = numba.from_dtype(dtype)
+    return address_of(function, types.void(types.CPointer(number), types.intp))
 
 
 @jit

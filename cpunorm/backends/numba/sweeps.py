@@ -187,7 +187,7 @@ def scale_of(rstd, weight, channel):
 
 @jit
 def set_terms(terms, channels, mean, rstd, unit, K, weight, bias, channel):
-    """terms[:, i] = (mean, scale, shift), y = (x - mean)·scale + shift, for channels from `channel`.
+    """terms[:, i] = (mean, scale, shift), y = (x - mean)·scale + shift, channels from `channel`.
 
     `unit` is that of the first, and the next one takes over every K channels. The shift carries
     what the mean loses by being rounded.
