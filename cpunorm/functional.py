@@ -74,6 +74,11 @@ def batch_norm(
     ValueError
         If a shape or value is wrong, in training also if there is one value per channel.
 
+    Notes
+    -----
+    These are torch's conventions. In Keras and ONNX `momentum` is the weight of the old value, and
+    the new variance in their running statistics is the biased one.
+
     References
     ----------
     .. [1] S. Ioffe, C. Szegedy, "Batch Normalization: Accelerating Deep Network Training by
