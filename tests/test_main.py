@@ -136,11 +136,20 @@ def test_a_backend_that_cannot_be_loaded_is_left_out_and_named(monkeypatch, caps
 
 
 def test_interrupt_exits_with_130():
-    process = start("--backend", "numpy", "--repeat", "1000")
-    process.stdout.readline()
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    # A job in the background of a script is started with the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        process = start("--backend", "numpy", "--repeat", "1000")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with process:
+        process.stdout.readline()
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        try:
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert err == "interrupted\n"
 
