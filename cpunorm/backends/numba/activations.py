@@ -64,13 +64,6 @@ def _logistic(x):
     return 1.0 / (1.0 + (s + s * q))
 
 
-def _relu(pointer, n):
-    z = numba.carray(pointer, n)
-    for i in range(n):
-        # Written so that NaN stays NaN.
-        z[i] = 0.0 if z[i] < 0.0 else z[i]
-
-
 def _silu(pointer, n):
     z = numba.carray(pointer, n)
     for i in range(n):
@@ -111,15 +104,17 @@ def _tanh(pointer, n):
         z[i] = expm1 / (expm1 + 2.0)
 
 
-_FUNCTIONS = {"relu": _relu, "silu": _silu, "gelu": _gelu, "sigmoid": _sigmoid, "tanh": _tanh}
+_FUNCTIONS = {"silu": _silu, "gelu": _gelu, "sigmoid": _sigmoid, "tanh": _tanh}
+
+RELU = 1  # stands for an address: ReLU is done while the output is written
 
 
 @lru_cache
 def address(activation: int, dtype: np.dtype[Any]) -> int:
-    """Where the compiled activation is, for `activate`; 0 for none."""
+    """Where the compiled activation is, for `activate`; 0 for none, RELU for ReLU."""
     name = ACTIVATIONS[activation]
-    if name is None:
-        return 0
+    if name not in _FUNCTIONS:
+        return {None: 0, "relu": RELU}[name]
     function = _gelu_single if name == "gelu" and dtype == np.float32 else _FUNCTIONS[name]
     number = numba.from_dtype(dtype)
     return address_of(function, types.void(types.CPointer(number), types.intp))

@@ -21,13 +21,12 @@ last sum is what the mean lost by being rounded; slope and rest make up for it.
 import numpy as np
 
 from ._jit import Array, jit, jit_sum, once
-from .activations import activate
+from .activations import RELU, activate
 
 BLOCK = 4096  # elements that are swept several times from L1
 PIECE = 32768  # elements of the least task worth a thread
 SLAB = 512 * 1024  # bytes that stay in L2 between two sweeps
 TASKS = 16  # enough to keep the threads busy; where there would be fewer, statistics are cut
-WIDE = 512  # elements of a row long enough for a loop of its own
 SHORT_SUM = 32  # rows summed in the type of x before float64 takes over
 
 # An index of this type cannot be negative: numba's test for that would keep the loops scalar.
@@ -45,8 +44,15 @@ def same_memory(a, b):
 
 @jit
 def lanes_of(rows, width, stride):
-    """How many rows of a block to sweep as one: it must be narrow, without gaps, and tall."""
-    return max(1, min(WIDE // width, rows // 8)) if width == stride else 1
+    """How many rows of a block to sweep as one: it must be narrow, without gaps, and tall.
+
+    Sweeps down columns read four rows at a time. The prefetchers keep up where all four lie within
+    a kilobyte, or each on a page of its own; in between, memory takes twice the time.
+    """
+    if width != stride:
+        return 1
+    wide = 64 if width <= 64 else 1024
+    return max(1, min(wide // width, rows // 8))
 
 
 @jit
@@ -234,13 +240,16 @@ def finish(z, residual, activation, start, count, stride, width, y):
             b = r * width
             for j in range(min(width, count - b)):
                 z[at(b + j)] += residual[at(a + j)]
-    if activation:
+    if activation > RELU:
         activate(activation, z, count)
+    floor = z.dtype.type(0.0 if activation == RELU else -np.inf)
     for r in range(rows):
         a = start + r * stride
         b = r * width
         for j in range(min(width, count - b)):
-            y[at(a + j)] = z[at(b + j)]
+            value = z[at(b + j)]
+            # Written so that NaN stays NaN.
+            y[at(a + j)] = floor if value < floor else value
 
 
 @jit_sum
