@@ -15,9 +15,10 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError
 
 PACKAGE = "cpunorm.backends.cython"
-MODULES = ("rows", "columns", "channels_first", "channels_last")
 
-# One folder of modules per level; backends/cython/__init__.py picks the best one the CPU has.
+# The kernels are built once per level and type; backends/cython/__init__.py picks the best level the
+# CPU has.
+TYPES = ("float32", "float64", "float16", "bfloat16")
 if platform.machine().lower() in ("x86_64", "amd64"):
     LEVELS = {f"x86_64_v{n}": [f"-march=x86-64-v{n}"] for n in (2, 3, 4)}
 else:
@@ -53,24 +54,32 @@ class BuildKernels(build_ext):
         super().copy_extensions_to_source()
 
 
+def extension(name, source, macros=(), flags=()):
+    return Extension(
+        f"{PACKAGE}.{name}",
+        [source],
+        depends=["cpunorm/backends/cython/sweeps.h", "cpunorm/backends/cython/vectors.h"],
+        include_dirs=[numpy.get_include(), "cpunorm/backends/cython"],
+        define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"), *macros],
+        extra_compile_args=[*FLAGS, *flags, *OPENMP],
+        extra_link_args=OPENMP,
+        optional=True,
+    )
+
+
 def extensions():
-    sources = cythonize(
-        [Extension(f"{PACKAGE}.{m}", [f"cpunorm/backends/cython/{m}.pyx"]) for m in MODULES],
+    names = ("verbs", "kernels")
+    verbs, kernels = cythonize(
+        [Extension(f"{PACKAGE}.{n}", [f"cpunorm/backends/cython/{n}.pyx"]) for n in names],
         language_level=3,
         compiler_directives={"boundscheck": False, "wraparound": False, "cdivision": True},
     )
+    yield extension("verbs", verbs.sources[0])
     for level, march in LEVELS.items():
-        for module, source in zip(MODULES, sources, strict=True):
-            yield Extension(
-                f"{PACKAGE}.{level}.{module}",
-                source.sources,
-                depends=["cpunorm/backends/cython/sweeps.h"],
-                include_dirs=[numpy.get_include(), "cpunorm/backends/cython"],
-                define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
-                extra_compile_args=FLAGS + march + OPENMP + (GCC_V4_FLAGS if "v4" in level else []),
-                extra_link_args=OPENMP,
-                optional=True,
-            )
+        flags = march + (GCC_V4_FLAGS if level.endswith("v4") else [])
+        for element in TYPES:
+            macros = [(f"ELEMENT_{element.upper()}", None)]
+            yield extension(f"{level}.{element}.kernels", kernels.sources[0], macros, flags)
 
 
 setup(ext_modules=list(extensions()), cmdclass={"build_ext": BuildKernels})

@@ -1,14 +1,10 @@
 """The compiled kernels of every instruction set this CPU has, not only of the one in use."""
 
-import importlib
 import os
 import subprocess
 import sys
 
 import pytest
-
-from cpunorm import _dispatch
-from cpunorm.backends import KERNELS
 
 from .cases import CASES, SMALL_CASES
 from .support import (
@@ -29,16 +25,11 @@ from cpunorm.backends import cython
 
 
 @pytest.fixture(params=cython.LEVELS)
-def level(request, monkeypatch):
+def level(request):
     """Run the kernels of one instruction set in place of those in use."""
-    kernels = {
-        (problem, verb): getattr(
-            importlib.import_module(f"{cython.__name__}.{request.param}.{problem}"), verb
-        )
-        for problem, verb in KERNELS
-    }
-    monkeypatch.setattr(_dispatch, "kernel", lambda problem, verb, _: kernels[problem, verb])
-    return request.param
+    cython.install(request.param)
+    yield request.param
+    cython.install(cython.ISA)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

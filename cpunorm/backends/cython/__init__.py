@@ -1,16 +1,21 @@
-"""The compiled backend: the same kernels once per instruction set, of which one is loaded.
+"""The compiled backend.
 
-    rows  columns  channels_first  channels_last      the problems: arrays in, pointers down
+    verbs.pyx                                         arrays in, pointers and sizes down
+    x86_64_v4/float32/kernels, ...                    kernels.pyx, once per instruction set and type
+        rows  columns  channels_first  channels_last  the problems (.pxd)
         stretches.pxd    strips.pxd                   cutting and merging that they share
-            sweeps.h                                  the innermost loops
+        sweeps.h    vectors.h                         the innermost loops; registers, half types
 
-The level is the best the CPU has, or CPUNORM_ISA where that names one.
+The instruction set is the best the CPU has, or CPUNORM_ISA where that names one.
 """
 
 import importlib
 import os
 import platform
-from types import ModuleType
+from types import SimpleNamespace
+
+from . import verbs
+from .caches import slab_bytes, stream_bytes
 
 # Of each level, what it adds to the one before; Linux and NumPy spell these features alike.
 _FEATURES = {
@@ -18,6 +23,9 @@ _FEATURES = {
     "x86_64_v3": ("AVX2", "FMA3", "F16C", "BMI2"),
     "x86_64_v2": ("SSE42", "POPCNT"),
 }
+
+# In the order of `Element` in verbs.pxd.
+_TYPES = ("float32", "float64", "float16", "bfloat16")
 
 
 def _levels() -> list[str]:
@@ -35,26 +43,44 @@ def _levels() -> list[str]:
     return levels
 
 
-def _load() -> tuple[str, dict[str, ModuleType]]:
+def install(level: str) -> None:
+    """Run the kernels of one instruction set from now on."""
+    modules = [importlib.import_module(f".{level}.{t}.kernels", __name__) for t in _TYPES]
+    verbs.install([module.TABLE for module in modules], slab_bytes(), stream_bytes())
+
+
+def _install_best() -> str:
+    """Install the level that CPUNORM_ISA names, or the best that was built, and return it."""
     levels = LEVELS
     if wanted := os.environ.get("CPUNORM_ISA"):
         if wanted not in levels:
             known = ", ".join(levels)
             raise ImportError(f"CPUNORM_ISA must be one of {known} on this CPU, got {wanted!r}")
         levels = [wanted]
-    problems = ("rows", "columns", "channels_first", "channels_last")
     for level in levels:
         try:
-            modules = {p: importlib.import_module(f".{level}.{p}", __name__) for p in problems}
+            install(level)
         except ModuleNotFoundError:
             continue  # this compiler could not build that level
-        return level, modules
+        return level
     raise ImportError(f"no compiled kernels for {', '.join(levels)}")
 
 
 LEVELS = _levels()
-ISA, _modules = _load()
-rows = _modules["rows"]
-columns = _modules["columns"]
-channels_first = _modules["channels_first"]
-channels_last = _modules["channels_last"]
+ISA = _install_best()
+
+
+def _problem(prefix: str) -> SimpleNamespace:
+    return SimpleNamespace(
+        **{
+            name.removeprefix(prefix): verb
+            for name, verb in vars(verbs).items()
+            if name.startswith(prefix)
+        }
+    )
+
+
+rows = _problem("rows_")
+columns = _problem("columns_")
+channels_first = _problem("first_")
+channels_last = _problem("last_")

@@ -4,200 +4,304 @@
 # short for loops of their own. Weight and bias run along the stretch; they are `period` * D long,
 # and the m-th stretch takes the (m % period)-th part.
 #
-#   many stretches      parallel over m; each is swept from cache: moments, then transform
-#   few, long ones      parallel over pieces of one stretch at a time, moments merged between
-#   backward            parallel over parts of the stretches; for each its sums, then grad_x; for
-#                       GROUP at a time the parameters' sums, which each part keeps in float64
+#   many stretches      dealt to the team; each is swept from cache: moments, then transform
+#   few, long ones      one at a time, cut into pieces for the whole team, moments merged between
+#   backward            dealt to the team in parts; TOGETHER stretches have their sums taken, then
+#                       grad_x and the parameters' gradients, which each part keeps in float64
 
-from cython.parallel cimport prange
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
 
-from .sweeps cimport (add, affine_along, at, backward_affine, backward_sums, merge_moments, moments,
-                      parameter_sums, real, rstd_of, sum_of_squares, sum_parts,
-                      variance)
+from .sweeps cimport (
+    BLOCK, LANES, SHORT_VECTORS, TOGETHER, add, affine_along, at, backward_affine_along,
+    backward_sums, element, merge_moments, moments, normalize_short, real, rstd_of, share,
+    stream_fence, sum_of_squares, sum_parts, team, team_barrier, variance,
+)
 
 cdef enum:
-    LONG = 1 << 17      # elements from which a stretch is worth cutting
+    LONG = 1 << 14      # elements from which a stretch is worth cutting
+    FEW = 32            # stretches that are dealt too unevenly to be left whole
     PIECES = 64         # at most, of one stretch
-    PARTS = 32          # at most, of the rows in backward
-    GROUP = 8           # rows that stay in cache between their sums and the parameters'
-    FLUSH = 2           # groups (times period) summed in the type of x before they go to float64
+    PARTS = 32          # at most, of the stretches in backward
+    FLUSH = 4           # times TOGETHER stretches summed as reals before they go to float64
 
 
-cdef inline void _finish(double m2, bint centred, double* mu, Py_ssize_t D, double eps,
-                         Py_ssize_t m, real* mean, real* var, real* rstd,
+cdef struct Stretches:
+    Py_ssize_t M, D, period
+    const element* x
+    const element* addend       # comes before the normalization; the sum goes to total
+    const element* residual     # comes after it
+    element* y
+    element* total
+    const real* weight
+    const real* bias
+    real* mean                  # NULL for RMS norm
+    real* var                   # or NULL
+    real* rstd
+    double eps
+    int activation
+    bint streaming
+    # Of the backward pass.
+    const element* grad_y
+    const element* grad_total
+    element* grad_x
+    real* grad_weight
+    real* grad_bias
+    Py_ssize_t parts
+    # Scratch of the whole team.
+    Py_ssize_t piece
+    double* wide
+    real* sums
+
+
+cdef inline void _finish(const Stretches* s, Py_ssize_t m, double mu, double m2,
                          double* r) noexcept nogil:
-    cdef double v = variance(m2, D)
-    r[0] = rstd_of(v, eps)
-    rstd[m] = <real> r[0]
-    if centred:
-        mean[m] = <real> mu[0]
-    if var is not NULL:
-        var[m] = <real> v
+    cdef double v = variance(m2, s.D)
+    r[0] = rstd_of(v, s.eps)
+    s.rstd[m] = <real> r[0]
+    if s.mean is not NULL:
+        s.mean[m] = <real> mu
+    if s.var is not NULL:
+        s.var[m] = <real> v
 
 
-cdef inline void _measure(const real* x, const real* addend, real* total, Py_ssize_t n,
-                          bint centred, double* mu, double* m2) noexcept nogil:
-    if addend is not NULL:
-        add(x, addend, total, n)
-        x = total
-    if centred:
-        moments(x, n, mu, m2)
+cdef inline void _measure(const Stretches* s, Py_ssize_t start, Py_ssize_t n, double* mu,
+                          double* m2) noexcept nogil:
+    cdef const element* x = s.x + start
+    if s.addend is not NULL:
+        add(x, s.addend + start, s.total + start, n)
+        x = s.total + start
+    if s.mean is not NULL:
+        moments(x, 1, 0, n, mu, m2)
     else:
         mu[0] = 0
         m2[0] = sum_of_squares(x, n)
 
 
-cdef inline void _normalize_one(
-    const real* x, const real* addend, real* total, const real* weight, const real* bias,
-    const real* residual, real* y, Py_ssize_t D, double eps, int activation, Py_ssize_t m,
-    Py_ssize_t period, real* mean, real* var, real* rstd,
-) noexcept nogil:
-    cdef double mu, m2, r
-    cdef Py_ssize_t here = m * D, along = (m % period) * D
-    _measure(x + here, at(addend, here), at(total, here), D, mean is not NULL, &mu, &m2)
-    _finish(m2, mean is not NULL, &mu, D, eps, m, mean, var, rstd, &r)
-    affine_along((x if total is NULL else total) + here, at(weight, along), at(bias, along),
-                 at(residual, here), y + here, D, mu, r, activation)
+cdef inline void _transform(const Stretches* s, Py_ssize_t m, Py_ssize_t start, Py_ssize_t n,
+                            double mu, double r) noexcept nogil:
+    cdef Py_ssize_t here = m * s.D + start, along = (m % s.period) * s.D + start
+    affine_along((s.x if s.total is NULL else s.total) + here, at(s.weight, along),
+                 at(s.bias, along), at(s.residual, here), s.y + here, n, mu, r, s.activation,
+                 s.streaming)
 
 
-cdef inline void _normalize_long(
-    const real* x, const real* addend, real* total, const real* weight, const real* bias,
-    const real* residual, real* y, Py_ssize_t D, double eps, int activation, Py_ssize_t m,
-    Py_ssize_t period, real* mean, real* var, real* rstd, int threads,
-) noexcept nogil:
+cdef inline void _normalize_whole(void* work, int member, int members) noexcept nogil:
     cdef:
-        double piece_mu[PIECES]
-        double piece_m2[PIECES]
+        const Stretches* s = <const Stretches*> work
+        Py_ssize_t first = share(s.M, member, members), last = share(s.M, member + 1, members)
+        Py_ssize_t m
         double mu, m2, r
-        # Whole blocks of sweeps.h.
-        Py_ssize_t size = ((D + PIECES - 1) // PIECES + 4095) // 4096 * 4096
-        Py_ssize_t pieces = (D + size - 1) // size
-        Py_ssize_t start = m * D, along = (m % period) * D, p
-        bint centred = mean is not NULL
-    for p in prange(pieces, num_threads=threads, schedule="static"):
-        _measure(x + start + p * size, at(addend, start + p * size), at(total, start + p * size),
-                 min(size, D - p * size), centred, &piece_mu[p], &piece_m2[p])
-    mu, m2 = piece_mu[0], piece_m2[0]
-    for p in range(1, pieces):
-        if centred:
-            merge_moments(p * size, &mu, &m2, min(size, D - p * size), piece_mu[p], piece_m2[p])
-        else:
-            m2 += piece_m2[p]
-    _finish(m2, centred, &mu, D, eps, m, mean, var, rstd, &r)
-    if total is not NULL:
-        x = total
-    # Backwards, to meet what the first sweep left in the cache.
-    for p in prange(pieces - 1, -1, -1, num_threads=threads, schedule="static"):
-        affine_along(x + start + p * size, at(weight, along + p * size),
-                     at(bias, along + p * size), at(residual, start + p * size),
-                     y + start + p * size, min(size, D - p * size), mu, r, activation)
+    for m in range(first, last):
+        _measure(s, m * s.D, s.D, &mu, &m2)
+        _finish(s, m, mu, m2, &r)
+        _transform(s, m, 0, s.D, mu, r)
+    if s.streaming:
+        stream_fence()
 
 
-cdef inline void normalize_stretches(
-    const real* x, const real* addend, real* total, const real* weight, const real* bias,
-    const real* residual, real* y, Py_ssize_t M, Py_ssize_t D, double eps, int activation,
-    Py_ssize_t period, real* mean, real* var, real* rstd, int threads,
-) noexcept nogil:
-    """mean is NULL for RMS norm; addend comes before the normalization, residual after it."""
-    cdef Py_ssize_t m
-    if D >= LONG and M < PIECES:
-        for m in range(M):
-            _normalize_long(x, addend, total, weight, bias, residual, y, D, eps, activation, m,
-                            period, mean, var, rstd, threads)
+cdef inline void _normalize_short(void* work, int member, int members) noexcept nogil:
+    """A few stretches at a time, so that a sum is still in cache."""
+    cdef:
+        const Stretches* s = <const Stretches*> work
+        Py_ssize_t first = share(s.M, member, members), last = share(s.M, member + 1, members)
+        Py_ssize_t some = last - first if s.addend is NULL else BLOCK // s.D, m, count, here
+        const element* x = s.x if s.addend is NULL else s.total
+    m = first
+    while m < last:
+        count, here = min(some, last - m), m * s.D
+        if s.addend is not NULL:
+            add(s.x + here, s.addend + here, s.total + here, count * s.D)
+        normalize_short(x + here, s.weight, s.bias, s.y + here, count, s.D, s.eps, at(s.mean, m),
+                        s.rstd + m, s.streaming)
+        m += count
+    if s.streaming:
+        stream_fence()
+
+
+cdef inline void _normalize_pieces(void* work, int member, int members) noexcept nogil:
+    cdef:
+        const Stretches* s = <const Stretches*> work
+        Py_ssize_t pieces = (s.D + s.piece - 1) // s.piece
+        Py_ssize_t first = share(pieces, member, members)
+        Py_ssize_t last = share(pieces, member + 1, members), m, p
+        double* piece_mu
+        double* piece_m2
+        double mu, m2, r
+    for m in range(s.M):
+        # By turns, so that nobody has to wait before the next stretch.
+        piece_mu = s.wide + (m % 2) * 2 * PIECES
+        piece_m2 = piece_mu + PIECES
+        for p in range(first, last):
+            _measure(s, m * s.D + p * s.piece, min(s.piece, s.D - p * s.piece), piece_mu + p,
+                     piece_m2 + p)
+        team_barrier(members)
+        mu, m2 = piece_mu[0], piece_m2[0]
+        for p in range(1, pieces):
+            if s.mean is not NULL:
+                merge_moments(p * s.piece, &mu, &m2, min(s.piece, s.D - p * s.piece), piece_mu[p],
+                              piece_m2[p])
+            else:
+                m2 += piece_m2[p]
+        _finish(s, m, mu, m2, &r)
+        # Backwards, to meet what the first sweep left in the cache.
+        for p in range(last - 1, first - 1, -1):
+            _transform(s, m, p * s.piece, min(s.piece, s.D - p * s.piece), mu, r)
+    if s.streaming:
+        stream_fence()
+
+
+cdef inline Py_ssize_t _piece(Py_ssize_t D) noexcept nogil:
+    return ((D + PIECES - 1) // PIECES + BLOCK - 1) // BLOCK * BLOCK
+
+
+cdef inline void normalize_stretches(Stretches* s, int threads) noexcept nogil:
+    cdef double wide[4 * PIECES]
+    if s.D >= LONG and s.M < FEW:
+        s.wide = wide
+        s.piece = _piece(s.D)
+        team(_normalize_pieces, s, threads)
+    elif s.D <= SHORT_VECTORS * LANES and s.period == 1 and s.var is NULL:
+        team(_normalize_short, s, threads)
     else:
-        for m in prange(M, num_threads=threads, schedule="static"):
-            _normalize_one(x, addend, total, weight, bias, residual, y, D, eps, activation, m,
-                           period, mean, var, rstd)
+        team(_normalize_whole, s, threads)
 
 
-cdef inline void _grad_x_one(
-    const real* grad_y, const real* x, const real* weight, const real* grad_total, real* grad_x,
-    Py_ssize_t D, bint centred, double mean, double rstd, double* exact_mean,
-) noexcept nogil:
-    """grad_x of one stretch; the mean, which arrives rounded, goes out as it should have been."""
+cdef inline void _terms(const double* sums, Py_ssize_t D, bint centred, double rstd, double* mean,
+                        double* b, double* c) noexcept nogil:
+    """b and c of the transform; the mean, which arrives rounded, goes out as it should have been."""
+    cdef double rest = sums[2] / D if centred else 0
+    mean[0] += rest
+    b[0] = -rstd * rstd * (sums[1] - rest * sums[0]) / D
+    c[0] = -sums[0] / D - b[0] * rest if centred else 0
+
+
+cdef inline void _backward_together(const Stretches* s, Py_ssize_t m, Py_ssize_t count,
+                                    real* grad_weight, real* grad_bias) noexcept nogil:
+    """Up to TOGETHER stretches; grad_weight and grad_bias are added to, unless NULL."""
     cdef:
+        double mu[TOGETHER]
+        double pivot[TOGETHER]
+        double r[TOGETHER]
+        double b[TOGETHER]
+        double c[TOGETHER]
         double sums[3]
-        double rest, b, c = 0
-    sums[0] = sums[1] = sums[2] = 0
-    backward_sums(grad_y, x, weight, D, <real> mean, sums)
-    rest = sums[2] / D if centred else 0
-    exact_mean[0] = mean + rest
-    b = -rstd * rstd * (sums[1] - rest * sums[0]) / D
-    if centred:
-        c = -sums[0] / D - b * rest
-    if grad_x is not NULL:
-        backward_affine(grad_y, x, weight, grad_total, grad_x, D, <real> mean, 1, rstd, b, c)
+        Py_ssize_t k, here = m * s.D, along = (m % s.period) * s.D
+    for k in range(count):
+        r[k] = s.rstd[m + k]
+        mu[k] = 0 if s.mean is NULL else s.mean[m + k]
+        sums[0] = sums[1] = sums[2] = 0
+        backward_sums(s.grad_y + here + k * s.D, s.x + here + k * s.D, at(s.weight, along), 1, 0,
+                      s.D, <real> mu[k], sums, 0)
+        _terms(sums, s.D, s.mean is not NULL, r[k], mu + k, b + k, c + k)
+    backward_affine_along(s.grad_y + here, s.x + here, at(s.weight, along),
+                          at(s.grad_total, here), at(s.grad_x, here), count, s.D, mu, r, b, c,
+                          grad_weight, grad_bias, s.streaming)
 
 
-cdef inline int _backward_part(
-    const real* grad_y, const real* x, const real* mean, const real* rstd, const real* weight,
-    const real* grad_total, real* grad_x, Py_ssize_t start, Py_ssize_t end, Py_ssize_t D,
-    Py_ssize_t period, double* grad_weight, double* grad_bias,
-) noexcept nogil:
-    """Stretches start to end; grad_weight and grad_bias are this part's own sums, or NULL."""
+cdef inline void _backward_part(const Stretches* s, Py_ssize_t part, real* sums) noexcept nogil:
+    """`sums` are this member's, zero before and after."""
     cdef:
-        double mu[GROUP]
-        double r[GROUP]
-        Py_ssize_t length = period * D, groups = (end - start + GROUP - 1) // GROUP
-        Py_ssize_t group, m, k, count, i
-        real* sums = NULL
-    if grad_weight is not NULL:
-        sums = <real*> calloc(2 * length, sizeof(real))
-        if sums is NULL:
-            return -1
-    for group in range(groups):
-        m = start + group * GROUP
-        count = min(<Py_ssize_t> GROUP, end - m)
-        for k in range(count):
-            r[k] = rstd[m + k]
-            _grad_x_one(grad_y + (m + k) * D, x + (m + k) * D,
-                        at(weight, ((m + k) % period) * D), at(grad_total, (m + k) * D),
-                        at(grad_x, (m + k) * D), D, mean is not NULL,
-                        0 if mean is NULL else mean[m + k], r[k], &mu[k])
-        if sums is NULL:
-            continue
-        if period == 1:
-            parameter_sums(grad_y + m * D, x + m * D, count, D, D, mu, r, sums, sums + length)
-        else:
-            for k in range(count):
-                i = ((m + k) % period) * D
-                parameter_sums(grad_y + (m + k) * D, x + (m + k) * D, 1, D, D, &mu[k], &r[k],
-                               sums + i, sums + length + i)
-        if group % (FLUSH * period) == FLUSH * period - 1 or group == groups - 1:
-            for i in range(length):
-                grad_weight[i] += sums[i]
-                grad_bias[i] += sums[length + i]
+        Py_ssize_t first = s.M * part // s.parts, last = s.M * (part + 1) // s.parts
+        Py_ssize_t length = s.period * s.D, together = TOGETHER if s.period == 1 else 1
+        Py_ssize_t before_flush = FLUSH * TOGETHER * s.period, m, i, along
+        double* wide = at(s.wide, 2 * part * length)
+    m = first
+    while m < last:
+        along = (m % s.period) * s.D
+        _backward_together(s, m, min(together, last - m), at(sums, along),
+                           at(sums, length + along))
+        m += together
+        if wide is not NULL and (m >= last or (m - first) % before_flush == 0):
+            for i in range(2 * length):
+                wide[i] += sums[i]
             memset(sums, 0, 2 * length * sizeof(real))
-    free(sums)
-    return 0
 
 
-cdef inline int backward_stretches(
-    const real* grad_y, const real* x, const real* mean, const real* rstd, const real* weight,
-    const real* grad_total, real* grad_x, real* grad_weight, real* grad_bias, Py_ssize_t M,
-    Py_ssize_t D, Py_ssize_t period, int threads,
-) noexcept nogil:
+cdef inline void _backward_whole(void* work, int member, int members) noexcept nogil:
+    cdef:
+        const Stretches* s = <const Stretches*> work
+        Py_ssize_t length = s.period * s.D, p
+    for p in range(share(s.parts, member, members), share(s.parts, member + 1, members)):
+        _backward_part(s, p, at(s.sums, 2 * member * length))
+    if s.streaming:
+        stream_fence()
+    if s.wide is not NULL:
+        team_barrier(members)
+        sum_parts(s.wide, s.parts, length, share(length, member, members),
+                  share(length, member + 1, members), s.grad_weight, s.grad_bias)
+
+
+cdef inline void _backward_pieces(void* work, int member, int members) noexcept nogil:
+    """One stretch at a time; each piece keeps the gradients of its own parameters in `sums`."""
+    cdef:
+        const Stretches* s = <const Stretches*> work
+        Py_ssize_t pieces = (s.D + s.piece - 1) // s.piece
+        Py_ssize_t first = share(pieces, member, members)
+        Py_ssize_t last = share(pieces, member + 1, members), m, p, n, start, here, i
+        double* sums
+        double total[3]
+        double mu, r, b, c
+    for m in range(s.M):
+        r = s.rstd[m]
+        mu = 0 if s.mean is NULL else s.mean[m]
+        sums = s.wide + (m % 2) * 3 * PIECES
+        for p in range(first, last):
+            sums[3 * p] = sums[3 * p + 1] = sums[3 * p + 2] = 0
+            start = p * s.piece
+            here = m * s.D + start
+            backward_sums(s.grad_y + here, s.x + here, at(s.weight, start), 1, 0,
+                          min(s.piece, s.D - start), <real> mu, sums + 3 * p, 0)
+        team_barrier(members)
+        total[0] = total[1] = total[2] = 0
+        for i in range(3 * pieces):
+            total[i % 3] += sums[i]
+        _terms(total, s.D, s.mean is not NULL, r, &mu, &b, &c)
+        for p in range(last - 1, first - 1, -1):
+            start = p * s.piece
+            here = m * s.D + start
+            backward_affine_along(s.grad_y + here, s.x + here, at(s.weight, start),
+                                  at(s.grad_total, here), at(s.grad_x, here), 1,
+                                  min(s.piece, s.D - start), &mu, &r, &b, &c, at(s.sums, start),
+                                  at(s.sums, s.D + start), s.streaming)
+    for p in range(first, last):
+        start = p * s.piece
+        n = min(s.piece, s.D - start)
+        for i in range(start, start + n):
+            if s.grad_weight is not NULL:
+                s.grad_weight[i] = s.sums[i]
+            if s.grad_bias is not NULL:
+                s.grad_bias[i] = s.sums[s.D + i]
+    if s.streaming:
+        stream_fence()
+
+
+cdef inline int backward_stretches(Stretches* s, int threads) noexcept nogil:
     """grad_weight and grad_bias, where wanted, are `period` * D long. -1 if out of memory."""
     cdef:
-        Py_ssize_t length = period * D, p
-        # A part keeps sums of 2 * length, and should see as many elements.
-        Py_ssize_t parts = max(1, min(min((M + 2 * period - 1) // (2 * period),
-                                          <Py_ssize_t> PARTS), M * D // 8192))
-        bint parameters = grad_weight is not NULL or grad_bias is not NULL
-        double* sums = NULL
-        int failed = 0
+        Py_ssize_t length = s.period * s.D
+        bint parameters = s.grad_weight is not NULL or s.grad_bias is not NULL
+        bint pieces = s.D >= LONG and s.M < FEW and s.period == 1
+        double wide[6 * PIECES]
+    s.wide, s.sums = NULL, NULL
+    # A part keeps sums of 2 * length, and should see as many elements.
+    s.parts = max(1, min(min((s.M + 2 * s.period - 1) // (2 * s.period), <Py_ssize_t> PARTS),
+                         s.M * s.D // 8192))
     if parameters:
-        sums = <double*> calloc(2 * parts * length, sizeof(double))
-        if sums is NULL:
+        s.sums = <real*> calloc(2 * length * (1 if pieces else threads), sizeof(real))
+        if s.sums is NULL:
             return -1
-    for p in prange(parts, num_threads=threads, schedule="static"):
-        failed += _backward_part(
-            grad_y, x, mean, rstd, weight, grad_total, grad_x, M * p // parts,
-            M * (p + 1) // parts, D, period, at(sums, 2 * p * length),
-            at(sums, (2 * p + 1) * length))
-    if parameters and not failed:
-        sum_parts(sums, parts, length, grad_weight, grad_bias)
-    free(sums)
-    return -1 if failed else 0
+        if not pieces:
+            s.wide = <double*> calloc(2 * s.parts * length, sizeof(double))
+            if s.wide is NULL:
+                free(s.sums)
+                return -1
+    if pieces:
+        s.wide = wide
+        s.piece = _piece(s.D)
+        team(_backward_pieces, s, threads)
+    else:
+        team(_backward_whole, s, threads)
+        free(s.wide)
+    free(s.sums)
+    return 0

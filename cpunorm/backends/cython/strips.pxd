@@ -1,88 +1,113 @@
-# Strips: an image is a matrix of R rows and C * inner columns, `inner` neighbouring columns to a
-# channel; a statistic covers all rows of the C / G channels of a group.
+# Strips: an image is a matrix of `rows` rows and channels * inner columns, `inner` neighbouring
+# columns to a channel; a statistic covers all rows of the K channels of a group.
 #
 # These are NHWC images (inner = 1); a whole NHWC batch under batch norm; and a whole NCHW batch
-# whose planes are too short for loops of their own (a row is then an image, inner = S).
+# whose planes are too short for vectors of their own (a row is then an image, inner = S).
 #
 # The matrix is cut into chunks of rows and strips of channels, by shape alone. A task is one chunk
 # of one strip: its columns are measured straight down, with vectors of columns in registers, and
-# folded into channels. Chunks are merged, then channels into groups, in float64. The transform
-# takes the same tasks backwards, to meet what the first sweep left in the cache.
+# folded into channels. Chunks are merged, then channels into groups, in float64. A member of the
+# team transforms the tasks it has measured, backwards, to meet what is left in its cache. Many
+# images are dealt to the team whole; the bits are the same either way.
 #
 # Rows of few columns are taken side by side: `abreast` of them fill a measured strip, and
-# `in_line` a loop of the transform.
+# `in_line` a row of the transform.
 
-from cython.parallel cimport prange
-from libc.stdlib cimport calloc, free, malloc
+from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
-from .sweeps cimport (affine_columns, at, backward_columns, column_backward_sums, column_moments,
-                      merge_moments, real, rstd_of, variance)
+from .call cimport Call
+from .sweeps cimport (
+    affine_block, at, backward_block, column_backward_sums, column_moments, element,
+    merge_columns, real, rstd_of, share, stream_fence, sum_parts, team, team_barrier,
+    variance,
+)
 
 cdef enum:
     COLUMNS = 1024          # of a strip, at most
     NARROW = 64             # columns worth measuring side by side
-    SHORT = 256             # columns worth transforming in one loop
+    LINE = 256              # columns worth transforming in one row
     CHUNK_BYTES = 1 << 17
     CHUNKS = 64             # at most
     ROWS = 64               # a chunk's rows are a multiple of
+    PARTS = 32              # at most, of the images in backward
 
 
-cdef struct Cut:
+cdef struct Images:
+    const Call* call
+    Py_ssize_t count, size                  # of images; elements of one
     Py_ssize_t rows, channels, inner, groups
     Py_ssize_t chunk_rows, chunks
     Py_ssize_t strip_channels, strips
     Py_ssize_t abreast, in_line
+    # Scratch: of one image, or of one for each member where whole images are dealt.
+    double* wide
+    real* terms
+    Py_ssize_t wide_size, terms_size
+    # Of the backward pass.
+    Py_ssize_t parts
+    double* sums                            # (parts, 2, C), or NULL
+    bint frozen
 
 
-cdef inline Cut cut_image(Py_ssize_t rows, Py_ssize_t channels, Py_ssize_t inner,
-                          Py_ssize_t groups, Py_ssize_t itemsize) noexcept nogil:
+cdef inline Images images_of(const Call* call, Py_ssize_t count, Py_ssize_t rows,
+                             Py_ssize_t inner) noexcept nogil:
     """`inner` is at most COLUMNS."""
-    cdef Cut cut
-    cdef Py_ssize_t width = channels * inner
-    cut.rows, cut.channels, cut.inner, cut.groups = rows, channels, inner, groups
-    cut.abreast = cut.in_line = 1
+    cdef:
+        Images im
+        Py_ssize_t width = call.C * inner
+    memset(&im, 0, sizeof(im))
+    im.call, im.count, im.size = call, count, rows * width
+    im.rows, im.channels, im.inner, im.groups = rows, call.C, inner, call.G
+    im.abreast = im.in_line = 1
     if rows >= 2 * NARROW:
-        while cut.abreast * width < NARROW:
-            cut.abreast *= 2
-    while cut.in_line * width < SHORT and 2 * cut.in_line <= rows:
-        cut.in_line *= 2
-    cut.strip_channels = min(channels, COLUMNS // inner)
-    cut.strips = (channels + cut.strip_channels - 1) // cut.strip_channels
-    cut.chunk_rows = max(CHUNK_BYTES // (cut.strip_channels * inner * itemsize),
-                         (rows + CHUNKS - 1) // CHUNKS)
-    cut.chunk_rows = (cut.chunk_rows + ROWS - 1) // ROWS * ROWS
-    cut.chunks = (rows + cut.chunk_rows - 1) // cut.chunk_rows
-    return cut
+        while im.abreast * width < NARROW:
+            im.abreast *= 2
+    while im.in_line * width < LINE and 2 * im.in_line <= rows:
+        im.in_line *= 2
+    im.strip_channels = min(call.C, COLUMNS // inner)
+    im.strips = (call.C + im.strip_channels - 1) // im.strip_channels
+    im.chunk_rows = max(CHUNK_BYTES // (im.strip_channels * inner * <Py_ssize_t> sizeof(element)),
+                        (rows + CHUNKS - 1) // CHUNKS)
+    im.chunk_rows = (im.chunk_rows + ROWS - 1) // ROWS * ROWS
+    im.chunks = (rows + im.chunk_rows - 1) // im.chunk_rows
+    return im
 
 
 cdef struct Task:
-    Py_ssize_t first_row, rows, first_channel, channels, offset
+    Py_ssize_t rows, first_channel, channels, offset
 
 
-cdef inline Task task_of(const Cut* cut, Py_ssize_t index) noexcept nogil:
-    cdef Task task
-    task.first_row = index // cut.strips * cut.chunk_rows
-    task.rows = min(cut.chunk_rows, cut.rows - task.first_row)
-    task.first_channel = index % cut.strips * cut.strip_channels
-    task.channels = min(cut.strip_channels, cut.channels - task.first_channel)
-    task.offset = (task.first_row * cut.channels + task.first_channel) * cut.inner
+cdef inline Task task_of(const Images* im, Py_ssize_t index) noexcept nogil:
+    cdef:
+        Task task
+        Py_ssize_t first_row = index // im.strips * im.chunk_rows
+    task.rows = min(im.chunk_rows, im.rows - first_row)
+    task.first_channel = index % im.strips * im.strip_channels
+    task.channels = min(im.strip_channels, im.channels - task.first_channel)
+    task.offset = (first_row * im.channels + task.first_channel) * im.inner
     return task
 
 
-cdef inline void expand(const double* per_channel, Py_ssize_t channels, Py_ssize_t inner,
-                        Py_ssize_t copies, real* columns) noexcept nogil:
-    """Write a value per channel to the columns of `copies` rows side by side."""
-    cdef Py_ssize_t width = channels * inner, c, i
-    if inner == 1:
-        for c in range(channels):
-            columns[c] = <real> per_channel[c]
-    else:
-        for c in range(channels):
-            for i in range(c * inner, (c + 1) * inner):
-                columns[i] = <real> per_channel[c]
+cdef inline bint dealt_whole(const Images* im) noexcept nogil:
+    cdef int threads = im.call.threads
+    return im.count > 1 and (im.count % threads == 0 or im.count >= 8 * threads)
+
+
+cdef inline const real* columns_of(const Images* im, const real* per_channel,
+                                   const Task* task, Py_ssize_t copies,
+                                   real* columns) noexcept nogil:
+    """A value per channel for the columns of a strip in `copies` rows side by side."""
+    cdef Py_ssize_t width = task.channels * im.inner, c, i
+    per_channel += task.first_channel
+    if im.inner == 1 and copies == 1:
+        return per_channel
+    for c in range(task.channels):
+        for i in range(c * im.inner, (c + 1) * im.inner):
+            columns[i] = per_channel[c]
     for i in range(width, copies * width):
         columns[i] = columns[i - width]
+    return columns
 
 
 cdef inline void fold_equal(Py_ssize_t n, const double* mean, const double* m2, Py_ssize_t outer,
@@ -103,281 +128,394 @@ cdef inline void fold_equal(Py_ssize_t n, const double* mean, const double* m2, 
     out_m2[0] = total
 
 
-cdef inline void _measure_columns(const real* x, Py_ssize_t rows, Py_ssize_t channels,
-                                  Py_ssize_t abreast, const Cut* cut, double* mean,
+cdef inline void _measure_columns(const element* x, Py_ssize_t rows, Py_ssize_t channels,
+                                  Py_ssize_t abreast, const Images* im, double* mean,
                                   double* m2) noexcept nogil:
     """Moments per channel of some rows of a strip, `abreast` rows taken as one."""
     cdef:
         double column_mean[COLUMNS]
         double column_m2[COLUMNS]
-        Py_ssize_t width = channels * cut.inner, c
-    column_moments(x, rows // abreast, cut.channels * cut.inner * abreast,
-                   width * abreast, column_mean, column_m2)
+        Py_ssize_t width = channels * im.inner, stride = im.channels * im.inner, c
+    if abreast == 1 and im.inner == 1:
+        column_moments(x, rows, stride, width, mean, m2)
+        return
+    column_moments(x, rows // abreast, stride * abreast, width * abreast, column_mean, column_m2)
     for c in range(channels):
-        fold_equal(rows // abreast, column_mean + c * cut.inner, column_m2 + c * cut.inner,
-                   abreast, width, cut.inner, mean + c, m2 + c)
+        fold_equal(rows // abreast, column_mean + c * im.inner, column_m2 + c * im.inner,
+                   abreast, width, im.inner, mean + c, m2 + c)
 
 
-cdef inline void _measure(const real* x, const Cut* cut, Py_ssize_t index,
-                          double* mean, double* m2) noexcept nogil:
+cdef inline void _measure(const Images* im, const element* x, Py_ssize_t index, double* mean,
+                          double* m2) noexcept nogil:
     """Moments per channel of one task, written to the chunk's part of mean and m2."""
     cdef:
-        Task task = task_of(cut, index)
-        Py_ssize_t here = index // cut.strips * cut.channels + task.first_channel
-        Py_ssize_t left = task.rows % cut.abreast, whole = task.rows - left, c
+        Task task = task_of(im, index)
+        Py_ssize_t here = index // im.strips * im.channels + task.first_channel
+        Py_ssize_t left = task.rows % im.abreast, whole = task.rows - left
         double left_mean[COLUMNS]
         double left_m2[COLUMNS]
     x += task.offset
     if whole:
-        _measure_columns(x, whole, task.channels, cut.abreast, cut, mean + here, m2 + here)
-    if left:
-        _measure_columns(x + whole * cut.channels * cut.inner, left, task.channels, 1, cut,
+        _measure_columns(x, whole, task.channels, im.abreast, im, mean + here, m2 + here)
+    if left and whole:
+        _measure_columns(x + whole * im.channels * im.inner, left, task.channels, 1, im,
                          left_mean, left_m2)
-        for c in range(task.channels):
-            if whole:
-                merge_moments(whole * cut.inner, mean + here + c, m2 + here + c,
-                              left * cut.inner, left_mean[c], left_m2[c])
-            else:
-                mean[here + c], m2[here + c] = left_mean[c], left_m2[c]
+        merge_columns(whole * im.inner, mean + here, m2 + here, left * im.inner, left_mean,
+                      left_m2, task.channels)
+    elif left:
+        _measure_columns(x, left, task.channels, 1, im, mean + here, m2 + here)
 
 
-cdef inline int strip_moments(const real* x, const Cut* cut, double* group_mean, double* group_var,
-                              int threads) noexcept nogil:
-    """Mean and variance of every group, (G,) each. -1 if out of memory."""
+# -------------------------------------------------------------------------------------- forward
+
+
+cdef inline void _merge(const Images* im, Py_ssize_t first, Py_ssize_t last, double* mean,
+                        double* m2) noexcept nogil:
+    """Merge the chunks of some channels into the first chunk."""
+    cdef Py_ssize_t i, C = im.channels
+    for i in range(1, im.chunks):
+        merge_columns(i * im.chunk_rows * im.inner, mean + first, m2 + first,
+                      min(im.chunk_rows, im.rows - i * im.chunk_rows) * im.inner,
+                      mean + i * C + first, m2 + i * C + first, last - first)
+
+
+cdef inline void _set_terms(const Images* im, Py_ssize_t c, double mean, double rstd,
+                            real* terms) noexcept nogil:
+    """pivot, scale and shift of a channel; terms is (3, C)."""
     cdef:
-        Py_ssize_t C = cut.channels, K = cut.channels // cut.groups, q, i, c, g
-        Py_ssize_t count = cut.rows * cut.inner
-        double* mean = <double*> malloc(2 * cut.chunks * C * sizeof(double))
-        double* m2 = mean + cut.chunks * C
-    if mean is NULL:
-        return -1
-    for q in prange(cut.chunks * cut.strips, num_threads=threads, schedule="static"):
-        _measure(x, cut, q, mean, m2)
-    for i in range(1, cut.chunks):
-        for c in range(C):
-            merge_moments(i * cut.chunk_rows * cut.inner, mean + c, m2 + c,
-                          min(cut.chunk_rows, cut.rows - i * cut.chunk_rows) * cut.inner,
-                          mean[i * C + c], m2[i * C + c])
-    for g in range(cut.groups):
-        fold_equal(count, mean + g * K, m2 + g * K, 1, 0, K, group_mean + g, group_var + g)
-        group_var[g] = variance(group_var[g], count * K)
-    free(mean)
-    return 0
+        const real* weight = <const real*> im.call.weight
+        const real* bias = <const real*> im.call.bias
+        double scale = rstd if weight is NULL else rstd * weight[c]
+        real pivot = <real> mean
+    terms[c] = pivot
+    terms[im.channels + c] = <real> scale
+    terms[2 * im.channels + c] = <real> ((0 if bias is NULL else bias[c])
+                                         + (pivot - mean) * scale)
 
 
-cdef inline void _transform(
-    const real* x, const real* residual, real* y, const Cut* cut, Py_ssize_t index,
-    const double* pivot, const double* scale, const double* shift, int activation,
-) noexcept nogil:
+cdef inline void _transform(const Images* im, Py_ssize_t start, Py_ssize_t index,
+                            const real* terms) noexcept nogil:
     cdef:
         real column_pivot[COLUMNS]
         real column_scale[COLUMNS]
         real column_shift[COLUMNS]
-        Task task = task_of(cut, index)
-        Py_ssize_t stride = cut.channels * cut.inner * cut.in_line
-        Py_ssize_t width = task.channels * cut.inner * cut.in_line
-        Py_ssize_t length = task.rows * cut.channels * cut.inner, i = task.offset, done = 0
-    expand(pivot + task.first_channel, task.channels, cut.inner, cut.in_line, column_pivot)
-    expand(scale + task.first_channel, task.channels, cut.inner, cut.in_line, column_scale)
-    expand(shift + task.first_channel, task.channels, cut.inner, cut.in_line, column_shift)
-    while done < length:
-        # Only where rows lie side by side can the last one be shorter than the others.
-        affine_columns(x + i, at(residual, i), y + i,
-                       min(width, length - done) if cut.in_line > 1 else width, column_pivot,
-                       column_scale, column_shift, 1, 0, activation)
-        done += stride
-        i += stride
+        const Call* call = im.call
+        Task task = task_of(im, index)
+        Py_ssize_t C = im.channels, stride = C * im.inner * im.in_line
+        Py_ssize_t width = task.channels * im.inner * im.in_line
+        Py_ssize_t here = start + task.offset, rows = task.rows // im.in_line
+        const real* pivot = columns_of(im, terms, &task, im.in_line, column_pivot)
+        const real* scale = columns_of(im, terms + C, &task, im.in_line, column_scale)
+        const real* shift = columns_of(im, terms + 2 * C, &task, im.in_line, column_shift)
+    affine_block(<const element*> call.x + here, at(<const element*> call.residual, here),
+                 <element*> call.y + here, rows, stride, width, pivot, scale, shift,
+                 <const real*> NULL, <const real*> NULL, call.activation, call.streaming)
+    if task.rows % im.in_line:
+        here += rows * stride
+        affine_block(<const element*> call.x + here, at(<const element*> call.residual, here),
+                     <element*> call.y + here, 1, stride,
+                     task.rows % im.in_line * task.channels * im.inner, pivot, scale, shift,
+                     <const real*> NULL, <const real*> NULL, call.activation, call.streaming)
 
 
-cdef inline int strip_transform(
-    const real* x, const real* residual, const real* weight, const real* bias, int activation,
-    real* y, const Cut* cut, const double* group_mean, const double* group_rstd, int threads,
-) noexcept nogil:
-    """y = activation((x - mean) * rstd * weight + bias + residual). -1 if out of memory."""
+cdef inline void _normalize_image(const Images* im, Py_ssize_t image, double* wide, real* terms,
+                                  int member, int members) noexcept nogil:
+    """wide is (2, chunks, C), terms (3, C); both are left alone by who is done."""
     cdef:
-        Py_ssize_t C = cut.channels, K = cut.channels // cut.groups, tasks, q, c
-        double* pivot = <double*> malloc(3 * C * sizeof(double))
-        double* scale = pivot + C
-        double* shift = scale + C
-    if pivot is NULL:
+        const Call* call = im.call
+        Py_ssize_t C = im.channels, K = C // im.groups, tasks = im.chunks * im.strips
+        Py_ssize_t first = share(tasks, member, members), last = share(tasks, member + 1, members)
+        Py_ssize_t first_group = share(im.groups, member, members)
+        Py_ssize_t last_group = share(im.groups, member + 1, members)
+        Py_ssize_t count = im.rows * im.inner, start = image * im.size, q, g, c, statistic
+        const element* x = <const element*> call.x + start
+        double* mean = wide
+        double* m2 = wide + im.chunks * C
+        double mu, v, r
+    for q in range(first, last):
+        _measure(im, x, q, mean, m2)
+    team_barrier(members)
+    _merge(im, first_group * K, last_group * K, mean, m2)
+    for g in range(first_group, last_group):
+        statistic = image * im.groups + g
+        fold_equal(count, mean + g * K, m2 + g * K, 1, 0, K, &mu, &v)
+        v = variance(v, count * K)
+        (<real*> call.mean)[statistic], (<real*> call.var)[statistic] = <real> mu, <real> v
+        if call.y is NULL:
+            continue
+        r = rstd_of(v, call.eps)
+        (<real*> call.rstd)[statistic] = <real> r
+        for c in range(g * K, (g + 1) * K):
+            _set_terms(im, c, mu, r, terms)
+    team_barrier(members)
+    if call.y is not NULL:
+        for q in range(last - 1, first - 1, -1):
+            _transform(im, start, q, terms)
+
+
+cdef inline void _normalize_dealt(void* work, int member, int members) noexcept nogil:
+    cdef:
+        const Images* im = <const Images*> work
+        Py_ssize_t n
+    for n in range(share(im.count, member, members), share(im.count, member + 1, members)):
+        _normalize_image(im, n, im.wide + member * im.wide_size,
+                         im.terms + member * im.terms_size, 0, 1)
+    if im.call.streaming:
+        stream_fence()
+
+
+cdef inline void _normalize_cut(void* work, int member, int members) noexcept nogil:
+    cdef:
+        const Images* im = <const Images*> work
+        Py_ssize_t n
+    for n in range(im.count):
+        _normalize_image(im, n, im.wide, im.terms, member, members)
+    if im.call.streaming:
+        stream_fence()
+
+
+cdef inline int normalize_images(Images* im) noexcept nogil:
+    """Moments and, where there is a y, the transform. -1 if out of memory."""
+    cdef:
+        bint dealt = dealt_whole(im)
+        int places = im.call.threads if dealt else 1
+    im.wide_size, im.terms_size = 2 * im.chunks * im.channels, 3 * im.channels
+    im.wide = <double*> malloc(places * (im.wide_size * sizeof(double)
+                                         + im.terms_size * sizeof(real)))
+    if im.wide is NULL:
         return -1
-    for c in range(C):
-        pivot[c] = <real> group_mean[c // K]
-        scale[c] = group_rstd[c // K] * (1 if weight is NULL else weight[c])
-        shift[c] = (0 if bias is NULL else bias[c]) + (pivot[c] - group_mean[c // K]) * scale[c]
-    tasks = cut.chunks * cut.strips
-    for q in prange(tasks, num_threads=threads, schedule="static"):
-        _transform(x, residual, y, cut, tasks - 1 - q, pivot, scale, shift, activation)
-    free(pivot)
+    im.terms = <real*> (im.wide + places * im.wide_size)
+    team(_normalize_dealt if dealt else _normalize_cut, im, im.call.threads)
+    free(im.wide)
     return 0
 
 
-cdef inline int normalize_image(
-    const real* x, const real* residual, const real* weight, const real* bias, double eps,
-    int activation, real* y, const Cut* cut, real* mean, real* var, real* rstd, int threads,
-) noexcept nogil:
-    """Moments and transform; mean, var, rstd are (G,). -1 if out of memory."""
+cdef inline void _apply(void* work, int member, int members) noexcept nogil:
     cdef:
-        Py_ssize_t G = cut.groups, g
-        double* mu = <double*> malloc(3 * G * sizeof(double))
-        double* v = mu + G
-        double* r = v + G
-        int failed
-    if mu is NULL:
-        return -1
-    failed = strip_moments(x, cut, mu, v, threads)
-    if not failed:
-        for g in range(G):
-            r[g] = rstd_of(v[g], eps)
-            mean[g], var[g], rstd[g] = <real> mu[g], <real> v[g], <real> r[g]
-        failed = strip_transform(x, residual, weight, bias, activation, y, cut, mu, r, threads)
-    free(mu)
-    return failed
+        const Images* im = <const Images*> work
+        Py_ssize_t per_image = im.chunks * im.strips, tasks = im.count * per_image, q
+    for q in range(share(tasks, member, members), share(tasks, member + 1, members)):
+        _transform(im, q // per_image * im.size, q % per_image,
+                   im.terms + (q // per_image * im.terms_size if im.call.B > 1 else 0))
+    if im.call.streaming:
+        stream_fence()
 
 
-cdef inline int apply_image(
-    const real* x, const real* residual, const real* weight, const real* bias, int activation,
-    real* y, const Cut* cut, const real* mean, const real* rstd, int threads,
-) noexcept nogil:
-    """Transform with mean and rstd, (G,), given. -1 if out of memory."""
+cdef inline int apply_images(Images* im) noexcept nogil:
+    """Transform with mean and rstd, (B, G), given. -1 if out of memory."""
     cdef:
-        Py_ssize_t G = cut.groups, g
-        double* mu = <double*> malloc(2 * G * sizeof(double))
-        double* r = mu + G
-        int failed
-    if mu is NULL:
+        const Call* call = im.call
+        Py_ssize_t K = im.channels // im.groups, b, c, statistic
+    im.terms_size = 3 * im.channels
+    im.terms = <real*> malloc(call.B * im.terms_size * sizeof(real))
+    if im.terms is NULL:
         return -1
-    for g in range(G):
-        mu[g], r[g] = mean[g], rstd[g]
-    failed = strip_transform(x, residual, weight, bias, activation, y, cut, mu, r, threads)
-    free(mu)
-    return failed
+    for b in range(call.B):
+        for c in range(im.channels):
+            statistic = b * im.groups + c // K
+            _set_terms(im, c, (<const real*> call.mean)[statistic],
+                       (<const real*> call.rstd)[statistic], im.terms + b * im.terms_size)
+    team(_apply, im, call.threads)
+    free(im.terms)
+    return 0
+
+
+# ------------------------------------------------------------------------------------- backward
 
 
 cdef inline void _sum_columns(
-    const real* grad_y, const real* x, Py_ssize_t rows, Py_ssize_t channels,
-    Py_ssize_t abreast, const Cut* cut, const real* column_mean, double* sums,
-    Py_ssize_t stride,
+    const element* grad_y, const element* x, Py_ssize_t rows, const Task* task,
+    Py_ssize_t abreast, const Images* im, const real* mean, double* sums,
 ) noexcept nogil:
-    """Add the three backward sums per channel of some rows of a strip."""
+    """Add the three backward sums per channel of some rows of a strip; sums is (3, C)."""
     cdef:
         double columns[3 * COLUMNS]
-        Py_ssize_t width = channels * cut.inner, c, k, s, v
+        Py_ssize_t width = task.channels * im.inner, stride = im.channels * im.inner * abreast
+        Py_ssize_t C = im.channels, c, k, s, v
+    if abreast == 1 and im.inner == 1:
+        column_backward_sums(grad_y, x, <const real*> NULL, rows, stride, width, mean, sums,
+                             sums + C, sums + 2 * C)
+        return
     memset(columns, 0, sizeof(columns))
-    column_backward_sums(grad_y, x, <const real*> NULL, rows // abreast,
-                         cut.channels * cut.inner * abreast, width * abreast,
-                         column_mean, columns, columns + COLUMNS, columns + 2 * COLUMNS)
+    column_backward_sums(grad_y, x, <const real*> NULL, rows // abreast, stride, width * abreast,
+                         mean, columns, columns + COLUMNS, columns + 2 * COLUMNS)
     for v in range(3):
         for k in range(abreast):
-            for c in range(channels):
-                for s in range(cut.inner):
-                    sums[v * stride + c] += columns[v * COLUMNS + k * width + c * cut.inner + s]
+            for c in range(task.channels):
+                for s in range(im.inner):
+                    sums[v * C + c] += columns[v * COLUMNS + k * width + c * im.inner + s]
 
 
-cdef inline void _sum(const real* grad_y, const real* x, const Cut* cut, Py_ssize_t index,
-                      const double* mean, double* sums) noexcept nogil:
-    """The backward sums of one task, added to sums, (chunks, 3, C)."""
+cdef inline void _sum(const Images* im, Py_ssize_t start, Py_ssize_t index, const real* mean,
+                      double* sums) noexcept nogil:
+    """The backward sums of one task; sums is (chunks, 3, C)."""
     cdef:
         real column_mean[COLUMNS]
-        Task task = task_of(cut, index)
-        Py_ssize_t left = task.rows % cut.abreast, whole = task.rows - left
-    sums += index // cut.strips * 3 * cut.channels + task.first_channel
-    expand(mean + task.first_channel, task.channels, cut.inner, cut.abreast, column_mean)
-    x += task.offset
-    grad_y += task.offset
+        Task task = task_of(im, index)
+        Py_ssize_t left = task.rows % im.abreast, whole = task.rows - left, v
+        const element* grad_y = <const element*> im.call.grad_y + start + task.offset
+        const element* x = <const element*> im.call.x + start + task.offset
+    sums += index // im.strips * 3 * im.channels + task.first_channel
+    for v in range(3):
+        memset(sums + v * im.channels, 0, task.channels * sizeof(double))
+    mean = columns_of(im, mean, &task, im.abreast, column_mean)
     if whole:
-        _sum_columns(grad_y, x, whole, task.channels, cut.abreast, cut, column_mean, sums,
-                     cut.channels)
+        _sum_columns(grad_y, x, whole, &task, im.abreast, im, mean, sums)
     if left:
-        whole *= cut.channels * cut.inner
-        _sum_columns(grad_y + whole, x + whole, left, task.channels, 1, cut, column_mean, sums,
-                     cut.channels)
+        whole *= im.channels * im.inner
+        _sum_columns(grad_y + whole, x + whole, left, &task, 1, im, mean, sums)
 
 
-cdef inline void _differentiate(
-    const real* grad_y, const real* x, real* grad_x, const Cut* cut, Py_ssize_t index,
-    const double* terms,
-) noexcept nogil:
-    """terms, (5, C): mean, weight, rstd, b and c of backward_columns."""
+cdef inline void _differentiate(const Images* im, Py_ssize_t start, Py_ssize_t index,
+                                const real* terms) noexcept nogil:
+    """terms, (5, C): mean, weight, rstd, b and c of backward_block."""
     cdef:
         real columns[5 * COLUMNS]
-        Task task = task_of(cut, index)
-        Py_ssize_t stride = cut.channels * cut.inner * cut.in_line
-        Py_ssize_t width = task.channels * cut.inner * cut.in_line
-        Py_ssize_t length = task.rows * cut.channels * cut.inner, i = task.offset, done = 0, v
+        const real* per_column[5]
+        const Call* call = im.call
+        Task task = task_of(im, index)
+        Py_ssize_t stride = im.channels * im.inner * im.in_line
+        Py_ssize_t width = task.channels * im.inner * im.in_line
+        Py_ssize_t here = start + task.offset, rows = task.rows // im.in_line, v
+        const element* x = NULL if im.frozen else <const element*> call.x
     for v in range(5):
-        expand(terms + v * cut.channels + task.first_channel, task.channels, cut.inner,
-               cut.in_line, columns + v * COLUMNS)
-    while done < length:
-        backward_columns(grad_y + i, at(x, i), columns + COLUMNS, 1, <const real*> NULL,
-                         grad_x + i, min(width, length - done) if cut.in_line > 1 else width,
-                         columns, columns + 2 * COLUMNS, columns + 3 * COLUMNS,
-                         columns + 4 * COLUMNS)
-        done += stride
-        i += stride
+        per_column[v] = columns_of(im, terms + v * im.channels, &task, im.in_line,
+                                   columns + v * COLUMNS)
+    backward_block(<const element*> call.grad_y + here, at(x, here), <const element*> NULL,
+                   <element*> call.grad_x + here, rows, stride, width, per_column[0],
+                   per_column[2], per_column[3], per_column[4], per_column[1],
+                   <const real*> NULL, call.streaming)
+    if task.rows % im.in_line:
+        here += rows * stride
+        backward_block(<const element*> call.grad_y + here, at(x, here), <const element*> NULL,
+                       <element*> call.grad_x + here, 1, stride,
+                       task.rows % im.in_line * task.channels * im.inner, per_column[0],
+                       per_column[2], per_column[3], per_column[4], per_column[1],
+                       <const real*> NULL, call.streaming)
 
 
-cdef inline void _sum_and_differentiate(
-    const real* grad_y, const real* x, real* grad_x, const Cut* cut, Py_ssize_t index,
-    const double* terms, double* sums,
-) noexcept nogil:
-    """One task of the backward pass past constant statistics: everything in one sweep."""
-    if sums is not NULL:
-        _sum(grad_y, x, cut, index, terms, sums)
-    if grad_x is not NULL:
-        _differentiate(grad_y, <const real*> NULL, grad_x, cut, index, terms)
-
-
-cdef inline int backward_image(
-    const real* grad_y, const real* x, const real* mean, const real* rstd, const real* weight,
-    real* grad_x, double* grad_weight, double* grad_bias, bint frozen, const Cut* cut, int threads,
-) noexcept nogil:
-    """Adds to grad_weight and grad_bias, (C,), unless NULL. -1 if out of memory."""
+cdef inline void _combine(const Images* im, Py_ssize_t image, Py_ssize_t g, double* sums,
+                          double* grad_weight, double* grad_bias, real* terms) noexcept nogil:
+    """b and c of a group from its channels' sums; adds to grad_weight, grad_bias, unless NULL."""
     cdef:
-        Py_ssize_t C = cut.channels, K = cut.channels // cut.groups
-        Py_ssize_t tasks = cut.chunks * cut.strips, q, i, c, g
-        double n = cut.rows * cut.inner * K, g_sum, gx_sum, rest, r
-        double* mu = <double*> calloc((5 + 3 * cut.chunks) * C, sizeof(double))
-        double* w_ = mu + C
-        double* r_ = w_ + C
-        double* b_ = r_ + C
-        double* c_ = b_ + C
-        double* sums = c_ + C
-    if mu is NULL:
+        Py_ssize_t C = im.channels, K = C // im.groups, c
+        double n = im.rows * im.inner * K, g_sum = 0, gx_sum = 0, rest = 0, b
+        double rstd = (<const real*> im.call.rstd)[image * im.groups + g]
+    if not im.frozen:
+        # The mean arrives rounded: what was rounded away is the mean of what is left.
+        for c in range(g * K, (g + 1) * K):
+            rest += sums[2 * C + c] / n
+    for c in range(g * K, (g + 1) * K):
+        sums[C + c] -= rest * sums[c]
+        g_sum += terms[C + c] * sums[c]
+        gx_sum += terms[C + c] * sums[C + c]
+        if grad_weight is not NULL:
+            grad_weight[c] += rstd * sums[C + c]
+            grad_bias[c] += sums[c]
+    b = -rstd * rstd * gx_sum / n
+    for c in range(g * K, (g + 1) * K):
+        terms[3 * C + c], terms[4 * C + c] = <real> b, <real> (-g_sum / n - b * rest)
+
+
+cdef inline void _backward_image(
+    const Images* im, Py_ssize_t image, double* wide, real* terms, double* grad_weight,
+    double* grad_bias, int member, int members,
+) noexcept nogil:
+    """wide is (chunks, 3, C), terms (5, C)."""
+    cdef:
+        const Call* call = im.call
+        const real* weight = <const real*> call.weight
+        Py_ssize_t C = im.channels, K = C // im.groups, tasks = im.chunks * im.strips
+        Py_ssize_t first = share(tasks, member, members), last = share(tasks, member + 1, members)
+        Py_ssize_t first_group = share(im.groups, member, members)
+        Py_ssize_t last_group = share(im.groups, member + 1, members)
+        Py_ssize_t start = image * im.size, q, i, c, g, v, statistic
+    for c in range(first_group * K, last_group * K):
+        statistic = image * im.groups + c // K
+        terms[c] = (<const real*> call.mean)[statistic]
+        terms[C + c] = 1 if weight is NULL else weight[c]
+        terms[2 * C + c] = (<const real*> call.rstd)[statistic]
+    team_barrier(members)
+    for q in range(first, last):
+        if not im.frozen or grad_weight is not NULL:
+            _sum(im, start, q, terms, wide)
+        if im.frozen and call.grad_x is not NULL:
+            _differentiate(im, start, q, terms)
+    team_barrier(members)
+    if not im.frozen or grad_weight is not NULL:
+        for i in range(1, im.chunks):
+            for v in range(3):
+                for c in range(v * C + first_group * K, v * C + last_group * K):
+                    wide[c] += wide[i * 3 * C + c]
+        for g in range(first_group, last_group):
+            _combine(im, image, g, wide, grad_weight, grad_bias, terms)
+    team_barrier(members)
+    if not im.frozen and call.grad_x is not NULL:
+        for q in range(last - 1, first - 1, -1):
+            _differentiate(im, start, q, terms)
+
+
+cdef inline void _finish_parameters(const Images* im, int member, int members) noexcept nogil:
+    cdef:
+        const Call* call = im.call
+        Py_ssize_t C = im.channels
+    if call.streaming:
+        stream_fence()
+    if im.sums is not NULL:
+        team_barrier(members)
+        sum_parts(im.sums, im.parts, C, share(C, member, members), share(C, member + 1, members),
+                  <real*> call.grad_weight, <real*> call.grad_bias)
+
+
+cdef inline void _backward_dealt(void* work, int member, int members) noexcept nogil:
+    cdef:
+        const Images* im = <const Images*> work
+        Py_ssize_t C = im.channels, p, n
+    for p in range(share(im.parts, member, members), share(im.parts, member + 1, members)):
+        for n in range(im.count * p // im.parts, im.count * (p + 1) // im.parts):
+            _backward_image(im, n, im.wide + member * im.wide_size,
+                            im.terms + member * im.terms_size, at(im.sums, 2 * p * C),
+                            at(im.sums, (2 * p + 1) * C), 0, 1)
+    _finish_parameters(im, member, members)
+
+
+cdef inline void _backward_cut(void* work, int member, int members) noexcept nogil:
+    cdef:
+        const Images* im = <const Images*> work
+        Py_ssize_t C = im.channels, p, n
+    for p in range(im.parts):
+        for n in range(im.count * p // im.parts, im.count * (p + 1) // im.parts):
+            _backward_image(im, n, im.wide, im.terms, at(im.sums, 2 * p * C),
+                            at(im.sums, (2 * p + 1) * C), member, members)
+            # What comes next writes what others may still be reading.
+            team_barrier(members)
+    _finish_parameters(im, member, members)
+
+
+cdef inline int backward_images(Images* im, bint frozen) noexcept nogil:
+    """-1 if out of memory."""
+    cdef:
+        const Call* call = im.call
+        bint dealt = dealt_whole(im)
+        bint parameters = call.grad_weight is not NULL or call.grad_bias is not NULL
+        Py_ssize_t places = call.threads if dealt else 1, i
+        double* scratch
+    im.frozen = frozen
+    im.parts = min(im.count, <Py_ssize_t> PARTS)
+    im.wide_size, im.terms_size = 3 * im.chunks * im.channels, 5 * im.channels
+    scratch = <double*> malloc(
+        places * (im.wide_size * sizeof(double) + im.terms_size * sizeof(real))
+        + (2 * im.parts * im.channels if parameters else 0) * sizeof(double))
+    if scratch is NULL:
         return -1
-    for c in range(C):
-        mu[c] = mean[c // K]
-        w_[c] = 1 if weight is NULL else weight[c]
-        r_[c] = rstd[c // K]
-    if frozen:
-        for q in prange(tasks, num_threads=threads, schedule="static"):
-            _sum_and_differentiate(grad_y, x, grad_x, cut, q, mu,
-                                   NULL if grad_weight is NULL else sums)
-    else:
-        for q in prange(tasks, num_threads=threads, schedule="static"):
-            _sum(grad_y, x, cut, q, mu, sums)
-    for i in range(1, cut.chunks):
-        for c in range(3 * C):
-            sums[c] += sums[i * 3 * C + c]
-    for g in range(cut.groups):
-        r = rstd[g]
-        rest = g_sum = gx_sum = 0
-        if not frozen:
-            # The mean arrives rounded: what was rounded away is the mean of what is left.
-            for c in range(g * K, (g + 1) * K):
-                rest += sums[2 * C + c] / n
-        for c in range(g * K, (g + 1) * K):
-            sums[C + c] -= rest * sums[c]
-            g_sum += w_[c] * sums[c]
-            gx_sum += w_[c] * sums[C + c]
-            if grad_weight is not NULL:
-                grad_weight[c] += r * sums[C + c]
-                grad_bias[c] += sums[c]
-        for c in range(g * K, (g + 1) * K):
-            b_[c] = -r * r * gx_sum / n
-            c_[c] = -g_sum / n - b_[c] * rest
-    if grad_x is not NULL and not frozen:
-        for q in prange(tasks, num_threads=threads, schedule="static"):
-            _differentiate(grad_y, x, grad_x, cut, tasks - 1 - q, mu)
-    free(mu)
+    im.wide = scratch
+    im.sums = NULL
+    if parameters:
+        im.sums = scratch
+        im.wide = scratch + 2 * im.parts * im.channels
+        for i in range(2 * im.parts * im.channels):
+            im.sums[i] = 0
+    im.terms = <real*> (im.wide + places * im.wide_size)
+    team(_backward_dealt if dealt else _backward_cut, im, call.threads)
+    free(scratch)
     return 0

@@ -1,58 +1,74 @@
-/* The innermost loops: one stretch of memory, one thread, no layout.
+/* The innermost loops: a few stretches of memory, one thread, no layout.
  *
- * What Cython cannot say stands here: vector types, loops free of aliasing checks, and one text for
- * several element types. Cython calls the n-th specialisation of a fused extern function
- * `__pyx_fuse_<n>name`, and the order of the types is that of `real` in sweeps.pxd; the file includes
- * itself once per type.
+ * What Cython cannot say stands here: vector types, masked ends, stores past the caches, OpenMP teams.
  *
  * Words used throughout: `mean` and `m2` describe n values, m2 being the sum of their squared
  * distances from the mean. A transform is centred, y = (x - mean) * scale + bias, with the mean in
- * float64: `pivot` is the mean rounded to the type of x, and what the rounding took away goes into
- * the bias. Floats are summed in blocks of BLOCK_BYTES, and only the sums of blocks in float64.
+ * float64: `pivot` is the mean rounded to a real, and what the rounding took away goes into the bias.
+ * Reals are summed in short blocks, and only the sums of blocks in float64. `planes` stretches of n
+ * elements begin `stride` elements apart.
  */
-#ifndef REAL
+#ifndef CPUNORM_SWEEPS_H
+#define CPUNORM_SWEEPS_H
 
-#include <math.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <string.h>
+#include "vectors.h"
 
-#if defined(__AVX512F__)
-#define VECTOR_BYTES 64
-#elif defined(__AVX__)
-#define VECTOR_BYTES 32
-#else
-#define VECTOR_BYTES 16
+#ifdef _OPENMP
+#include <omp.h>
 #endif
 
-#define BLOCK_BYTES 16384
-
-/* Rows of a strip that are summed before the sums go to float64, and vectors of columns at a time. */
-#define STRIP_ROWS 64
-#define BACKWARD_ROWS 8
-#define STRIP_VECTORS 4
+#define BLOCK ((ptrdiff_t)(16384 / sizeof(real)))
+#define SCRATCH 1024        /* reals that wait in L1 for an activation */
+#define RELU 1              /* in the order of ACTIVATIONS */
+#define COLUMN_VECTORS 4    /* vectors of columns measured together */
+#define COLUMN_ROWS 64      /* rows summed before the sums go to float64 */
+#define BACKWARD_ROWS 16    /* the same, where sums may nearly cancel */
+#define SHORT_VECTORS 8     /* vectors of a row that is kept in registers */
+#define TOGETHER 4          /* rows that share the loads of what runs along them */
 
 /* Code that is inlined in two places may be rounded in two ways, and which place runs may depend on the
  * number of threads. So there is one copy of every sweep, in which sums may be reordered and multiply-adds
- * fused; everything outside this file is compiled to the letter. */
+ * fused; everything outside these sweeps is compiled to the letter. */
 #if defined(__clang__)
-#define SWEEP __attribute__((noinline, unused))
+#define SWEEP static __attribute__((noinline, unused))
 #define EXACT_SWEEP SWEEP
 #else
-#define SWEEP __attribute__((noinline, noclone, unused))
-#define EXACT_SWEEP __attribute__((noinline, noclone, unused, optimize("fp-contract=off", "no-associative-math")))
+#define SWEEP static __attribute__((noinline, noclone, unused))
+#define EXACT_SWEEP \
+    static __attribute__((noinline, noclone, unused, optimize("fp-contract=off", "no-associative-math")))
+#endif
+
+/* ------------------------------------------------------------------------------------- teams */
+
+typedef void (*team_body)(void *work, int member, int members);
+
+/* Runs body once per member, at most `threads` of them. */
+static inline void team(team_body body, void *work, int threads)
+{
+#ifdef _OPENMP
+    if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+        body(work, omp_get_thread_num(), omp_get_num_threads());
+        return;
+    }
+#endif
+    body(work, 0, 1);
+}
+
+/* All members of a team reach it, or none. */
+static inline void team_barrier(int members)
+{
+    if (members > 1) {
+#pragma omp barrier
+    }
+}
+
+#if !defined(__clang__)
 #pragma GCC push_options
 #pragma GCC optimize("associative-math", "no-signed-zeros", "no-trapping-math", "fp-contract=fast")
 #endif
 
-/* Chan, Golub, LeVeque 1979: (mean, m2) of n_a + n_b values from those of n_a and of n_b. */
-static inline void merge_moments(double n_a, double *mean_a, double *m2_a,
-                                 double n_b, double mean_b, double m2_b)
-{
-    const double n = n_a + n_b, delta = mean_b - *mean_a;
-    *mean_a += delta * (n_b / n);
-    *m2_a += m2_b + delta * delta * (n_a * n_b / n);
-}
+/* --------------------------------------------------------------------------------- activations */
 
 /* exp to 2 ulp on the range where the activations need it; branch-free, so that loops over it
  * become vector loops. NaN stays NaN: no comparison with it holds. */
@@ -98,210 +114,27 @@ static inline float tanh_float(float x)
     return s < 0.0625f ? near : far;
 }
 
-#define REAL float
-#define FN(name) __pyx_fuse_0##name
-#define EXP exp_float
-#define ERF erf_float
-#define TANH tanh_float
-#include "sweeps.h"
-#undef REAL
-#undef FN
-#undef EXP
-#undef ERF
-#undef TANH
-
-#define REAL double
-#define FN(name) __pyx_fuse_1##name
+#if defined(ELEMENT_FLOAT64)
 #define EXP exp
 #define ERF erf
 #define TANH tanh
-#include "sweeps.h"
-#undef REAL
-#undef FN
-#undef EXP
-#undef ERF
-#undef TANH
-
-#if !defined(__clang__)
-#pragma GCC pop_options
+#else
+#define EXP exp_float
+#define ERF erf_float
+#define TANH tanh_float
 #endif
 
-#else /* once per type */
-
-#define LANES ((ptrdiff_t)(VECTOR_BYTES / sizeof(REAL)))
-#define BLOCK ((ptrdiff_t)(BLOCK_BYTES / sizeof(REAL)))
-#define VEC FN(vector)
-#define LOAD(p) (*(const FN(unaligned) *)(p))
-#define IVDEP _Pragma("GCC ivdep")
-#define MIN(a, b) ((a) < (b) ? (a) : (b))
-
-typedef REAL VEC __attribute__((vector_size(VECTOR_BYTES)));
-typedef REAL FN(unaligned) __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(REAL)), may_alias));
-
-static inline REAL FN(lanes_sum)(VEC v)
+/* All but ReLU, which is done while the output is written. */
+SWEEP void activate(real *y, ptrdiff_t n, int activation)
 {
-    REAL lanes[VECTOR_BYTES / sizeof(REAL)], sum = 0;
-    memcpy(lanes, &v, sizeof v);
-    for (ptrdiff_t i = 0; i < LANES; i++)
-        sum += lanes[i];
-    return sum;
-}
-
-/* A vector's worth of float64 sums. */
-typedef struct {
-    double lanes[VECTOR_BYTES / sizeof(REAL)];
-} FN(wide);
-
-static inline void FN(add_wide)(FN(wide) *sum, VEC v)
-{
-    for (ptrdiff_t i = 0; i < LANES; i++)
-        sum->lanes[i] += v[i];
-}
-
-static inline double FN(wide_sum)(const FN(wide) *sum)
-{
-    double total = 0;
-    for (ptrdiff_t i = 0; i < LANES; i++)
-        total += sum->lanes[i];
-    return total;
-}
-
-/* ------------------------------------------------------------------ along a stretch: sums */
-
-/* Sum of x - pivot over one block. */
-static SWEEP REAL FN(block_sum)(const REAL *x, ptrdiff_t n, REAL pivot)
-{
-    VEC a = {0}, b = {0}, c = {0}, d = {0};
-    ptrdiff_t i = 0;
-    for (; i + 4 * LANES <= n; i += 4 * LANES) {
-        a += LOAD(x + i) - pivot;
-        b += LOAD(x + i + LANES) - pivot;
-        c += LOAD(x + i + 2 * LANES) - pivot;
-        d += LOAD(x + i + 3 * LANES) - pivot;
-    }
-    for (; i + LANES <= n; i += LANES)
-        a += LOAD(x + i) - pivot;
-    REAL sum = FN(lanes_sum)((a + b) + (c + d));
-    for (; i < n; i++)
-        sum += x[i] - pivot;
-    return sum;
-}
-
-/* Sums of x - pivot and of its square over one block. */
-static SWEEP void FN(block_sums)(const REAL *x, ptrdiff_t n, REAL pivot, REAL *sum, REAL *squares)
-{
-    VEC a = {0}, b = {0}, c = {0}, d = {0}, p = {0}, q = {0}, r = {0}, s = {0};
-    ptrdiff_t i = 0;
-    for (; i + 4 * LANES <= n; i += 4 * LANES) {
-        const VEC t = LOAD(x + i) - pivot, u = LOAD(x + i + LANES) - pivot;
-        const VEC v = LOAD(x + i + 2 * LANES) - pivot, w = LOAD(x + i + 3 * LANES) - pivot;
-        a += t, b += u, c += v, d += w;
-        p += t * t, q += u * u, r += v * v, s += w * w;
-    }
-    for (; i + LANES <= n; i += LANES) {
-        const VEC t = LOAD(x + i) - pivot;
-        a += t, p += t * t;
-    }
-    *sum = FN(lanes_sum)((a + b) + (c + d));
-    *squares = FN(lanes_sum)((p + q) + (r + s));
-    for (; i < n; i++) {
-        const REAL t = x[i] - pivot;
-        *sum += t, *squares += t * t;
-    }
-}
-
-/* Mean and m2 of n values. In each block a first sweep, from the block's first element, finds the
- * mean roughly; the second, from L1, is taken around it and corrected by what it finds left over. A
- * block of equal values has exactly their mean, and m2 = 0. */
-static SWEEP void FN(moments)(const REAL *x, ptrdiff_t n, double *mean, double *m2)
-{
-    *mean = *m2 = 0;
-    for (ptrdiff_t i = 0; i < n; i += BLOCK) {
-        const ptrdiff_t count = MIN(BLOCK, n - i);
-        const REAL pivot = x[i] + FN(block_sum)(x + i, count, x[i]) / count;
-        REAL sum, squares;
-        FN(block_sums)(x + i, count, pivot, &sum, &squares);
-        const double rest = (double)sum / count;
-        const double block_m2 = (double)squares - rest * sum;
-        if (i == 0)
-            *mean = pivot + rest, *m2 = block_m2;
-        else
-            merge_moments(i, mean, m2, count, pivot + rest, block_m2);
-    }
-}
-
-static SWEEP double FN(sum_of_squares)(const REAL *x, ptrdiff_t n)
-{
-    double total = 0;
-    for (ptrdiff_t i = 0; i < n; i += BLOCK) {
-        REAL sum, squares;
-        FN(block_sums)(x + i, MIN(BLOCK, n - i), 0, &sum, &squares);
-        total += squares;
-    }
-    return total;
-}
-
-/* Adds to sums[0..2] the sums of g, g * (x - mean) and x - mean, where g = grad_y * weight. These may
- * nearly cancel, and are compared with values of order 1 all the same: only 16 vectors are added before
- * they go to float64. */
-static SWEEP void FN(backward_sums)(const REAL *grad_y, const REAL *x, const REAL *weight, ptrdiff_t n,
-                                     REAL mean, double *sums)
-{
-    FN(wide) g_sum = {{0}}, gx_sum = {{0}}, x_sum = {{0}};
-    ptrdiff_t i = 0;
-#define BACKWARD_SUMS(G)                                                                \
-    while (i + 4 * LANES <= n) {                                                        \
-        const ptrdiff_t end = MIN(n, i + 16 * LANES);                                   \
-        VEC g = {0}, gx = {0}, t_sum = {0};                                             \
-        for (; i + 4 * LANES <= end; i += 4 * LANES) {                                  \
-            const VEC t = LOAD(x + i) - mean, u = LOAD(x + i + LANES) - mean;           \
-            const VEC v = LOAD(x + i + 2 * LANES) - mean, w = LOAD(x + i + 3 * LANES) - mean; \
-            const VEC a = G(i), b = G(i + LANES), c = G(i + 2 * LANES), d = G(i + 3 * LANES); \
-            g += (a + b) + (c + d);                                                     \
-            gx += (a * t + b * u) + (c * v + d * w);                                    \
-            t_sum += (t + u) + (v + w);                                                 \
-        }                                                                               \
-        FN(add_wide)(&g_sum, g), FN(add_wide)(&gx_sum, gx), FN(add_wide)(&x_sum, t_sum); \
-    }
-#define PLAIN(i) LOAD(grad_y + (i))
-#define WEIGHTED(i) (LOAD(grad_y + (i)) * LOAD(weight + (i)))
-    if (weight) {
-        BACKWARD_SUMS(WEIGHTED)
-    } else {
-        BACKWARD_SUMS(PLAIN)
-    }
-#undef BACKWARD_SUMS
-#undef PLAIN
-#undef WEIGHTED
-    sums[0] += FN(wide_sum)(&g_sum), sums[1] += FN(wide_sum)(&gx_sum), sums[2] += FN(wide_sum)(&x_sum);
-    for (; i < n; i++) {
-        const REAL t = x[i] - mean, g = weight ? grad_y[i] * weight[i] : grad_y[i];
-        sums[0] += g, sums[1] += g * t, sums[2] += t;
-    }
-}
-
-/* ------------------------------------------------------- along a stretch: element by element */
-
-static SWEEP void FN(add)(const REAL *x, const REAL *residual, REAL *total, ptrdiff_t n)
-{
-    IVDEP for (ptrdiff_t i = 0; i < n; i++)
-        total[i] = x[i] + residual[i];
-}
-
-static SWEEP void FN(activate)(REAL *y, ptrdiff_t n, int activation)
-{
-    switch (activation) { /* the order of ACTIVATIONS */
-    case 1:
-        for (ptrdiff_t i = 0; i < n; i++)
-            y[i] = y[i] < 0 ? 0 : y[i];
-        break;
+    switch (activation) {
     case 2:
         for (ptrdiff_t i = 0; i < n; i++)
             y[i] = y[i] / (1 + EXP(-y[i]));
         break;
     case 3:
         for (ptrdiff_t i = 0; i < n; i++)
-            y[i] = (REAL)0.5 * y[i] * (1 + ERF(y[i] * (REAL)0.70710678118654752));
+            y[i] = (real)0.5 * y[i] * (1 + ERF(y[i] * (real)0.70710678118654752));
         break;
     case 4:
         for (ptrdiff_t i = 0; i < n; i++)
@@ -314,232 +147,598 @@ static SWEEP void FN(activate)(REAL *y, ptrdiff_t n, int activation)
     }
 }
 
-/* y = activation((x - mean) * scale + bias + residual), one mean and one scale. */
-static SWEEP void FN(affine)(const REAL *x, const REAL *residual, REAL *y, ptrdiff_t n,
-                              double mean, double scale, double bias, int activation)
+/* ------------------------------------------------------------------- vectors along a stretch */
+
+/* Runs a statement for every vector of n elements; `left` is LANES, or less in the last. */
+#define FOR_VECTORS(i, left, n, ...)                                                    \
+    {                                                                                   \
+        ptrdiff_t i = 0;                                                                \
+        for (; i + LANES <= (n); i += LANES) {                                          \
+            const ptrdiff_t left = LANES;                                               \
+            __VA_ARGS__                                                                 \
+        }                                                                               \
+        if (i < (n)) {                                                                  \
+            const ptrdiff_t left = (n) - i;                                             \
+            __VA_ARGS__                                                                 \
+        }                                                                               \
+    }
+
+/* Writes VALUE(i, left) to n elements of y, plainly or past the caches. */
+#define WRITE(y, n, streaming, VALUE)                                                   \
+    if (streaming) {                                                                    \
+        const ptrdiff_t head = MIN(n, until_aligned(y));                                \
+        ptrdiff_t i = head;                                                             \
+        if (head)                                                                       \
+            store(y, VALUE(0, head), head);                                             \
+        for (; i + LANES <= (n); i += LANES)                                            \
+            stream((y) + i, VALUE(i, LANES));                                           \
+        if (i < (n))                                                                    \
+            store((y) + i, VALUE(i, (n) - i), (n) - i);                                 \
+    } else                                                                              \
+        FOR_VECTORS(i, left, n, store((y) + i, VALUE(i, left), left);)
+
+/* Writes what an activation makes of VALUE(i, left), i counted from the start of each piece of n. */
+#define WRITE_ACTIVATED(y, n, activation, streaming, START, VALUE)                      \
+    for (ptrdiff_t START = 0; START < (n); START += SCRATCH) {                          \
+        real scratch[SCRATCH];                                                          \
+        const ptrdiff_t count = MIN(SCRATCH, (n) - START);                              \
+        FOR_VECTORS(i, left, count, store_real(scratch + i, VALUE(START + i, left), left);) \
+        activate(scratch, count, activation);                                           \
+        deliver(scratch, (y) + START, count, streaming);                                \
+    }
+
+#define SCRATCHED(i, left) load_real(scratch + (i), left, 0)
+
+ALWAYS void deliver(const real *scratch, element *y, ptrdiff_t n, int streaming)
 {
-    const REAL pivot = mean, a = scale, b = bias - (mean - pivot) * scale;
-    for (ptrdiff_t start = 0; start < n; start += BLOCK) {
-        const ptrdiff_t end = MIN(n, start + BLOCK);
+    WRITE(y, n, streaming, SCRATCHED)
+}
+
+/* What relu, and only relu, cuts off. */
+ALWAYS vec floor_of(int activation)
+{
+    return splat(activation == RELU ? (real)0 : (real)-INFINITY);
+}
+
+/* ------------------------------------------------------------------ along a stretch: sums */
+
+/* Chan, Golub, LeVeque 1979: (mean, m2) of n_a + n_b values from those of n_a and of n_b. */
+static inline void merge_moments(double n_a, double *mean_a, double *m2_a,
+                                 double n_b, double mean_b, double m2_b)
+{
+    const double n = n_a + n_b, delta = mean_b - *mean_a;
+    *mean_a += delta * (n_b / n);
+    *m2_a += m2_b + delta * delta * (n_a * n_b / n);
+}
+
+/* The same for `count` pairs. */
+SWEEP void merge_columns(double n_a, double *mean_a, double *m2_a, double n_b, const double *mean_b,
+                         const double *m2_b, ptrdiff_t count)
+{
+    const double n = n_a + n_b, share = n_b / n, weight = n_a * n_b / n;
+    for (ptrdiff_t i = 0; i < count; i++) {
+        const double delta = mean_b[i] - mean_a[i];
+        mean_a[i] += delta * share;
+        m2_a[i] += m2_b[i] + delta * delta * weight;
+    }
+}
+
+ALWAYS void add_one(vec t, vec *sum, vec *squares)
+{
+    *sum += t;
+    *squares += t * t;
+}
+
+/* Adds x - pivot and its square to four pairs of sums. */
+ALWAYS void add_stretch(const element *x, ptrdiff_t n, real pivot, vec sum[4], vec squares[4])
+{
+    ptrdiff_t i = 0;
+    for (; i + 4 * LANES <= n; i += 4 * LANES) {
+        add_one(load(x + i, LANES, 0) - pivot, sum, squares);
+        add_one(load(x + i + LANES, LANES, 0) - pivot, sum + 1, squares + 1);
+        add_one(load(x + i + 2 * LANES, LANES, 0) - pivot, sum + 2, squares + 2);
+        add_one(load(x + i + 3 * LANES, LANES, 0) - pivot, sum + 3, squares + 3);
+    }
+    if (i + LANES <= n) {
+        add_one(load(x + i, LANES, 0) - pivot, sum, squares);
+        i += LANES;
+    }
+    if (i + LANES <= n) {
+        add_one(load(x + i, LANES, 0) - pivot, sum + 1, squares + 1);
+        i += LANES;
+    }
+    if (i + LANES <= n) {
+        add_one(load(x + i, LANES, 0) - pivot, sum + 2, squares + 2);
+        i += LANES;
+    }
+    if (i < n)
+        add_one(load(x + i, n - i, pivot) - pivot, sum + 3, squares + 3);
+}
+
+/* About the mean of n values, and exactly it where they are equal. */
+SWEEP real rough_mean(const element *x, ptrdiff_t n)
+{
+    const real first = load(x, 1, 0)[0];
+    vec a = {0}, b = {0}, c = {0}, d = {0};
+    ptrdiff_t i = 0;
+    for (; i + 4 * LANES <= n; i += 4 * LANES) {
+        a += load(x + i, LANES, 0) - first;
+        b += load(x + i + LANES, LANES, 0) - first;
+        c += load(x + i + 2 * LANES, LANES, 0) - first;
+        d += load(x + i + 3 * LANES, LANES, 0) - first;
+    }
+    for (; i + LANES <= n; i += LANES)
+        a += load(x + i, LANES, 0) - first;
+    if (i < n)
+        b += load(x + i, n - i, first) - first;
+    return first + lanes_sum((a + b) + (c + d)) / n;
+}
+
+/* Mean and m2 of planes * n values. Sums are taken in blocks, around a pivot: first the rough mean of
+ * the first stretch, then the mean of all blocks before. What a pivot misses the mean by is found with
+ * the sums; however far off it is, the spread it misses is a part of m2 as large. Equal values have
+ * exactly their mean, and m2 = 0. */
+SWEEP void moments(const element *x, ptrdiff_t planes, ptrdiff_t stride, ptrdiff_t n, double *mean, double *m2)
+{
+    real pivot = rough_mean(x, MIN(n, BLOCK));
+    double done = 0;
+    ptrdiff_t p = 0, i = 0;
+    while (p < planes) {
+        vec sums[4] = {{0}}, squares[4] = {{0}};
+        ptrdiff_t count = 0;
+        while (p < planes && count < BLOCK) {
+            const ptrdiff_t length = MIN(BLOCK, n - i);
+            add_stretch(x + p * stride + i, length, pivot, sums, squares);
+            count += length, i += length;
+            if (i == n)
+                i = 0, p++;
+        }
+        const double sum = lanes_sum((sums[0] + sums[1]) + (sums[2] + sums[3])), rest = sum / count;
+        const double block_m2 = lanes_sum((squares[0] + squares[1]) + (squares[2] + squares[3])) - rest * sum;
+        if (done == 0)
+            *mean = pivot + rest, *m2 = block_m2;
+        else
+            merge_moments(done, mean, m2, count, pivot + rest, block_m2);
+        done += count;
+        pivot = *mean;
+    }
+}
+
+SWEEP double sum_of_squares(const element *x, ptrdiff_t n)
+{
+    double total = 0;
+    for (ptrdiff_t i = 0; i < n; i += BLOCK) {
+        vec sums[4] = {{0}}, squares[4] = {{0}};
+        add_stretch(x + i, MIN(BLOCK, n - i), 0, sums, squares);
+        total += lanes_sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
+    }
+    return total;
+}
+
+/* Adds to sums[0..2] of each plane, `step` apart, the sums of g, g * (x - mean) and x - mean, where g =
+ * grad_y * weight, the weight running along the plane. These may nearly cancel, and are compared with
+ * values of order 1 all the same: only 16 vectors are added before they go to float64. */
+SWEEP void backward_sums(const element *grad_y, const element *x, const real *weight, ptrdiff_t planes,
+                         ptrdiff_t stride, ptrdiff_t n, real mean, double *sums, ptrdiff_t step)
+{
+    wide_vec g_wide = {{0}}, gx_wide = {{0}}, x_wide = {{0}};
+    vec g_sum = {0}, gx_sum = {0}, x_sum = {0};
+    int added = 0;
+#define FLUSH()                                                                         \
+    add_wide(&g_wide, g_sum), add_wide(&gx_wide, gx_sum), add_wide(&x_wide, x_sum);     \
+    g_sum = gx_sum = x_sum = splat(0), added = 0;
+#define GRADIENT(i, left) \
+    (weight ? load(grad_y + (i), left, 0) * load_real(weight + (i), left, 0) : load(grad_y + (i), left, 0))
+#define BACKWARD_SUMS                                                                   \
+    ptrdiff_t i = 0;                                                                    \
+    for (; i + 4 * LANES <= n; i += 4 * LANES) {                                        \
+        const vec t = load(x + i, LANES, 0) - mean, u = load(x + i + LANES, LANES, 0) - mean; \
+        const vec v = load(x + i + 2 * LANES, LANES, 0) - mean, w = load(x + i + 3 * LANES, LANES, 0) - mean; \
+        const vec a = GRADIENT(i, LANES), b = GRADIENT(i + LANES, LANES);               \
+        const vec c = GRADIENT(i + 2 * LANES, LANES), d = GRADIENT(i + 3 * LANES, LANES); \
+        g_sum += (a + b) + (c + d);                                                     \
+        gx_sum += (a * t + b * u) + (c * v + d * w);                                    \
+        x_sum += (t + u) + (v + w);                                                     \
+        if ((added += 4) >= 16) {                                                       \
+            FLUSH()                                                                     \
+        }                                                                               \
+    }                                                                                   \
+    for (; i < n; i += LANES, added++) {                                                \
+        const ptrdiff_t left = MIN(LANES, n - i);                                       \
+        const vec t = load(x + i, left, mean) - mean, a = GRADIENT(i, left);            \
+        g_sum += a, gx_sum += a * t, x_sum += t;                                        \
+    }
+    for (ptrdiff_t p = 0; p < planes; p++, grad_y += stride, x += stride) {
+        if (weight) {
+            BACKWARD_SUMS
+        } else {
+#undef GRADIENT
+#define GRADIENT(i, left) load(grad_y + (i), left, 0)
+            BACKWARD_SUMS
+        }
+        if (added >= 16 || step || p == planes - 1) {
+            FLUSH()
+        }
+        if (step || p == planes - 1) {
+            sums[0] += wide_sum(&g_wide), sums[1] += wide_sum(&gx_wide), sums[2] += wide_sum(&x_wide);
+            memset(&g_wide, 0, sizeof g_wide), memset(&gx_wide, 0, sizeof gx_wide);
+            memset(&x_wide, 0, sizeof x_wide);
+            sums += step;
+        }
+    }
+#undef BACKWARD_SUMS
+#undef GRADIENT
+#undef FLUSH
+}
+
+/* ------------------------------------------------------- along a stretch: element by element */
+
+#define SUM(i, left) (load(x + (i), left, 0) + load(residual + (i), left, 0))
+
+SWEEP void add(const element *x, const element *residual, element *total, ptrdiff_t n)
+{
+    FOR_VECTORS(i, left, n, store(total + i, SUM(i, left), left);)
+}
+
+#undef SUM
+
+/* y = activation((x - mean) * rstd * weight + bias + residual) for planes side by side or `stride` apart;
+ * a plane's mean and rstd are `statistic_step` from those of the one before, its weight and bias
+ * `parameter_step`. */
+SWEEP void affine(const element *x, const element *residual, element *y, ptrdiff_t planes, ptrdiff_t stride,
+                  ptrdiff_t n, const double *mean, const double *rstd, ptrdiff_t statistic_step,
+                  const real *weight, const real *bias, ptrdiff_t parameter_step, int activation, int streaming)
+{
+    const vec floor = floor_of(activation);
+#define PLAIN(i, left) at_least((load(x + (i), left, 0) - pivot) * a + b, floor)
+#define ADDED(i, left) at_least((load(x + (i), left, 0) - pivot) * a + b + load(residual + (i), left, 0), floor)
+    for (ptrdiff_t p = 0; p < planes; p++, x += stride, y += stride) {
+        const double mu = mean[p * statistic_step], r = rstd[p * statistic_step];
+        const double scale = weight ? r * weight[p * parameter_step] : r;
+        const real pivot = mu, a = scale, b = (bias ? bias[p * parameter_step] : 0) - (mu - pivot) * scale;
+        if (activation > RELU && residual) {
+            WRITE_ACTIVATED(y, n, activation, streaming, start, ADDED)
+        } else if (activation > RELU) {
+            WRITE_ACTIVATED(y, n, activation, streaming, start, PLAIN)
+        } else if (residual) {
+            WRITE(y, n, streaming, ADDED)
+        } else {
+            WRITE(y, n, streaming, PLAIN)
+        }
         if (residual)
-            IVDEP for (ptrdiff_t i = start; i < end; i++)
-                y[i] = (x[i] - pivot) * a + b + residual[i];
-        else
-            IVDEP for (ptrdiff_t i = start; i < end; i++)
-                y[i] = (x[i] - pivot) * a + b;
-        FN(activate)(y + start, end - start, activation);
+            residual += stride;
     }
+#undef PLAIN
+#undef ADDED
 }
 
-/* The same with a weight and a bias per element, and one mean and one rstd. */
-static SWEEP void FN(affine_along)(const REAL *x, const REAL *weight, const REAL *bias, const REAL *residual,
-                                    REAL *y, ptrdiff_t n, double mean, double rstd, int activation)
+/* y = activation((x - mean) * rstd * weight + bias + residual), with weight and bias running along. */
+SWEEP void affine_along(const element *x, const real *weight, const real *bias, const element *residual,
+                        element *y, ptrdiff_t n, double mean, double rstd, int activation, int streaming)
 {
-    const REAL pivot = mean, r = rstd, s = (pivot - mean) * rstd;
-    for (ptrdiff_t start = 0; start < n; start += BLOCK) {
-        const ptrdiff_t end = MIN(n, start + BLOCK);
-        if (weight && bias)
-            IVDEP for (ptrdiff_t i = start; i < end; i++)
-                y[i] = ((x[i] - pivot) * r + s) * weight[i] + bias[i] + (residual ? residual[i] : 0);
-        else if (weight)
-            IVDEP for (ptrdiff_t i = start; i < end; i++)
-                y[i] = ((x[i] - pivot) * r + s) * weight[i] + (residual ? residual[i] : 0);
-        else if (bias)
-            IVDEP for (ptrdiff_t i = start; i < end; i++)
-                y[i] = ((x[i] - pivot) * r + s) + bias[i] + (residual ? residual[i] : 0);
-        else
-            IVDEP for (ptrdiff_t i = start; i < end; i++)
-                y[i] = ((x[i] - pivot) * r + s) + (residual ? residual[i] : 0);
-        FN(activate)(y + start, end - start, activation);
-    }
-}
-
-/* grad_x = rstd * (grad_y * weight + b * (x - mean) + c) + grad_total, weight per element where `weights`
- * are given; no x: statistics held constant, grad_x = rstd * grad_y * weight. Where a unit is constant
- * the terms cancel, and rstd is large: the product is rounded as in the sums, before anything is added. */
-static EXACT_SWEEP void FN(backward_affine)(const REAL *grad_y, const REAL *x, const REAL *weights,
-                                            const REAL *grad_total, REAL *grad_x, ptrdiff_t n, REAL mean,
-                                            double weight, double rstd, double b_, double c_)
-{
-    const REAL w = weight, r = rstd, b = b_, c = c_, a = rstd * weight;
-    if (!x)
-        IVDEP for (ptrdiff_t i = 0; i < n; i++)
-            grad_x[i] = a * grad_y[i];
-    else if (weights)
-        IVDEP for (ptrdiff_t i = 0; i < n; i++)
-            grad_x[i] = r * (grad_y[i] * weights[i] + (b * (x[i] - mean) + c)) + (grad_total ? grad_total[i] : 0);
-    else
-        IVDEP for (ptrdiff_t i = 0; i < n; i++)
-            grad_x[i] = r * (grad_y[i] * w + (b * (x[i] - mean) + c)) + (grad_total ? grad_total[i] : 0);
-}
-
-/* Adds, for `rows` rows of n elements, grad_y * (x - mean) * rstd to grad_weight and grad_y to grad_bias.
- * Four rows at a time, so that the sums are loaded and stored a quarter as often. */
-static SWEEP void FN(parameter_sums)(const REAL *grad_y, const REAL *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t n,
-                                      const double *mean, const double *rstd, REAL *grad_weight, REAL *grad_bias)
-{
-#define X_HAT(k) ((x##k[i] - pivot##k) * r##k + s##k)
-#define ROW(k)                                                                          \
-    const REAL *g##k = grad_y + (row + k) * stride, *x##k = x + (row + k) * stride;     \
-    const REAL pivot##k = mean[row + k], r##k = rstd[row + k];                          \
-    const REAL s##k = (pivot##k - mean[row + k]) * rstd[row + k];
-    ptrdiff_t row = 0;
-    for (; row + 4 <= rows; row += 4) {
-        ROW(0) ROW(1) ROW(2) ROW(3)
-        IVDEP for (ptrdiff_t i = 0; i < n; i++) {
-            grad_weight[i] += (g0[i] * X_HAT(0) + g1[i] * X_HAT(1)) + (g2[i] * X_HAT(2) + g3[i] * X_HAT(3));
-            grad_bias[i] += (g0[i] + g1[i]) + (g2[i] + g3[i]);
-        }
-    }
-    for (; row < rows; row++) {
-        ROW(0)
-        IVDEP for (ptrdiff_t i = 0; i < n; i++) {
-            grad_weight[i] += g0[i] * X_HAT(0);
-            grad_bias[i] += g0[i];
-        }
+    const real pivot = mean, r = rstd, s = (pivot - mean) * rstd;
+    const vec floor = floor_of(activation);
+#define X_HAT(i, left) ((load(x + (i), left, 0) - pivot) * r + s)
+#define W(i, left) load_real(weight + (i), left, 0)
+#define B(i, left) load_real(bias + (i), left, 0)
+#define WEIGHTED(i, left) X_HAT(i, left) * W(i, left)
+#define SHIFTED(i, left) X_HAT(i, left) + B(i, left)
+#define BOTH(i, left) X_HAT(i, left) * W(i, left) + B(i, left)
+#define WITH_TAIL(i, left)                                                              \
+    at_least(X_HAT(i, left) * (weight ? W(i, left) : splat(1)) + (bias ? B(i, left) : splat(0)) \
+             + (residual ? load(residual + (i), left, 0) : splat(0)), floor)
+    if (residual || activation) {
+        WRITE_ACTIVATED(y, n, activation, streaming, start, WITH_TAIL)
+    } else if (weight && bias) {
+        WRITE(y, n, streaming, BOTH)
+    } else if (weight) {
+        WRITE(y, n, streaming, WEIGHTED)
+    } else if (bias) {
+        WRITE(y, n, streaming, SHIFTED)
+    } else {
+        WRITE(y, n, streaming, X_HAT)
     }
 #undef X_HAT
-#undef ROW
+#undef W
+#undef B
+#undef WEIGHTED
+#undef SHIFTED
+#undef BOTH
+#undef WITH_TAIL
+}
+
+/* grad_x = rstd * (grad_y * weight + b * (x - mean) + c), the weight being a plane's, `step` apart; no x:
+ * statistics held constant, grad_x = rstd * grad_y * weight. Where a unit is constant the terms cancel,
+ * and rstd is large: the product is rounded as in the sums, before anything is added. */
+EXACT_SWEEP void backward_affine(const element *grad_y, const element *x, element *grad_x, ptrdiff_t planes,
+                                 ptrdiff_t stride, ptrdiff_t n, real mean, double rstd, const real *weight,
+                                 ptrdiff_t step, double b_, double c_, int streaming)
+{
+    const real r = rstd, b = b_, c = c_;
+#define FROZEN(i, left) (a * load(grad_y + (i), left, 0))
+#define THROUGH(i, left) \
+    (r * (load(grad_y + (i), left, 0) * w + (b * (load(x + (i), left, 0) - mean) + c)))
+    for (ptrdiff_t p = 0; p < planes; p++, grad_y += stride, grad_x += stride) {
+        const real w = weight ? weight[p * step] : 1, a = rstd * w;
+        if (x) {
+            WRITE(grad_x, n, streaming, THROUGH)
+            x += stride;
+        } else {
+            WRITE(grad_x, n, streaming, FROZEN)
+        }
+    }
+#undef FROZEN
+#undef THROUGH
+}
+
+/* The same for some rows with a weight running along, and grad_total added; grad_weight and grad_bias
+ * get the sums of grad_y * x_hat and of grad_y. */
+ALWAYS void backward_rows(const int rows, const int parameters, const int streaming, const element *grad_y,
+                          const element *x, const real *weight, const element *grad_total, element *grad_x,
+                          ptrdiff_t n, const double *mean, const double *rstd, const double *b,
+                          const double *c, real *grad_weight, real *grad_bias)
+{
+    real pivot[TOGETHER], r[TOGETHER], s[TOGETHER], b_[TOGETHER], c_[TOGETHER];
+    for (int k = 0; k < rows; k++) {
+        pivot[k] = mean[k], r[k] = rstd[k], s[k] = (pivot[k] - mean[k]) * rstd[k];
+        b_[k] = b[k], c_[k] = c[k];
+    }
+    FOR_VECTORS(i, left, n, {
+        const vec w = weight ? load_real(weight + i, left, 0) : splat(1);
+        vec weight_sum = {0}, bias_sum = {0};
+        for (int k = 0; k < rows; k++) {
+            const vec g = load(grad_y + k * n + i, left, 0), t = load(x + k * n + i, left, 0) - pivot[k];
+            if (grad_x) {
+                vec out = r[k] * (g * w + (b_[k] * t + c_[k]));
+                if (grad_total)
+                    out += load(grad_total + k * n + i, left, 0);
+                if (streaming && left == LANES)
+                    stream(grad_x + k * n + i, out);
+                else
+                    store(grad_x + k * n + i, out, left);
+            }
+            weight_sum += g * (t * r[k] + s[k]);
+            bias_sum += g;
+        }
+        if (parameters) {
+            store_real(grad_weight + i, load_real(grad_weight + i, left, 0) + weight_sum, left);
+            store_real(grad_bias + i, load_real(grad_bias + i, left, 0) + bias_sum, left);
+        }
+    })
+}
+
+/* Up to TOGETHER rows; grad_weight and grad_bias may be NULL together. */
+EXACT_SWEEP void backward_affine_along(
+    const element *grad_y, const element *x, const real *weight, const element *grad_total, element *grad_x,
+    ptrdiff_t rows, ptrdiff_t n, const double *mean, const double *rstd, const double *b, const double *c,
+    real *grad_weight, real *grad_bias, int streaming)
+{
+#define ROWS(rows, parameters, streaming)                                               \
+    backward_rows(rows, parameters, streaming, grad_y, x, weight, grad_total, grad_x, n, mean, rstd, b, c, \
+                  grad_weight, grad_bias)
+    streaming = streaming && grad_x && until_aligned(grad_x) == 0 && n % LANES == 0;
+    if (rows == TOGETHER && streaming) {
+        if (grad_weight)
+            ROWS(TOGETHER, 1, 1);
+        else
+            ROWS(TOGETHER, 0, 1);
+        return;
+    }
+    if (rows == TOGETHER) {
+        if (grad_weight)
+            ROWS(TOGETHER, 1, 0);
+        else
+            ROWS(TOGETHER, 0, 0);
+        return;
+    }
+    for (ptrdiff_t k = 0; k < rows; k++) {
+        if (grad_weight)
+            ROWS(1, 1, 0);
+        else
+            ROWS(1, 0, 0);
+        grad_y += n, x += n, mean++, rstd++, b++, c++;
+        if (grad_total)
+            grad_total += n;
+        if (grad_x)
+            grad_x += n;
+    }
+#undef ROWS
+}
+
+/* --------------------------------------------------------------------------- rows in registers */
+
+/* Normalizes M rows of n elements, `vectors` vectors of which the last may be partly filled. */
+ALWAYS void rows_in_registers(const int vectors, const element *x, const real *weight, const real *bias,
+                              element *y, ptrdiff_t M, ptrdiff_t n, double eps, real *mean, real *rstd,
+                              int streaming)
+{
+    const ptrdiff_t left = n - (vectors - 1) * LANES;
+    const real inverse = (real)1 / n;
+#define LEFT(v) ((v) < vectors - 1 ? LANES : left)
+    for (ptrdiff_t m = 0; m < M; m++, x += n, y += n) {
+        vec t[SHORT_VECTORS], sum = {0}, squares = {0};
+        real pivot = 0;
+        double rest = 0;
+        if (mean) {
+            const real first = load(x, 1, 0)[0];
+            for (int v = 0; v < vectors; v++) {
+                t[v] = load(x + v * LANES, LEFT(v), first);
+                sum += t[v] - first;
+            }
+            pivot = first + lanes_sum(sum) * inverse;
+            sum = splat(0);
+        } else {
+            for (int v = 0; v < vectors; v++)
+                t[v] = load(x + v * LANES, LEFT(v), 0);
+        }
+        for (int v = 0; v < vectors; v++) {
+            t[v] = first_lanes(t[v] - pivot, LEFT(v));
+            sum += t[v], squares += t[v] * t[v];
+        }
+        double m2 = lanes_sum(squares);
+        if (mean) {
+            const double total = lanes_sum(sum);
+            rest = total / n;
+            m2 -= rest * total;
+            mean[m] = pivot + rest;
+        }
+        const double exact = 1 / sqrt((m2 < 0 ? 0 : m2 / n) + eps);
+        const real r = exact, s = -rest * exact;
+        rstd[m] = r;
+        for (int v = 0; v < vectors; v++) {
+            vec out = t[v] * r + s;
+            if (weight)
+                out *= load_real(weight + v * LANES, LEFT(v), 0);
+            if (bias)
+                out += load_real(bias + v * LANES, LEFT(v), 0);
+            if (streaming)
+                stream(y + v * LANES, out);
+            else
+                store(y + v * LANES, out, LEFT(v));
+        }
+    }
+#undef LEFT
+}
+
+/* y = (x - mean) * rstd * weight + bias for M rows of at most SHORT_VECTORS vectors; no mean: RMS norm. */
+SWEEP void normalize_short(const element *x, const real *weight, const real *bias, element *y, ptrdiff_t M,
+                           ptrdiff_t n, double eps, real *mean, real *rstd, int streaming)
+{
+    streaming = streaming && until_aligned(y) == 0 && n % LANES == 0;
+#define CASE(v)                                                                         \
+    case v:                                                                             \
+        rows_in_registers(v, x, weight, bias, y, M, n, eps, mean, rstd, streaming);     \
+        break;
+    switch ((n + LANES - 1) / LANES) {
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+    }
+#undef CASE
 }
 
 /* ------------------------------------------------------------- down a strip of columns: sums */
 
-/* The columns of a strip are taken STRIP_VECTORS vectors at a time, then one; where a last vector is
- * not full, it is taken overlapping the one before, and where there is none before, from a padded
- * copy. Either way the sums of a column are the same bits. At most STRIP_ROWS rows. */
-#define FOR_EACH_VECTORS(BODY)                                                          \
-    ptrdiff_t j = 0;                                                                    \
-    for (; j + STRIP_VECTORS * LANES <= width; j += STRIP_VECTORS * LANES)              \
-        BODY(STRIP_VECTORS, j);                                                         \
-    for (; j < width; j += LANES)                                                       \
-        BODY(1, MIN(j, width - LANES));
+/* Takes the columns of a strip COLUMN_VECTORS vectors at a time, then one by one. */
+#define FOR_COLUMNS(j, vectors, left, width, ...)                                       \
+    {                                                                                   \
+        ptrdiff_t j = 0;                                                                \
+        for (; j + COLUMN_VECTORS * LANES <= (width); j += COLUMN_VECTORS * LANES) {    \
+            const int vectors = COLUMN_VECTORS;                                         \
+            const ptrdiff_t left = LANES;                                               \
+            __VA_ARGS__                                                                 \
+        }                                                                               \
+        for (; j + LANES <= (width); j += LANES) {                                      \
+            const int vectors = 1;                                                      \
+            const ptrdiff_t left = LANES;                                               \
+            __VA_ARGS__                                                                 \
+        }                                                                               \
+        if (j < (width)) {                                                              \
+            const int vectors = 1;                                                      \
+            const ptrdiff_t left = (width) - j;                                         \
+            __VA_ARGS__                                                                 \
+        }                                                                               \
+    }
 
-static inline void FN(pad)(const REAL *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t width, REAL *padded)
+/* Merges the moments of some rows with those of the `above` rows above them; see moments(). */
+ALWAYS void vectors_moments(const int vectors, const ptrdiff_t left, const element *x, ptrdiff_t rows,
+                            ptrdiff_t stride, double above, double *mean, double *m2)
 {
-    for (ptrdiff_t r = 0; r < rows; r++)
-        for (ptrdiff_t j = 0; j < LANES; j++)
-            padded[r * LANES + j] = x[r * stride + MIN(j, width - 1)];
-}
-
-static inline __attribute__((always_inline)) void FN(vectors_moments)(
-    const REAL *x, ptrdiff_t rows, ptrdiff_t stride, const int vectors, double *mean, double *m2)
-{
-    VEC pivot[STRIP_VECTORS], sum[STRIP_VECTORS], squares[STRIP_VECTORS];
-    for (int v = 0; v < vectors; v++)
-        pivot[v] = LOAD(x + v * LANES), sum[v] = (VEC){0}, squares[v] = (VEC){0};
-    for (ptrdiff_t r = 1; r < rows; r++)
+    vec pivot[COLUMN_VECTORS], sum[COLUMN_VECTORS], squares[COLUMN_VECTORS];
+    for (int v = 0; v < vectors; v++) {
+        sum[v] = squares[v] = splat(0);
+        if (above == 0) {
+            pivot[v] = load(x + v * LANES, left, 0);
+        } else {
+            real rounded_mean[SOME_LANES];
+            for (ptrdiff_t k = 0; k < left; k++)
+                rounded_mean[k] = mean[v * LANES + k];
+            pivot[v] = load_real(rounded_mean, left, 0);
+        }
+    }
+    if (above == 0) {
+        const ptrdiff_t some = MIN(rows, 8);
+        for (ptrdiff_t r = 1; r < some; r++)
+            for (int v = 0; v < vectors; v++)
+                sum[v] += load(x + r * stride + v * LANES, left, 0) - pivot[v];
         for (int v = 0; v < vectors; v++)
-            sum[v] += LOAD(x + r * stride + v * LANES) - pivot[v];
-    for (int v = 0; v < vectors; v++)
-        pivot[v] += sum[v] / (REAL)rows, sum[v] = (VEC){0};
+            pivot[v] += sum[v] / (real)some, sum[v] = splat(0);
+    }
     for (ptrdiff_t r = 0; r < rows; r++)
         for (int v = 0; v < vectors; v++) {
-            const VEC t = LOAD(x + r * stride + v * LANES) - pivot[v];
+            const vec t = load(x + r * stride + v * LANES, left, 0) - pivot[v];
             sum[v] += t, squares[v] += t * t;
         }
+    const double n = above + rows, share = rows / n, weight = above * rows / n;
     for (int v = 0; v < vectors; v++)
-        for (ptrdiff_t k = 0; k < LANES; k++) {
-            const double rest = (double)sum[v][k] / rows;
-            mean[v * LANES + k] = pivot[v][k] + rest;
-            m2[v * LANES + k] = squares[v][k] - rest * sum[v][k];
-        }
-}
-
-/* Mean and m2 of every column of a strip, merged into those of the `before` rows above it. */
-static SWEEP void FN(column_moments)(const REAL *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t width,
-                                      double *mean, double *m2)
-{
-    REAL padded[STRIP_ROWS * VECTOR_BYTES / sizeof(REAL)];
-    double block_mean[STRIP_VECTORS * VECTOR_BYTES / sizeof(REAL)];
-    double block_m2[STRIP_VECTORS * VECTOR_BYTES / sizeof(REAL)];
-    for (ptrdiff_t start = 0; start < rows; start += STRIP_ROWS) {
-        const ptrdiff_t count = MIN(STRIP_ROWS, rows - start);
-        const REAL *block = x + start * stride;
-        const double above = start;
-        if (width < LANES) {
-            FN(pad)(block, count, stride, width, padded);
-            FN(vectors_moments)(padded, count, LANES, 1, block_mean, block_m2);
-            for (ptrdiff_t k = 0; k < width; k++) {
-                if (start == 0)
-                    mean[k] = block_mean[k], m2[k] = block_m2[k];
-                else
-                    merge_moments(above, mean + k, m2 + k, count, block_mean[k], block_m2[k]);
+        for (ptrdiff_t k = 0; k < left; k++) {
+            const double rest = (double)sum[v][k] / rows, block_mean = pivot[v][k] + rest;
+            const double block_m2 = squares[v][k] - rest * sum[v][k];
+            double *const mean_ = mean + v * LANES + k, *const m2_ = m2 + v * LANES + k;
+            if (above == 0) {
+                *mean_ = block_mean, *m2_ = block_m2;
+            } else {
+                const double delta = block_mean - *mean_;
+                *mean_ += delta * share;
+                *m2_ += block_m2 + delta * delta * weight;
             }
-            continue;
         }
-        /* An overlapping vector must not be merged twice: skip the columns done before. */
-#define MOMENTS(vectors, at)                                                            \
-    {                                                                                   \
-        const ptrdiff_t from = at, skip = j - from;                                     \
-        FN(vectors_moments)(block + from, count, stride, vectors, block_mean, block_m2); \
-        if (start == 0)                                                                 \
-            for (ptrdiff_t k = skip; k < vectors * LANES; k++)                          \
-                mean[from + k] = block_mean[k], m2[from + k] = block_m2[k];             \
-        else                                                                            \
-            for (ptrdiff_t k = skip; k < vectors * LANES; k++)                          \
-                merge_moments(above, mean + from + k, m2 + from + k, count, block_mean[k], block_m2[k]); \
-    }
-        FOR_EACH_VECTORS(MOMENTS)
-#undef MOMENTS
+}
+
+/* Mean and m2 of every column of a strip. */
+SWEEP void column_moments(const element *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t width, double *mean,
+                          double *m2)
+{
+    for (ptrdiff_t start = 0; start < rows; start += COLUMN_ROWS, x += COLUMN_ROWS * stride) {
+        const ptrdiff_t count = MIN(COLUMN_ROWS, rows - start);
+        FOR_COLUMNS(j, vectors, left, width,
+                    vectors_moments(vectors, left, x + j, count, stride, start, mean + j, m2 + j);)
     }
 }
 
-static inline __attribute__((always_inline)) void FN(vectors_squares)(
-    const REAL *x, ptrdiff_t rows, ptrdiff_t stride, const int vectors, ptrdiff_t skip, double *squares)
+ALWAYS void vectors_squares(const int vectors, const ptrdiff_t left, const element *x, ptrdiff_t rows,
+                            ptrdiff_t stride, double *squares)
 {
-    VEC sum[STRIP_VECTORS];
+    vec sum[COLUMN_VECTORS];
     for (int v = 0; v < vectors; v++)
-        sum[v] = (VEC){0};
+        sum[v] = splat(0);
     for (ptrdiff_t r = 0; r < rows; r++)
         for (int v = 0; v < vectors; v++) {
-            const VEC t = LOAD(x + r * stride + v * LANES);
+            const vec t = load(x + r * stride + v * LANES, left, 0);
             sum[v] += t * t;
         }
     for (int v = 0; v < vectors; v++)
-        for (ptrdiff_t k = skip; k < LANES; k++)
+        for (ptrdiff_t k = 0; k < left; k++)
             squares[v * LANES + k] += sum[v][k];
 }
 
 /* Adds the sum of squares of every column of a strip. */
-static SWEEP void FN(column_squares)(const REAL *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t width,
-                                      double *squares)
+SWEEP void column_squares(const element *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t width, double *squares)
 {
-    REAL padded[STRIP_ROWS * VECTOR_BYTES / sizeof(REAL)];
-    double narrow[VECTOR_BYTES / sizeof(REAL)];
-    for (ptrdiff_t start = 0; start < rows; start += STRIP_ROWS) {
-        const ptrdiff_t count = MIN(STRIP_ROWS, rows - start);
-        const REAL *block = x + start * stride;
-        if (width < LANES) {
-            memset(narrow, 0, sizeof narrow);
-            FN(pad)(block, count, stride, width, padded);
-            FN(vectors_squares)(padded, count, LANES, 1, 0, narrow);
-            for (ptrdiff_t k = 0; k < width; k++)
-                squares[k] += narrow[k];
-            continue;
-        }
-#define SQUARES(vectors, at) FN(vectors_squares)(block + (at), count, stride, vectors, j - (at), squares + (at))
-        FOR_EACH_VECTORS(SQUARES)
-#undef SQUARES
+    for (ptrdiff_t start = 0; start < rows; start += COLUMN_ROWS, x += COLUMN_ROWS * stride) {
+        const ptrdiff_t count = MIN(COLUMN_ROWS, rows - start);
+        FOR_COLUMNS(j, vectors, left, width,
+                    vectors_squares(vectors, left, x + j, count, stride, squares + j);)
     }
 }
 
-static inline __attribute__((always_inline)) void FN(vectors_backward_sums)(
-    const REAL *grad_y, const REAL *x, const REAL *weight, ptrdiff_t rows, ptrdiff_t stride, const int vectors,
-    ptrdiff_t skip, const REAL *mean, double *g_sum, double *gx_sum, double *x_sum)
+ALWAYS void vectors_backward_sums(const int vectors, const ptrdiff_t left, const element *grad_y,
+                                  const element *x, const real *weight, ptrdiff_t rows, ptrdiff_t stride,
+                                  const real *mean, double *g_sum, double *gx_sum, double *x_sum)
 {
-    VEC m[STRIP_VECTORS], a[STRIP_VECTORS], b[STRIP_VECTORS], c[STRIP_VECTORS];
-    for (int v = 0; v < vectors; v++)
-        m[v] = LOAD(mean + v * LANES), a[v] = b[v] = c[v] = (VEC){0};
+    vec m[COLUMN_VECTORS], a[COLUMN_VECTORS], b[COLUMN_VECTORS], c[COLUMN_VECTORS];
+    for (int v = 0; v < vectors; v++) {
+        m[v] = load_real(mean + v * LANES, left, 0);
+        a[v] = b[v] = c[v] = splat(0);
+    }
     for (ptrdiff_t r = 0; r < rows; r++) {
-        const REAL w = weight ? weight[r] : 1;
+        const real w = weight ? weight[r] : 1;
         for (int v = 0; v < vectors; v++) {
-            const VEC t = LOAD(x + r * stride + v * LANES) - m[v];
-            const VEC g = LOAD(grad_y + r * stride + v * LANES) * w;
+            const vec t = load(x + r * stride + v * LANES, left, 0) - m[v];
+            const vec g = load(grad_y + r * stride + v * LANES, left, 0) * w;
             a[v] += g, b[v] += g * t, c[v] += t;
         }
     }
     for (int v = 0; v < vectors; v++)
-        for (ptrdiff_t k = skip; k < LANES; k++) {
+        for (ptrdiff_t k = 0; k < left; k++) {
             g_sum[v * LANES + k] += a[v][k];
             gx_sum[v * LANES + k] += b[v][k];
             x_sum[v * LANES + k] += c[v][k];
@@ -548,91 +747,167 @@ static inline __attribute__((always_inline)) void FN(vectors_backward_sums)(
 
 /* Adds, for every column, the sums of g, g * (x - mean) and x - mean, where g = grad_y * weight and
  * the weight, if there is one, belongs to the row. */
-static SWEEP void FN(column_backward_sums)(const REAL *grad_y, const REAL *x, const REAL *weight, ptrdiff_t rows,
-                                            ptrdiff_t stride, ptrdiff_t width, const REAL *mean,
-                                            double *g_sum, double *gx_sum, double *x_sum)
+SWEEP void column_backward_sums(const element *grad_y, const element *x, const real *weight, ptrdiff_t rows,
+                                ptrdiff_t stride, ptrdiff_t width, const real *mean, double *g_sum,
+                                double *gx_sum, double *x_sum)
 {
-    REAL padded_x[BACKWARD_ROWS * VECTOR_BYTES / sizeof(REAL)], padded_g[BACKWARD_ROWS * VECTOR_BYTES / sizeof(REAL)];
-    REAL padded_mean[VECTOR_BYTES / sizeof(REAL)];
-    double narrow[3 * VECTOR_BYTES / sizeof(REAL)];
     for (ptrdiff_t start = 0; start < rows; start += BACKWARD_ROWS) {
-        const ptrdiff_t count = MIN(BACKWARD_ROWS, rows - start);
-        const REAL *block_g = grad_y + start * stride, *block_x = x + start * stride;
-        const REAL *block_weight = weight ? weight + start : weight;
-        if (width < LANES) {
-            memset(narrow, 0, sizeof narrow);
-            FN(pad)(block_x, count, stride, width, padded_x);
-            FN(pad)(block_g, count, stride, width, padded_g);
-            FN(pad)(mean, 1, width, width, padded_mean);
-            FN(vectors_backward_sums)(padded_g, padded_x, block_weight, count, LANES, 1, 0, padded_mean,
-                                      narrow, narrow + LANES, narrow + 2 * LANES);
-            for (ptrdiff_t k = 0; k < width; k++) {
-                g_sum[k] += narrow[k];
-                gx_sum[k] += narrow[LANES + k];
-                x_sum[k] += narrow[2 * LANES + k];
+        const ptrdiff_t count = MIN(BACKWARD_ROWS, rows - start), here = start * stride;
+        FOR_COLUMNS(j, vectors, left, width,
+                    vectors_backward_sums(vectors, left, grad_y + here + j, x + here + j,
+                                          weight ? weight + start : weight, count, stride, mean + j,
+                                          g_sum + j, gx_sum + j, x_sum + j);)
+    }
+}
+
+/* --------------------------------------------------------- the rows of a strip: element by element */
+
+/* `at` is (k, j): the row, of TOGETHER or of one, and the column. */
+#define FOR_BLOCK(rows, stride, width, PREPARE, AT)                                     \
+    {                                                                                   \
+        ptrdiff_t row = 0;                                                              \
+        for (; row + TOGETHER <= (rows); row += TOGETHER)                               \
+            FOR_VECTORS(j, left, width, PREPARE(j, left)                                \
+                AT(row * (stride) + j, row, j, left)                                    \
+                AT((row + 1) * (stride) + j, row + 1, j, left)                          \
+                AT((row + 2) * (stride) + j, row + 2, j, left)                          \
+                AT((row + 3) * (stride) + j, row + 3, j, left))                         \
+        for (; row < (rows); row++)                                                     \
+            FOR_VECTORS(j, left, width, PREPARE(j, left) AT(row * (stride) + j, row, j, left)) \
+    }
+
+/* y = activation(((x - pivot) * scale + shift) * weight + bias + residual): pivot, scale and shift per
+ * column, weight and bias per row, where given (both, then, and no residual or activation). */
+SWEEP void affine_block(const element *x, const element *residual, element *y, ptrdiff_t rows, ptrdiff_t stride,
+                        ptrdiff_t width, const real *pivot, const real *scale, const real *shift,
+                        const real *weight, const real *bias, int activation, int streaming)
+{
+    const vec floor = floor_of(activation);
+    streaming = streaming && until_aligned(y) == 0 && stride % LANES == 0;
+#define COLUMNS(j, left)                                                                \
+    const vec p = load_real(pivot + j, left, 0), a = load_real(scale + j, left, 0);     \
+    const vec b = load_real(shift + j, left, 0);
+#define VALUE(i, left) ((load(x + (i), left, 0) - p) * a + b)
+#define PUT(i, value, left)                                                             \
+    {                                                                                   \
+        const vec out = value;                                                          \
+        if (streaming && left == LANES)                                                 \
+            stream(y + (i), out);                                                       \
+        else                                                                            \
+            store(y + (i), out, left);                                                  \
+    }
+#define PLAIN(i, row, j, left) PUT(i, at_least(VALUE(i, left), floor), left)
+#define ADDED(i, row, j, left) PUT(i, at_least(VALUE(i, left) + load(residual + (i), left, 0), floor), left)
+#define WEIGHTED(i, row, j, left) \
+    PUT(i, VALUE(i, left) * (weight ? weight[row] : (real)1) + (bias ? bias[row] : (real)0), left)
+    if (weight || bias) {
+        FOR_BLOCK(rows, stride, width, COLUMNS, WEIGHTED)
+    } else if (activation > RELU) {
+        for (ptrdiff_t row = 0; row < rows; row++)
+            for (ptrdiff_t start = 0; start < width; start += SCRATCH) {
+                real scratch[SCRATCH];
+                const ptrdiff_t count = MIN(SCRATCH, width - start), here = row * stride + start;
+                FOR_VECTORS(i, left, count, {
+                    COLUMNS(start + i, left)
+                    vec out = VALUE(here + i, left);
+                    if (residual)
+                        out += load(residual + here + i, left, 0);
+                    store_real(scratch + i, out, left);
+                })
+                activate(scratch, count, activation);
+                deliver(scratch, y + here, count, streaming);
             }
-            continue;
-        }
-#define SUMS(vectors, at)                                                                         \
-    FN(vectors_backward_sums)(block_g + (at), block_x + (at), block_weight, count, stride, vectors, j - (at), \
-                              mean + (at), g_sum + (at), gx_sum + (at), x_sum + (at))
-        FOR_EACH_VECTORS(SUMS)
-#undef SUMS
+    } else if (residual) {
+        FOR_BLOCK(rows, stride, width, COLUMNS, ADDED)
+    } else {
+        FOR_BLOCK(rows, stride, width, COLUMNS, PLAIN)
+    }
+#undef PLAIN
+#undef ADDED
+#undef WEIGHTED
+#undef VALUE
+#undef COLUMNS
+}
+
+/* grad_x = rstd * (grad_y * weight + b * (x - mean) + c) + grad_total with mean, rstd, b and c per column,
+ * and the weight per column or per row; no x: grad_x = rstd * weight * grad_y. See backward_affine. */
+EXACT_SWEEP void backward_block(const element *grad_y, const element *x, const element *grad_total,
+                                element *grad_x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t width,
+                                const real *mean, const real *rstd, const real *b, const real *c,
+                                const real *column_weight, const real *row_weight, int streaming)
+{
+    element *const y = grad_x;
+    streaming = streaming && until_aligned(y) == 0 && stride % LANES == 0;
+#define COLUMNS(j, left)                                                                \
+    const vec r = load_real(rstd + j, left, 0);                                         \
+    const vec w = column_weight ? load_real(column_weight + j, left, 0) : splat(1);
+#define ALL_COLUMNS(j, left)                                                            \
+    COLUMNS(j, left)                                                                    \
+    const vec m = load_real(mean + j, left, 0), b_ = load_real(b + j, left, 0);         \
+    const vec c_ = load_real(c + j, left, 0);
+#define FROZEN(i, row, j, left) PUT(i, r * w * load(grad_y + (i), left, 0), left)
+#define THROUGH(i, row, j, left) \
+    PUT(i, r * (load(grad_y + (i), left, 0) * w + (b_ * (load(x + (i), left, 0) - m) + c_)), left)
+#define BY_ROW(i, row, j, left)                                                         \
+    {                                                                                   \
+        vec sum = load(grad_y + (i), left, 0) * (row_weight ? row_weight[row] : (real)1); \
+        sum = r * (sum + (b_ * (load(x + (i), left, 0) - m) + c_));                     \
+        if (grad_total)                                                                 \
+            sum += load(grad_total + (i), left, 0);                                     \
+        PUT(i, sum, left)                                                               \
+    }
+    if (!x) {
+        FOR_BLOCK(rows, stride, width, COLUMNS, FROZEN)
+    } else if (row_weight || grad_total) {
+        FOR_BLOCK(rows, stride, width, ALL_COLUMNS, BY_ROW)
+    } else {
+        FOR_BLOCK(rows, stride, width, ALL_COLUMNS, THROUGH)
+    }
+#undef FROZEN
+#undef THROUGH
+#undef BY_ROW
+#undef COLUMNS
+#undef ALL_COLUMNS
+#undef PUT
+}
+
+/* Adds the sums of grad_y * ((x - mean) * rstd + shift) and of grad_y over each row of a strip. */
+SWEEP void row_parameter_sums(const element *grad_y, const element *x, ptrdiff_t rows, ptrdiff_t stride,
+                              ptrdiff_t n, const real *mean, const real *rstd, const real *shift,
+                              double *grad_weight, double *grad_bias)
+{
+    for (ptrdiff_t row = 0; row < rows; row++, grad_y += stride, x += stride) {
+        vec weight_sum = {0}, bias_sum = {0};
+        FOR_VECTORS(i, left, n, {
+            const vec g = load(grad_y + i, left, 0);
+            weight_sum += g * ((load(x + i, left, 0) - load_real(mean + i, left, 0)) * load_real(rstd + i, left, 0)
+                               + load_real(shift + i, left, 0));
+            bias_sum += g;
+        })
+        grad_weight[row] += lanes_sum(weight_sum);
+        grad_bias[row] += lanes_sum(bias_sum);
     }
 }
 
-/* ---------------------------------------------------- along one row of a strip: element by element */
+/* ------------------------------------------------------------------------------ speed of memory */
 
-/* y = activation(((x - pivot) * scale + shift) * weight + bias + residual), the first three per column. */
-static SWEEP void FN(affine_columns)(const REAL *x, const REAL *residual, REAL *y, ptrdiff_t n,
-                                      const REAL *pivot, const REAL *scale, const REAL *shift,
-                                      double weight, double bias, int activation)
+/* y = x and grad_x = grad_y - x, with the stores of the kernels: what they are measured by. */
+SWEEP void copy_stretch(const element *x, element *y, ptrdiff_t n, int streaming)
 {
-    const REAL w = weight, b = bias;
-    if (residual)
-        IVDEP for (ptrdiff_t i = 0; i < n; i++)
-            y[i] = ((x[i] - pivot[i]) * scale[i] + shift[i]) * w + b + residual[i];
-    else
-        IVDEP for (ptrdiff_t i = 0; i < n; i++)
-            y[i] = ((x[i] - pivot[i]) * scale[i] + shift[i]) * w + b;
-    FN(activate)(y, n, activation);
+#define VALUE(i, left) load(x + (i), left, 0)
+    WRITE(y, n, streaming, VALUE)
+#undef VALUE
 }
 
-/* As backward_affine, with mean, rstd, b and c per column; so are `weights`, where they are given. */
-static EXACT_SWEEP void FN(backward_columns)(const REAL *grad_y, const REAL *x, const REAL *weights, double weight,
-                                             const REAL *grad_total, REAL *grad_x, ptrdiff_t n, const REAL *mean,
-                                             const REAL *rstd, const REAL *b, const REAL *c)
+SWEEP void triad_stretch(const element *grad_y, const element *x, element *grad_x, ptrdiff_t n, int streaming)
 {
-    const REAL w = weight;
-    if (!x)
-        IVDEP for (ptrdiff_t i = 0; i < n; i++)
-            grad_x[i] = rstd[i] * weights[i] * grad_y[i];
-    else if (weights)
-        IVDEP for (ptrdiff_t i = 0; i < n; i++)
-            grad_x[i] = rstd[i] * (grad_y[i] * weights[i] + (b[i] * (x[i] - mean[i]) + c[i]));
-    else
-        IVDEP for (ptrdiff_t i = 0; i < n; i++)
-            grad_x[i] = rstd[i] * (grad_y[i] * w + (b[i] * (x[i] - mean[i]) + c[i])) + (grad_total ? grad_total[i] : 0);
+#define VALUE(i, left) (load(grad_y + (i), left, 0) - load(x + (i), left, 0))
+    WRITE(grad_x, n, streaming, VALUE)
+#undef VALUE
 }
 
-/* Adds the sums of grad_y * ((x - mean) * rstd + shift) and of grad_y over a row. */
-static SWEEP void FN(row_parameter_sums)(const REAL *grad_y, const REAL *x, ptrdiff_t n, const REAL *mean,
-                                          const REAL *rstd, const REAL *shift, double *grad_weight,
-                                          double *grad_bias)
-{
-    double weight_sum = 0, bias_sum = 0;
-    for (ptrdiff_t i = 0; i < n; i++) {
-        weight_sum += grad_y[i] * ((x[i] - mean[i]) * rstd[i] + shift[i]);
-        bias_sum += grad_y[i];
-    }
-    *grad_weight += weight_sum, *grad_bias += bias_sum;
-}
+#if !defined(__clang__)
+#pragma GCC pop_options
+#endif
 
-#undef FOR_EACH_VECTORS
-#undef LANES
-#undef BLOCK
-#undef VEC
-#undef LOAD
-#undef IVDEP
-#undef MIN
 #endif

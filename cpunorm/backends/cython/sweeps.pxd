@@ -1,67 +1,98 @@
-# The declarations of sweeps.h, and the few helpers every kernel module shares.
+# The declarations of sweeps.h, and the few helpers every kernel shares.
 
-cimport numpy as cnp
 from libc.math cimport sqrt
-
-# The order of the types is known to sweeps.h.
-ctypedef fused real:
-    float
-    double
 
 
 cdef extern from "sweeps.h" nogil:
+    # Which types these are is said when the C code is compiled.
+    ctypedef float real
+    ctypedef unsigned short element
+
+    enum:
+        LANES
+        BLOCK
+        TOGETHER
+        SHORT_VECTORS
+
+    ctypedef void (*team_body)(void* work, int member, int members) noexcept nogil
+    void team(team_body body, void* work, int threads) noexcept
+    void team_barrier(int members) noexcept
+    void stream_fence() noexcept
+
     void merge_moments(double n_a, double* mean_a, double* m2_a,
                        double n_b, double mean_b, double m2_b) noexcept
+    void merge_columns(double n_a, double* mean_a, double* m2_a, double n_b, const double* mean_b,
+                       const double* m2_b, Py_ssize_t count) noexcept
 
-    void moments(const real* x, Py_ssize_t n, double* mean, double* m2) noexcept
-    double sum_of_squares(const real* x, Py_ssize_t n) noexcept
-    void backward_sums(const real* grad_y, const real* x, const real* weight, Py_ssize_t n,
-                       real mean, double* sums) noexcept
+    void moments(const element* x, Py_ssize_t planes, Py_ssize_t stride, Py_ssize_t n,
+                 double* mean, double* m2) noexcept
+    double sum_of_squares(const element* x, Py_ssize_t n) noexcept
+    void backward_sums(const element* grad_y, const element* x, const real* weight,
+                       Py_ssize_t planes, Py_ssize_t stride, Py_ssize_t n, real mean,
+                       double* sums, Py_ssize_t step) noexcept
 
-    void add(const real* x, const real* residual, real* total, Py_ssize_t n) noexcept
-    void affine(const real* x, const real* residual, real* y, Py_ssize_t n,
-                double mean, double scale, double bias, int activation) noexcept
-    void affine_along(const real* x, const real* weight, const real* bias, const real* residual,
-                      real* y, Py_ssize_t n, double mean, double rstd, int activation) noexcept
-    void backward_affine(const real* grad_y, const real* x, const real* weights,
-                         const real* grad_total, real* grad_x, Py_ssize_t n, real mean,
-                         double weight, double rstd, double b, double c) noexcept
-    void parameter_sums(const real* grad_y, const real* x, Py_ssize_t rows, Py_ssize_t stride,
-                        Py_ssize_t n, const double* mean, const double* rstd,
-                        real* grad_weight, real* grad_bias) noexcept
+    void add(const element* x, const element* residual, element* total, Py_ssize_t n) noexcept
+    void affine(const element* x, const element* residual, element* y, Py_ssize_t planes,
+                Py_ssize_t stride, Py_ssize_t n, const double* mean, const double* rstd,
+                Py_ssize_t statistic_step, const real* weight, const real* bias,
+                Py_ssize_t parameter_step, int activation, int streaming) noexcept
+    void affine_along(const element* x, const real* weight, const real* bias,
+                      const element* residual, element* y, Py_ssize_t n, double mean, double rstd,
+                      int activation, int streaming) noexcept
+    void backward_affine(const element* grad_y, const element* x, element* grad_x,
+                         Py_ssize_t planes, Py_ssize_t stride, Py_ssize_t n, real mean,
+                         double rstd, const real* weight, Py_ssize_t step, double b, double c,
+                         int streaming) noexcept
+    void backward_affine_along(const element* grad_y, const element* x, const real* weight,
+                               const element* grad_total, element* grad_x, Py_ssize_t rows,
+                               Py_ssize_t n, const double* mean, const double* rstd,
+                               const double* b, const double* c, real* grad_weight,
+                               real* grad_bias, int streaming) noexcept
+    void normalize_short(const element* x, const real* weight, const real* bias, element* y,
+                         Py_ssize_t M, Py_ssize_t n, double eps, real* mean, real* rstd,
+                         int streaming) noexcept
 
-    void column_moments(const real* x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t width,
+    void column_moments(const element* x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t width,
                         double* mean, double* m2) noexcept
-    void column_squares(const real* x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t width,
+    void column_squares(const element* x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t width,
                         double* squares) noexcept
-    void column_backward_sums(const real* grad_y, const real* x, const real* weight,
+    void column_backward_sums(const element* grad_y, const element* x, const real* weight,
                               Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t width,
                               const real* mean, double* g_sum, double* gx_sum,
                               double* x_sum) noexcept
 
-    void affine_columns(const real* x, const real* residual, real* y, Py_ssize_t n,
-                        const real* pivot, const real* scale, const real* shift,
-                        double weight, double bias, int activation) noexcept
-    void backward_columns(const real* grad_y, const real* x, const real* weights, double weight,
-                          const real* grad_total, real* grad_x, Py_ssize_t n, const real* mean,
-                          const real* rstd, const real* b, const real* c) noexcept
-    void row_parameter_sums(const real* grad_y, const real* x, Py_ssize_t n, const real* mean,
-                            const real* rstd, const real* shift, double* grad_weight,
-                            double* grad_bias) noexcept
+    void affine_block(const element* x, const element* residual, element* y, Py_ssize_t rows,
+                      Py_ssize_t stride, Py_ssize_t width, const real* pivot, const real* scale,
+                      const real* shift, const real* weight, const real* bias, int activation,
+                      int streaming) noexcept
+    void backward_block(const element* grad_y, const element* x, const element* grad_total,
+                        element* grad_x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t width,
+                        const real* mean, const real* rstd, const real* b, const real* c,
+                        const real* column_weight, const real* row_weight,
+                        int streaming) noexcept
+    void row_parameter_sums(const element* grad_y, const element* x, Py_ssize_t rows,
+                            Py_ssize_t stride, Py_ssize_t n, const real* mean, const real* rstd,
+                            const real* shift, double* grad_weight, double* grad_bias) noexcept
+
+    void copy_stretch(const element* x, element* y, Py_ssize_t n, int streaming) noexcept
+    void triad_stretch(const element* grad_y, const element* x, element* grad_x, Py_ssize_t n,
+                       int streaming) noexcept
 
 
-cdef inline void* data(object array):
-    """The memory of an array, NULL for None."""
-    return NULL if array is None else cnp.PyArray_DATA(<cnp.ndarray> array)
+ctypedef fused array:
+    element
+    real
+    double
 
 
-cdef inline bint is_float32(object array):
-    return cnp.PyArray_TYPE(<cnp.ndarray> array) == cnp.NPY_FLOAT32
+cdef inline array* at(const array* start, Py_ssize_t offset) noexcept nogil:
+    """start + offset, where NULL stays NULL (and const is dropped: C has no templates)."""
+    return NULL if start is NULL else <array*> start + offset
 
 
-cdef inline real* at(const real* array, Py_ssize_t offset) noexcept nogil:
-    """array + offset, where NULL stays NULL (and const is dropped: C has no templates)."""
-    return NULL if array is NULL else <real*> array + offset
+cdef inline Py_ssize_t share(Py_ssize_t tasks, int member, int members) noexcept nogil:
+    """The first of a member's tasks; those of the next member follow."""
+    return tasks * member // members
 
 
 cdef inline double rstd_of(double var, double eps) noexcept nogil:
@@ -74,12 +105,13 @@ cdef inline double variance(double m2, Py_ssize_t count) noexcept nogil:
 
 
 cdef inline void sum_parts(const double* sums, Py_ssize_t parts, Py_ssize_t length,
-                           real* grad_weight, real* grad_bias) noexcept nogil:
+                           Py_ssize_t first, Py_ssize_t last, real* grad_weight,
+                           real* grad_bias) noexcept nogil:
     """Write what the parts of a backward pass found, (parts, 2, length), to the outputs wanted."""
     cdef:
         Py_ssize_t i, p
         double weight_sum, bias_sum
-    for i in range(length):
+    for i in range(first, last):
         weight_sum = bias_sum = 0
         for p in range(parts):
             weight_sum += sums[2 * p * length + i]

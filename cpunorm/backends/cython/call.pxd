@@ -1,0 +1,38 @@
+# A call of a kernel: what the verbs of backends/__init__.py take, as pointers and sizes.
+#
+# Kernels are compiled once per instruction set and element type. Each such module hands out a Table,
+# through which verbs.pyx and front.pyx reach it.
+
+cdef struct Call:
+    Py_ssize_t M, D, N, C, S    # (M, D); (N, D, S); (N, C, S) or (N, S, C)
+    Py_ssize_t B, G             # statistics of the channels_* problems
+    const void* x               # arrays of elements; NULL stands for None
+    const void* residual
+    const void* grad_y
+    const void* grad_total
+    void* y
+    void* total
+    void* grad_x
+    const void* weight          # arrays of reals
+    const void* bias
+    void* mean
+    void* var
+    void* rstd
+    void* grad_weight
+    void* grad_bias
+    double eps
+    int activation
+    int threads
+    bint streaming              # whether y or grad_x is stored past the caches
+    Py_ssize_t slab             # bytes that stay in a core's cache between two sweeps
+
+
+# -1 if out of memory.
+ctypedef int (*Verb)(const Call* call) noexcept nogil
+
+cdef struct Table:
+    Verb rows_normalize, rows_backward
+    Verb columns_normalize, columns_backward
+    Verb first_normalize, first_apply, first_moments, first_backward, first_backward_apply
+    Verb last_normalize, last_apply, last_moments, last_backward, last_backward_apply
+    Verb copy, triad

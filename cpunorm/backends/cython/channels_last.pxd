@@ -1,0 +1,36 @@
+# channels_last: (N, S, C), groups of C // G channels, affine along C.
+#
+# A statistic covers S positions and the channels of a group; batch norm is one image of N * S
+# positions. Everything is done in strips.pxd.
+
+from .call cimport Call
+from .strips cimport Images, apply_images, backward_images, images_of, normalize_images
+
+
+cdef inline Images _images(const Call* call) noexcept nogil:
+    return images_of(call, call.B, call.N // call.B * call.S, 1)
+
+
+cdef inline int normalize(const Call* call) noexcept nogil:
+    cdef Images images = _images(call)
+    return normalize_images(&images)
+
+
+cdef inline int moments(const Call* call) noexcept nogil:
+    """As normalize, with no y and no rstd."""
+    return normalize(call)
+
+
+cdef inline int apply(const Call* call) noexcept nogil:
+    cdef Images images = _images(call)
+    return apply_images(&images)
+
+
+cdef inline int backward(const Call* call) noexcept nogil:
+    cdef Images images = _images(call)
+    return backward_images(&images, False)
+
+
+cdef inline int backward_apply(const Call* call) noexcept nogil:
+    cdef Images images = _images(call)
+    return backward_images(&images, True)

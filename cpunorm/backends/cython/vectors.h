@@ -1,0 +1,338 @@
+/* Elements and vectors: what one array holds, and how a register is filled from it.
+ *
+ * Every kernel is compiled once per element type, which the build names: ELEMENT_FLOAT32, _FLOAT64,
+ * _FLOAT16 or _BFLOAT16. An `element` is what arrays of x's size hold; a `real` is what is computed
+ * with, and what parameters and statistics hold: float for the first and the last two. Half types are
+ * widened as they are loaded and rounded once, to nearest even, as they are stored.
+ */
+#ifndef CPUNORM_VECTORS_H
+#define CPUNORM_VECTORS_H
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define VECTOR_BYTES 64
+#elif defined(__AVX__)
+#define VECTOR_BYTES 32
+#else
+#define VECTOR_BYTES 16
+#endif
+
+#define ALWAYS static inline __attribute__((always_inline, unused))
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+
+#if defined(ELEMENT_FLOAT64)
+typedef double real;
+typedef int64_t lane_bits;
+#else
+typedef float real;
+typedef int32_t lane_bits;
+#endif
+
+#if defined(ELEMENT_FLOAT16) || defined(ELEMENT_BFLOAT16)
+#define HALF 1
+typedef uint16_t element;
+#else
+#define HALF 0
+typedef real element;
+#endif
+
+#define LANES ((ptrdiff_t)(VECTOR_BYTES / sizeof(real)))
+#define SOME_LANES (VECTOR_BYTES / sizeof(real))
+#define STORE_BYTES ((ptrdiff_t)(LANES * sizeof(element)))
+
+typedef real vec __attribute__((vector_size(VECTOR_BYTES)));
+typedef real loose_vec __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
+typedef lane_bits bits_vec __attribute__((vector_size(VECTOR_BYTES)));
+
+/* -------------------------------------------------------------------------------- half types */
+
+#if HALF
+typedef uint32_t wide_bits __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint16_t packed __attribute__((vector_size(VECTOR_BYTES / 2)));
+typedef uint16_t loose_packed __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
+
+#if defined(ELEMENT_BFLOAT16)
+
+ALWAYS vec widen(packed h)
+{
+    return (vec)(__builtin_convertvector(h, wide_bits) << 16);
+}
+
+ALWAYS packed narrow(vec v)
+{
+    const wide_bits u = (wide_bits)v, nan = (wide_bits)(v != v);
+    const wide_bits rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    return __builtin_convertvector((rounded & ~nan) | (((u >> 16) | 0x40) & nan), packed);
+}
+
+#elif defined(__AVX512F__)
+
+ALWAYS vec widen(packed h)
+{
+    return (vec)_mm512_cvtph_ps((__m256i)h);
+}
+
+ALWAYS packed narrow(vec v)
+{
+    return (packed)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+#elif defined(__F16C__)
+
+ALWAYS vec widen(packed h)
+{
+    return (vec)_mm256_cvtph_ps((__m128i)h);
+}
+
+ALWAYS packed narrow(vec v)
+{
+    return (packed)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+#else
+
+/* The exponent moves from bias 15 to 127 by a product, which also normalises what was subnormal. */
+ALWAYS vec widen(packed h)
+{
+    const wide_bits u = __builtin_convertvector(h, wide_bits), magnitude = (u & 0x7fff) << 13;
+    const wide_bits special = (wide_bits)(magnitude >= 0x0f800000) & 0x7f800000;
+    const vec scaled = (vec)magnitude * 0x1p112f;
+    return (vec)((wide_bits)scaled | special | ((u & 0x8000) << 16));
+}
+
+/* Adding 0.5 makes the processor round a subnormal where its last bit will be. */
+ALWAYS packed narrow(vec v)
+{
+    const wide_bits u = (wide_bits)v & 0x7fffffff, sign = ((wide_bits)v >> 16) & 0x8000;
+    const wide_bits nan = (wide_bits)(u > 0x7f800000), large = (wide_bits)(u >= 0x47800000);
+    const wide_bits small = (wide_bits)(u < 0x38800000);
+    const wide_bits subnormal = (wide_bits)((vec)u + 0.5f) - 0x3f000000;
+    const wide_bits normal = (u - 0x38000000 + 0xfff + ((u >> 13) & 1)) >> 13;
+    wide_bits h = (subnormal & small) | (normal & ~small);
+    h = (h & ~large) | (0x7c00 & large) | ((0x200 | ((u >> 13) & 0x3ff)) & nan);
+    return __builtin_convertvector(h | sign, packed);
+}
+
+#endif
+#endif
+
+/* --------------------------------------------------------------------------- loads and stores */
+
+/* What takes `left` lanes of a vector, from the first, takes all of them where the compiler sees that
+ * left == LANES; lanes that are not loaded are `fill`. */
+
+ALWAYS vec splat(real value)
+{
+    return (vec){0} + value;
+}
+
+ALWAYS vec load_real(const real *p, ptrdiff_t left, real fill)
+{
+    if (left >= LANES)
+        return *(const loose_vec *)p;
+#if defined(__AVX512F__) && defined(ELEMENT_FLOAT64)
+    return (vec)_mm512_mask_loadu_pd((__m512d)splat(fill), (__mmask8)((1u << left) - 1), p);
+#elif defined(__AVX512F__)
+    return (vec)_mm512_mask_loadu_ps((__m512)splat(fill), (__mmask16)((1u << left) - 1), p);
+#else
+    real lanes[SOME_LANES];
+    vec v;
+    for (ptrdiff_t i = 0; i < LANES; i++)
+        lanes[i] = i < left ? p[i] : fill;
+    memcpy(&v, lanes, sizeof v);
+    return v;
+#endif
+}
+
+ALWAYS void store_real(real *p, vec v, ptrdiff_t left)
+{
+    if (left >= LANES) {
+        *(loose_vec *)p = v;
+        return;
+    }
+#if defined(__AVX512F__) && defined(ELEMENT_FLOAT64)
+    _mm512_mask_storeu_pd(p, (__mmask8)((1u << left) - 1), (__m512d)v);
+#elif defined(__AVX512F__)
+    _mm512_mask_storeu_ps(p, (__mmask16)((1u << left) - 1), (__m512)v);
+#else
+    real lanes[SOME_LANES];
+    memcpy(lanes, &v, sizeof v);
+    for (ptrdiff_t i = 0; i < left; i++)
+        p[i] = lanes[i];
+#endif
+}
+
+#if HALF
+
+ALWAYS vec load(const element *p, ptrdiff_t left, real fill)
+{
+    if (left >= LANES)
+        return widen((packed) * (const loose_packed *)p);
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    const __mmask16 mask = (__mmask16)((1u << left) - 1);
+    const vec v = widen((packed)_mm256_maskz_loadu_epi16(mask, p));
+    return (vec)_mm512_mask_blend_ps(mask, (__m512)splat(fill), (__m512)v);
+#else
+    element lanes[SOME_LANES] = {0};
+    packed h;
+    vec v;
+    for (ptrdiff_t i = 0; i < left; i++)
+        lanes[i] = p[i];
+    memcpy(&h, lanes, sizeof h);
+    v = widen(h);
+    for (ptrdiff_t i = left; i < LANES; i++)
+        v[i] = fill;
+    return v;
+#endif
+}
+
+ALWAYS void store(element *p, vec v, ptrdiff_t left)
+{
+    const packed h = narrow(v);
+    if (left >= LANES) {
+        *(loose_packed *)p = h;
+        return;
+    }
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    _mm256_mask_storeu_epi16(p, (__mmask16)((1u << left) - 1), (__m256i)h);
+#else
+    element lanes[SOME_LANES];
+    memcpy(lanes, &h, sizeof h);
+    for (ptrdiff_t i = 0; i < left; i++)
+        p[i] = lanes[i];
+#endif
+}
+
+/* What a value becomes by being stored. */
+ALWAYS vec rounded(vec v)
+{
+    return widen(narrow(v));
+}
+
+#else
+
+ALWAYS vec load(const element *p, ptrdiff_t left, real fill)
+{
+    return load_real(p, left, fill);
+}
+
+ALWAYS void store(element *p, vec v, ptrdiff_t left)
+{
+    store_real(p, v, left);
+}
+
+ALWAYS vec rounded(vec v)
+{
+    return v;
+}
+
+#endif
+
+/* A store past the caches, to an aligned p. */
+ALWAYS void stream(element *p, vec v)
+{
+#if HALF && defined(__AVX512F__)
+    _mm256_stream_si256((__m256i *)p, (__m256i)narrow(v));
+#elif HALF && defined(__AVX__)
+    _mm_stream_si128((__m128i *)p, (__m128i)narrow(v));
+#elif HALF
+    store(p, v, LANES);
+#elif defined(__AVX512F__) && defined(ELEMENT_FLOAT64)
+    _mm512_stream_pd(p, (__m512d)v);
+#elif defined(__AVX512F__)
+    _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX__) && defined(ELEMENT_FLOAT64)
+    _mm256_stream_pd(p, (__m256d)v);
+#elif defined(__AVX__)
+    _mm256_stream_ps(p, (__m256)v);
+#elif defined(__SSE2__) && defined(ELEMENT_FLOAT64)
+    _mm_stream_pd(p, (__m128d)v);
+#elif defined(__SSE2__)
+    _mm_stream_ps(p, (__m128)v);
+#else
+    store(p, v, LANES);
+#endif
+}
+
+/* Streamed stores are not ordered with others: once, before a thread says that it is done. */
+ALWAYS void stream_fence(void)
+{
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
+/* Elements before the first aligned store. */
+ALWAYS ptrdiff_t until_aligned(const element *p)
+{
+    return (ptrdiff_t)((uintptr_t)(-(intptr_t)p) % STORE_BYTES / sizeof(element));
+}
+
+/* ------------------------------------------------------------------------------- within a vector */
+
+ALWAYS real lanes_sum(vec v)
+{
+#if defined(__AVX512F__) && !defined(ELEMENT_FLOAT64)
+    return _mm512_reduce_add_ps((__m512)v);
+#elif defined(__AVX512F__)
+    return _mm512_reduce_add_pd((__m512d)v);
+#else
+    real sum = 0;
+    for (ptrdiff_t i = 0; i < LANES; i++)
+        sum += v[i];
+    return sum;
+#endif
+}
+
+/* v where it is not below floor; NaN stays NaN. */
+ALWAYS vec at_least(vec v, vec floor)
+{
+#if defined(__AVX512F__) && !defined(ELEMENT_FLOAT64)
+    return (vec)_mm512_max_ps((__m512)floor, (__m512)v);
+#elif defined(__AVX512F__)
+    return (vec)_mm512_max_pd((__m512d)floor, (__m512d)v);
+#else
+    const bits_vec below = v < floor;
+    return (vec)(((bits_vec)floor & below) | ((bits_vec)v & ~below));
+#endif
+}
+
+/* v in the first `left` lanes, 0 in the others. */
+ALWAYS vec first_lanes(vec v, ptrdiff_t left)
+{
+    bits_vec lane;
+    if (left >= LANES)
+        return v;
+    for (ptrdiff_t i = 0; i < LANES; i++)
+        lane[i] = i;
+    return (vec)((bits_vec)v & (lane < (bits_vec){0} + (lane_bits)left));
+}
+
+/* A vector's worth of float64 sums. */
+typedef struct {
+    double lanes[SOME_LANES];
+} wide_vec;
+
+ALWAYS void add_wide(wide_vec *sum, vec v)
+{
+    for (ptrdiff_t i = 0; i < LANES; i++)
+        sum->lanes[i] += v[i];
+}
+
+ALWAYS double wide_sum(const wide_vec *sum)
+{
+    double total = 0;
+    for (ptrdiff_t i = 0; i < LANES; i++)
+        total += sum->lanes[i];
+    return total;
+}
+
+#endif

@@ -1,0 +1,20 @@
+cimport numpy as cnp
+
+from .call cimport Call, Table, Verb
+
+cdef enum Element:
+    FLOAT32
+    FLOAT64
+    FLOAT16
+    BFLOAT16
+    ELEMENTS
+
+cdef Table* tables[ELEMENTS]
+
+# Sizes in bytes, set once when the backend is loaded.
+cdef Py_ssize_t slab_bytes
+cdef Py_ssize_t stream_bytes
+
+cdef int element_of(cnp.ndarray x) except -1
+cdef Call new_call(Py_ssize_t nbytes, int threads) noexcept
+cdef int run(Verb verb, const Call* call) except -1

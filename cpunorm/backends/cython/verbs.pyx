@@ -1,0 +1,235 @@
+"""The verbs of backends/__init__.py: arrays in, pointers and sizes down.
+
+Which instruction set they run on is settled when `install` is called.
+"""
+
+cimport numpy as cnp
+from cpython.pycapsule cimport PyCapsule_GetPointer
+from libc.string cimport memset
+
+cnp.import_array()
+
+cdef int bfloat16_number = -1  # NumPy's number for the type of ml_dtypes, once one was seen
+
+
+def install(capsules, Py_ssize_t slab, Py_ssize_t stream):
+    """Take the tables of the element types, in the order of `Element`, and the machine's sizes."""
+    global slab_bytes, stream_bytes
+    for i, capsule in enumerate(capsules):
+        tables[i] = <Table*> PyCapsule_GetPointer(capsule, "cpunorm.Table")
+    slab_bytes, stream_bytes = slab, stream
+
+
+cdef int element_of(cnp.ndarray x) except -1:
+    global bfloat16_number
+    cdef int number = cnp.PyArray_TYPE(x)
+    if number == cnp.NPY_FLOAT32:
+        return FLOAT32
+    if number == cnp.NPY_FLOAT64:
+        return FLOAT64
+    if number == cnp.NPY_FLOAT16:
+        return FLOAT16
+    if number == bfloat16_number:
+        return BFLOAT16
+    if x.dtype.name == "bfloat16":
+        bfloat16_number = number
+        return BFLOAT16
+    raise TypeError(f"no kernels for {x.dtype}")
+
+
+cdef Call new_call(Py_ssize_t nbytes, int threads) noexcept:
+    """A call for arrays of x's size; nothing is stored past the caches where `out` is x."""
+    cdef Call call
+    memset(&call, 0, sizeof(call))
+    call.threads = threads
+    call.slab = slab_bytes
+    call.streaming = nbytes >= stream_bytes
+    return call
+
+
+cdef int run(Verb verb, const Call* call) except -1:
+    cdef int failed
+    with nogil:
+        failed = verb(call)
+    if failed:
+        raise MemoryError
+    return 0
+
+
+cdef inline void* data(object array):
+    """The memory of an array, NULL for None."""
+    return NULL if array is None else cnp.PyArray_DATA(<cnp.ndarray> array)
+
+
+cdef Call normalize_call(cnp.ndarray x, residual, weight, bias, double eps, int activation, y,
+                         total, mean, var, rstd, int threads):
+    cdef Call call = new_call(cnp.PyArray_NBYTES(x), threads)
+    call.x, call.residual, call.y, call.total = data(x), data(residual), data(y), data(total)
+    call.weight, call.bias = data(weight), data(bias)
+    call.mean, call.var, call.rstd = data(mean), data(var), data(rstd)
+    call.eps, call.activation = eps, activation
+    if call.y == call.x or call.y == call.residual:
+        call.streaming = False
+    return call
+
+
+cdef Call backward_call(grad_y, cnp.ndarray x, mean, rstd, weight, grad_total, grad_x,
+                        grad_weight, grad_bias, int threads):
+    cdef Call call = new_call(cnp.PyArray_NBYTES(x), threads)
+    call.grad_y, call.x, call.grad_total = data(grad_y), data(x), data(grad_total)
+    call.mean, call.rstd, call.weight = data(mean), data(rstd), data(weight)
+    call.grad_x, call.grad_weight, call.grad_bias = data(grad_x), data(grad_weight), data(grad_bias)
+    return call
+
+
+# ------------------------------------------------------------------------------ rows and columns
+
+
+def rows_normalize(cnp.ndarray x, residual, weight, bias, double eps, y, total, mean, rstd,
+                   int threads):
+    cdef Call call = normalize_call(x, residual, weight, bias, eps, 0, y, total, mean, None, rstd,
+                                    threads)
+    call.M, call.D = x.shape[0], x.shape[1]
+    run(tables[element_of(x)].rows_normalize, &call)
+
+
+def rows_backward(grad_y, cnp.ndarray x, mean, rstd, weight, grad_total, grad_x, grad_weight,
+                  grad_bias, int threads):
+    cdef Call call = backward_call(grad_y, x, mean, rstd, weight, grad_total, grad_x, grad_weight,
+                                   grad_bias, threads)
+    call.M, call.D = x.shape[0], x.shape[1]
+    run(tables[element_of(x)].rows_backward, &call)
+
+
+def columns_normalize(cnp.ndarray x, residual, weight, bias, double eps, y, total, mean, rstd,
+                      int threads):
+    cdef Call call = normalize_call(x, residual, weight, bias, eps, 0, y, total, mean, None, rstd,
+                                    threads)
+    call.N, call.D, call.S = x.shape[0], x.shape[1], x.shape[2]
+    run(tables[element_of(x)].columns_normalize, &call)
+
+
+def columns_backward(grad_y, cnp.ndarray x, mean, rstd, weight, grad_total, grad_x, grad_weight,
+                     grad_bias, int threads):
+    cdef Call call = backward_call(grad_y, x, mean, rstd, weight, grad_total, grad_x, grad_weight,
+                                   grad_bias, threads)
+    call.N, call.D, call.S = x.shape[0], x.shape[1], x.shape[2]
+    run(tables[element_of(x)].columns_backward, &call)
+
+
+# --------------------------------------------------------------------------------------- channels
+
+
+cdef void set_channels(Call* call, cnp.ndarray x, cnp.ndarray mean, bint last):
+    call.N, call.C, call.S = x.shape[0], x.shape[2 if last else 1], x.shape[1 if last else 2]
+    call.B, call.G = mean.shape[0], mean.shape[1]
+
+
+cdef run_channels_normalize(bint last, cnp.ndarray x, residual, weight, bias, double eps,
+                            int activation, y, mean, var, rstd, int threads):
+    cdef:
+        Call call = normalize_call(x, residual, weight, bias, eps, activation, y, None, mean, var,
+                                   rstd, threads)
+        Table* table = tables[element_of(x)]
+    set_channels(&call, x, mean, last)
+    run(table.last_normalize if last else table.first_normalize, &call)
+
+
+cdef run_channels_apply(bint last, cnp.ndarray x, residual, weight, bias, int activation, y, mean,
+                        rstd, int threads):
+    cdef:
+        Call call = normalize_call(x, residual, weight, bias, 0, activation, y, None, mean, None,
+                                   rstd, threads)
+        Table* table = tables[element_of(x)]
+    set_channels(&call, x, mean, last)
+    run(table.last_apply if last else table.first_apply, &call)
+
+
+cdef run_channels_moments(bint last, cnp.ndarray x, mean, var, int threads):
+    cdef:
+        Call call = normalize_call(x, None, None, None, 0, 0, None, None, mean, var, None, threads)
+        Table* table = tables[element_of(x)]
+    set_channels(&call, x, mean, last)
+    run(table.last_moments if last else table.first_moments, &call)
+
+
+cdef run_channels_backward(bint last, bint frozen, grad_y, cnp.ndarray x, mean, rstd, weight,
+                           grad_x, grad_weight, grad_bias, int threads):
+    cdef:
+        Call call = backward_call(grad_y, x, mean, rstd, weight, None, grad_x, grad_weight,
+                                  grad_bias, threads)
+        Table* table = tables[element_of(x)]
+    set_channels(&call, x, mean, last)
+    if frozen:
+        run(table.last_backward_apply if last else table.first_backward_apply, &call)
+    else:
+        run(table.last_backward if last else table.first_backward, &call)
+
+
+def first_normalize(cnp.ndarray x, residual, weight, bias, double eps, int activation, y, mean,
+                    var, rstd, int threads):
+    run_channels_normalize(False, x, residual, weight, bias, eps, activation, y, mean, var, rstd,
+                           threads)
+
+
+def first_apply(cnp.ndarray x, residual, weight, bias, int activation, y, mean, rstd, int threads):
+    run_channels_apply(False, x, residual, weight, bias, activation, y, mean, rstd, threads)
+
+
+def first_moments(cnp.ndarray x, mean, var, int threads):
+    run_channels_moments(False, x, mean, var, threads)
+
+
+def first_backward(grad_y, cnp.ndarray x, mean, rstd, weight, grad_x, grad_weight, grad_bias,
+                   int threads):
+    run_channels_backward(False, False, grad_y, x, mean, rstd, weight, grad_x, grad_weight,
+                          grad_bias, threads)
+
+
+def first_backward_apply(grad_y, cnp.ndarray x, mean, rstd, weight, grad_x, grad_weight,
+                         grad_bias, int threads):
+    run_channels_backward(False, True, grad_y, x, mean, rstd, weight, grad_x, grad_weight,
+                          grad_bias, threads)
+
+
+def last_normalize(cnp.ndarray x, residual, weight, bias, double eps, int activation, y, mean,
+                   var, rstd, int threads):
+    run_channels_normalize(True, x, residual, weight, bias, eps, activation, y, mean, var, rstd,
+                           threads)
+
+
+def last_apply(cnp.ndarray x, residual, weight, bias, int activation, y, mean, rstd, int threads):
+    run_channels_apply(True, x, residual, weight, bias, activation, y, mean, rstd, threads)
+
+
+def last_moments(cnp.ndarray x, mean, var, int threads):
+    run_channels_moments(True, x, mean, var, threads)
+
+
+def last_backward(grad_y, cnp.ndarray x, mean, rstd, weight, grad_x, grad_weight, grad_bias,
+                  int threads):
+    run_channels_backward(True, False, grad_y, x, mean, rstd, weight, grad_x, grad_weight,
+                          grad_bias, threads)
+
+
+def last_backward_apply(grad_y, cnp.ndarray x, mean, rstd, weight, grad_x, grad_weight, grad_bias,
+                        int threads):
+    run_channels_backward(True, True, grad_y, x, mean, rstd, weight, grad_x, grad_weight,
+                          grad_bias, threads)
+
+
+# -------------------------------------------------------------------------------- speed of memory
+
+
+def copy(cnp.ndarray x, cnp.ndarray y, int threads):
+    """y = x, with the stores the kernels would use."""
+    cdef Call call = new_call(cnp.PyArray_NBYTES(x), threads)
+    call.M, call.x, call.y = cnp.PyArray_SIZE(x), data(x), data(y)
+    run(tables[element_of(x)].copy, &call)
+
+
+def triad(cnp.ndarray grad_y, cnp.ndarray x, cnp.ndarray grad_x, int threads):
+    """grad_x = grad_y - x, with the stores the kernels would use."""
+    cdef Call call = new_call(cnp.PyArray_NBYTES(x), threads)
+    call.M, call.grad_y, call.x, call.grad_x = cnp.PyArray_SIZE(x), data(grad_y), data(x), data(grad_x)
+    run(tables[element_of(x)].triad, &call)
