@@ -1,0 +1,234 @@
+"""Every contestant in a process of its own, measured in blocks in turn.
+
+A thread pool goes on spinning for a while after a call and would take the cores from whatever runs
+next, so only one process computes at a time, and after each block there is a pause. A figure is the
+median over blocks; inside a block it is the mean over calls, after calls that are not measured.
+"""
+
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from . import peers
+from .shapes import Case
+
+BLOCK_SECONDS = 0.003
+LONG_SECONDS = 0.012
+PAUSE_SECONDS = 0.015
+MOST_CALLS = 10_000
+
+SAMPLES = 64
+TOLERANCE = 2e-3
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Who is measured: a peer by name, a backend of cpunorm, or the traffic of memory.
+
+    Parameters
+    ----------
+    name : str
+        How it is called in the report.
+    peer : str
+        A key of `peers.PEERS`, or `peers.OURS` or `peers.MEMORY`.
+    threads : int
+    options : dict
+        For cpunorm, the backend and whether outputs are fresh.
+    checkout : str, optional
+        The directory that cpunorm is imported from.
+    """
+
+    name: str
+    peer: str
+    threads: int
+    options: dict[str, Any] = field(default_factory=dict)
+    checkout: str | None = None
+
+
+class Failed(RuntimeError):
+    """What went wrong inside a worker."""
+
+
+class Worker:
+    """A contestant, seen from the process that asks."""
+
+    def __init__(self, contestant: Contestant) -> None:
+        self.contestant = contestant
+        self._start()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        arguments = (theirs, self.contestant)
+        self.process = context.Process(target=_serve, args=arguments, daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def ask(self, verb: str, *arguments: Any) -> Any:
+        """Send a question and wait for its answer."""
+        self.send(verb, *arguments)
+        return self.receive()
+
+    def send(self, verb: str, *arguments: Any) -> None:
+        """Send a question."""
+        self.pipe.send((verb, *arguments))
+
+    def receive(self) -> Any:
+        """Wait for the answer to the last question."""
+        try:
+            answer = self.pipe.recv()
+        except (EOFError, ConnectionResetError):
+            self._start()
+            raise Failed("its process ended") from None
+        if isinstance(answer, Failed):
+            raise answer
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        self.pipe.close()
+        self.process.join()
+
+
+@dataclass
+class Result:
+    """What was found for a case: seconds of a call in each block, and notes on who failed."""
+
+    case: Case
+    blocks: dict[str, list[float]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The median over blocks of everyone who took part."""
+        return {name: statistics.median(times) for name, times in self.blocks.items()}
+
+
+def measure(case: Case, workers: Sequence[Worker], blocks: int) -> Result:
+    """Measure a case with everyone who can compute it, and see that they agree."""
+    result = Result(case)
+    try:
+        for worker in workers:
+            worker.send("prepare", case)
+        ready = [worker for worker in workers if _answer(result, worker)]
+        samples = {}
+        for worker in list(ready):
+            worker.send("settle")
+            sample = _answer(result, worker)
+            time.sleep(PAUSE_SECONDS)
+            if sample is None:
+                ready.remove(worker)
+            elif sample.size:
+                samples[worker.contestant.name] = sample
+        for _ in range(blocks):
+            for worker in list(ready):
+                worker.send("block")
+                seconds = _answer(result, worker)
+                time.sleep(PAUSE_SECONDS)
+                if seconds is None:
+                    ready.remove(worker)
+                else:
+                    result.blocks.setdefault(worker.contestant.name, []).append(seconds)
+    finally:
+        for worker in workers:
+            worker.ask("release")
+    _compare(result, samples)
+    return result
+
+
+def _answer(result: Result, worker: Worker) -> Any:
+    """Return a worker's answer, or None and a note when it is a failure."""
+    try:
+        return worker.receive()
+    except Failed as failure:
+        result.notes.append(f"{worker.contestant.name}: {failure}")
+        return None
+
+
+def _compare(result: Result, samples: dict[str, peers.Array]) -> None:
+    """Note who is far from the median of all, or from the other of two."""
+    middle = np.median(list(samples.values()), axis=0) if samples else 0
+    for name, sample in samples.items():
+        off = float(np.max(np.abs(sample - middle) / (1 + np.abs(middle))))
+        if not off <= TOLERANCE:
+            result.notes.append(f"{name} is off by {off:.2g}")
+
+
+def _serve(pipe: Connection, contestant: Contestant) -> None:
+    """Answer questions until the pipe is closed."""
+    os.environ["OMP_NUM_THREADS"] = os.environ["NUMBA_NUM_THREADS"] = str(contestant.threads)
+    if contestant.checkout is not None:
+        sys.path.insert(0, contestant.checkout)
+    table = _Table(peers.load(contestant.peer, contestant.threads, **contestant.options))
+    while True:
+        try:
+            verb, *arguments = pipe.recv()
+        except (EOFError, KeyboardInterrupt):
+            return
+        try:
+            pipe.send(getattr(table, verb)(*arguments))
+        except Exception as error:
+            pipe.send(Failed(f"{type(error).__name__}: {str(error)[:200]}"))
+
+
+class _Table:
+    """A contestant, seen from its own process."""
+
+    def __init__(self, peer: peers.Peer) -> None:
+        self.peer = peer
+        self.release()
+
+    def prepare(self, case: Case) -> int:
+        """Make the data and the forms of a case; return how many forms there are."""
+        # The data is kept: some libraries only borrow its memory.
+        self.case, self.data = case, peers.Data(case)
+        self.forms = list(self.peer.forms(case, self.data))
+        return len(self.forms)
+
+    def settle(self) -> peers.Array:
+        """Warm up, keep the fastest form, return a sample of its result."""
+        times = []
+        for call in self.forms:
+            returned = call()
+            seconds = _seconds(call, 1)
+            if len(self.forms) > 1 and seconds < LONG_SECONDS:
+                count = math.ceil(BLOCK_SECONDS / seconds)
+                seconds = min(_seconds(call, min(count, MOST_CALLS)) for _ in range(3))
+            times.append(seconds)
+        self.forms = [self.forms[times.index(min(times))]]
+        returned = self.forms[0]()
+        try:
+            flat = self.peer.answer(returned, self.data).reshape(-1)
+        except NotImplementedError:
+            return np.empty(0, np.float32)
+        return flat[np.linspace(0, flat.size - 1, SAMPLES).astype(int)]
+
+    def block(self) -> float:
+        """Return the seconds of one call."""
+        (call,) = self.forms
+        call()
+        seconds = _seconds(call, 1)
+        if seconds < LONG_SECONDS:
+            seconds = _seconds(call, min(MOST_CALLS, math.ceil(BLOCK_SECONDS / seconds)))
+        return seconds
+
+    def release(self) -> None:
+        """Let go of the case."""
+        self.forms: list[peers.Call] = []
+        self.case = self.data = None
+
+
+def _seconds(call: peers.Call, count: int) -> float:
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    return (time.perf_counter() - start) / count
