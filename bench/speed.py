@@ -22,9 +22,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from cpunorm._dispatch import config
+
 from . import marks, peers
 from .shapes import CLASSES, Case, suite
-from .workers import Contestant, Result, Worker, measure
+from .workers import Contestant, Failed, Result, Worker, measure
 
 COPY = "copy|triad"
 WORST = 5
@@ -42,7 +44,9 @@ def contestants(args: argparse.Namespace) -> list[Contestant]:
     ours = []
     for spec in args.backend:
         backend, _, checkout = spec.partition("@")
-        name = spec if backend != "auto" or checkout else peers.OURS
+        name = backend if backend != "auto" else peers.OURS
+        if checkout:
+            name += f"@{Path(checkout).resolve().name}"
         for fresh in (False, True)[: 1 + args.fresh]:
             options = {"backend": backend, "fresh": fresh}
             where = str(Path(checkout).resolve()) if checkout else None
@@ -58,16 +62,13 @@ def contestants(args: argparse.Namespace) -> list[Contestant]:
 
 def machine(threads: int) -> dict[str, Any]:
     """Return what the figures depend on."""
-    packages = ("cpunorm", "numpy", "numba", *(package for _, package in peers.PEERS.values()))
-    versions = {}
+    packages = ("numpy", "numba", *peers.PEERS)
+    versions = {"cpunorm": config()["cpunorm"]}
     for package in packages:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    from cpunorm._dispatch import config
-
-    versions["cpunorm"] = config()["cpunorm"]
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": f"{platform.system()} {platform.machine()}",
@@ -107,15 +108,19 @@ class Report:
 
     def header(self) -> str:
         """Return the names of the columns."""
-        names = "".join(f"{name:>12}" for name in self.names)
+        names = "".join(f"{name:>{width}}" for name, width in self._columns())
         return f"{'µs of a call':56}{names}{'peer÷ours':>11}{'ours÷copy':>11}"
+
+    def _columns(self) -> Iterable[tuple[str, int]]:
+        return ((name, max(12, len(name) + 2)) for name in self.names)
 
     def add(self, result: Result) -> str:
         """Keep a result and return its line."""
         self.results.append(result)
         seconds = result.seconds
         times = "".join(
-            f"{seconds[n] * 1e6:12.1f}" if n in seconds else f"{'–':>12}" for n in self.names
+            f"{seconds[name] * 1e6:{width}.1f}" if name in seconds else f"{'–':>{width}}"
+            for name, width in self._columns()
         )
         ratios = "".join(
             f"{'–':>11}" if math.isnan(ratio) else f"{ratio:11.2f}"
@@ -166,7 +171,7 @@ def _parse() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--suite", choices=("quick", "marks", "full"), default="quick")
+    add("--suite", choices=("quick", "marks", "full"), help="quick; with --marks, marks")
     add("--only", type=re.compile, metavar="REGEX", help="cases whose line matches")
     add("--max-mib", type=float, default=math.inf, help="leave out larger x")
     add("--threads", type=int, default=2)
@@ -183,7 +188,9 @@ def _parse() -> argparse.Namespace:
     add("--marks", action="store_true", help="report every mark; adds cpunorm on one thread")
     add("--json", type=Path, metavar="FILE", help="keep the raw rows")
     add("--list", action="store_true", help="print the cases and stop")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.suite = args.suite or ("marks" if args.marks else "quick")
+    return args
 
 
 def _names(text: str) -> list[str]:
@@ -216,6 +223,12 @@ def main() -> None:
     print(report.header())
     with ExitStack() as stack:
         workers = [stack.enter_context(closing(Worker(c))) for c in everyone]
+        for worker in list(workers):
+            try:
+                worker.receive()
+            except Failed as failure:
+                print(f"left out: {worker.contestant.name}, {failure}")
+                workers.remove(worker)
         try:
             for case in cases:
                 print(report.add(measure(case, workers, args.blocks)), flush=True)

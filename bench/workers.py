@@ -5,9 +5,11 @@ next, so only one process computes at a time, and after each block there is a pa
 median over blocks; inside a block it is the mean over calls, after calls that are not measured.
 """
 
+import gc
 import math
 import multiprocessing
 import os
+import signal
 import statistics
 import sys
 import time
@@ -59,7 +61,7 @@ class Failed(RuntimeError):
 
 
 class Worker:
-    """A contestant, seen from the process that asks."""
+    """A contestant, seen from the process that asks. Its first answer is that it is ready."""
 
     def __init__(self, contestant: Contestant) -> None:
         self.contestant = contestant
@@ -73,11 +75,6 @@ class Worker:
         self.process.start()
         theirs.close()
 
-    def ask(self, verb: str, *arguments: Any) -> Any:
-        """Send a question and wait for its answer."""
-        self.send(verb, *arguments)
-        return self.receive()
-
     def send(self, verb: str, *arguments: Any) -> None:
         """Send a question."""
         self.pipe.send((verb, *arguments))
@@ -88,6 +85,7 @@ class Worker:
             answer = self.pipe.recv()
         except (EOFError, ConnectionResetError):
             self._start()
+            self.pipe.recv()
             raise Failed("its process ended") from None
         if isinstance(answer, Failed):
             raise answer
@@ -140,7 +138,8 @@ def measure(case: Case, workers: Sequence[Worker], blocks: int) -> Result:
                     result.blocks.setdefault(worker.contestant.name, []).append(seconds)
     finally:
         for worker in workers:
-            worker.ask("release")
+            worker.send("release")
+            worker.receive()
     _compare(result, samples)
     return result
 
@@ -155,8 +154,8 @@ def _answer(result: Result, worker: Worker) -> Any:
 
 
 def _compare(result: Result, samples: dict[str, peers.Array]) -> None:
-    """Note who is far from the median of all, or from the other of two."""
-    middle = np.median(list(samples.values()), axis=0) if samples else 0
+    """Note who has a form that is far from the median of all forms."""
+    middle = np.median(np.concatenate(list(samples.values())), axis=0) if samples else 0
     for name, sample in samples.items():
         off = float(np.max(np.abs(sample - middle) / (1 + np.abs(middle))))
         if not off <= TOLERANCE:
@@ -168,16 +167,27 @@ def _serve(pipe: Connection, contestant: Contestant) -> None:
     os.environ["OMP_NUM_THREADS"] = os.environ["NUMBA_NUM_THREADS"] = str(contestant.threads)
     if contestant.checkout is not None:
         sys.path.insert(0, contestant.checkout)
-    table = _Table(peers.load(contestant.peer, contestant.threads, **contestant.options))
+    # An interrupt is for the process that asks.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        table = _Table(peers.load(contestant.peer, contestant.threads, **contestant.options))
+    except Exception as error:
+        pipe.send(_failed(error))
+        return
+    pipe.send("ready")
     while True:
         try:
             verb, *arguments = pipe.recv()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             return
         try:
             pipe.send(getattr(table, verb)(*arguments))
         except Exception as error:
-            pipe.send(Failed(f"{type(error).__name__}: {str(error)[:200]}"))
+            pipe.send(_failed(error))
+
+
+def _failed(error: Exception) -> Failed:
+    return Failed(f"{type(error).__name__}: {str(error)[:200]}")
 
 
 class _Table:
@@ -190,26 +200,28 @@ class _Table:
     def prepare(self, case: Case) -> int:
         """Make the data and the forms of a case; return how many forms there are."""
         # The data is kept: some libraries only borrow its memory.
-        self.case, self.data = case, peers.Data(case)
+        self.data = peers.Data(case)
         self.forms = list(self.peer.forms(case, self.data))
         return len(self.forms)
 
     def settle(self) -> peers.Array:
-        """Warm up, keep the fastest form, return a sample of its result."""
-        times = []
+        """Warm up, keep the fastest form, return a sample of the result of each."""
+        times, samples = [], []
         for call in self.forms:
-            returned = call()
+            samples.append(self._sample(call()))
             seconds = _seconds(call, 1)
-            if len(self.forms) > 1 and seconds < LONG_SECONDS:
-                count = math.ceil(BLOCK_SECONDS / seconds)
-                seconds = min(_seconds(call, min(count, MOST_CALLS)) for _ in range(3))
+            if len(self.forms) > 1:
+                count = min(MOST_CALLS, math.ceil(BLOCK_SECONDS / seconds))
+                seconds = min(_seconds(call, count) for _ in range(3))
             times.append(seconds)
         self.forms = [self.forms[times.index(min(times))]]
-        returned = self.forms[0]()
-        try:
-            flat = self.peer.answer(returned, self.data).reshape(-1)
-        except NotImplementedError:
+        return np.array(samples)
+
+    def _sample(self, returned: Any) -> peers.Array:
+        answer = self.peer.answer(returned, self.data)
+        if answer is None:
             return np.empty(0, np.float32)
+        flat = answer.reshape(-1)
         return flat[np.linspace(0, flat.size - 1, SAMPLES).astype(int)]
 
     def block(self) -> float:
@@ -217,14 +229,17 @@ class _Table:
         (call,) = self.forms
         call()
         seconds = _seconds(call, 1)
-        if seconds < LONG_SECONDS:
-            seconds = _seconds(call, min(MOST_CALLS, math.ceil(BLOCK_SECONDS / seconds)))
+        # Twice: the first call after a pause says too little of how many a block needs.
+        for _ in range(2):
+            if seconds < LONG_SECONDS:
+                seconds = _seconds(call, min(MOST_CALLS, math.ceil(BLOCK_SECONDS / seconds)))
         return seconds
 
     def release(self) -> None:
         """Let go of the case."""
         self.forms: list[peers.Call] = []
-        self.case = self.data = None
+        self.data: peers.Data | None = None
+        gc.collect()
 
 
 def _seconds(call: peers.Call, count: int) -> float:

@@ -23,16 +23,18 @@ Call = Callable[[], Any]
 EPS = 1e-5
 MOMENTUM = 0.1
 
-# Name on the command line, module here, the package it needs.
-PEERS = {
-    "torch": ("torch_", "torch"),
-    "onnxruntime": ("onnxruntime_", "onnxruntime"),
-    "openvino": ("openvino_", "openvino"),
-    "jax": ("jax_", "jax"),
-}
+PEERS = ("torch", "onnxruntime", "openvino", "jax")
 MEMORY = "memory"
 OURS = "cpunorm"
-_MODULES = {**PEERS, MEMORY: ("memory", "numba"), OURS: ("cpunorm_", "cpunorm")}
+# The module here, and the packages it needs.
+_MODULES = {
+    "torch": ("torch_", "torch"),
+    "onnxruntime": ("onnxruntime_", "onnxruntime", "onnx"),
+    "openvino": ("openvino_", "openvino", "onnx"),
+    "jax": ("jax_", "jax"),
+    MEMORY: ("memory", "numba"),
+    OURS: ("cpunorm_", "cpunorm"),
+}
 
 
 class Peer(Protocol):
@@ -41,14 +43,14 @@ class Peer(Protocol):
     def forms(self, case: Case, data: "Data") -> Iterator[Call]:
         """Yield the ways to compute a case, none where the library cannot."""
 
-    def answer(self, returned: Any, data: "Data") -> Array:
+    def answer(self, returned: Any, data: "Data") -> Array | None:
         """Return y, or the gradient of x, as it lies in memory, from what a call returned."""
 
 
 def missing(name: str) -> str | None:
-    """Return the package that a peer needs and that is not installed."""
-    package = _MODULES[name][1]
-    return package if importlib.util.find_spec(package) is None else None
+    """Return a package that a peer needs and that is not installed."""
+    _, *packages = _MODULES[name]
+    return next((p for p in packages if importlib.util.find_spec(p) is None), None)
 
 
 def load(name: str, threads: int, **options: Any) -> Peer:

@@ -25,6 +25,7 @@ class Library:
     def forms(self, case: Case, data: Data) -> Iterator[Call]:
         """Yield the compiled function, waiting for its results."""
         jax = self.jax
+        jax.clear_caches()
         arrays = data.x, data.weight, data.bias, data.mean, data.var
         x, *parameters = map(jax.numpy.asarray, arrays)
         choice = not case.frozen and case.operation != "rms_norm"

@@ -54,6 +54,6 @@ class Library:
             for triad in self.triads:
                 yield partial(triad, x, data.grad.reshape(-1), out, FACTOR, self.threads)
 
-    def answer(self, returned: Any, data: Data) -> Array:
-        """There is no result to compare."""
-        raise NotImplementedError
+    def answer(self, returned: Any, data: Data) -> Array | None:
+        """Return nothing: this is no normalization."""
+        return None
