@@ -26,6 +26,7 @@ from .shapes import Case
 BLOCK_SECONDS = 0.003
 LONG_SECONDS = 0.012
 PAUSE_SECONDS = 0.015
+FEWEST_CALLS = 4
 MOST_CALLS = 10_000
 
 SAMPLES = 64
@@ -229,10 +230,12 @@ class _Table:
         (call,) = self.forms
         call()
         seconds = _seconds(call, 1)
-        # Twice: the first call after a pause says too little of how many a block needs.
-        for _ in range(2):
+        # Twice: the first call after a pause says too little of how many a block needs, and what
+        # lies in a shared cache takes a few calls to come back.
+        for fewest in (1, FEWEST_CALLS):
             if seconds < LONG_SECONDS:
-                seconds = _seconds(call, min(MOST_CALLS, math.ceil(BLOCK_SECONDS / seconds)))
+                count = max(fewest, math.ceil(BLOCK_SECONDS / seconds))
+                seconds = _seconds(call, min(MOST_CALLS, count))
         return seconds
 
     def release(self) -> None:
