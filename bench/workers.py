@@ -141,7 +141,7 @@ def measure(case: Case, workers: Sequence[Worker], blocks: int) -> Result:
         for worker in workers:
             worker.send("release")
             worker.receive()
-    _compare(result, samples)
+    compare(result, samples)
     return result
 
 
@@ -154,7 +154,7 @@ def _answer(result: Result, worker: Worker) -> Any:
         return None
 
 
-def _compare(result: Result, samples: dict[str, peers.Array]) -> None:
+def compare(result: Result, samples: dict[str, peers.Array]) -> None:
     """Note who has a form that is far from the median of all forms."""
     middle = np.median(np.concatenate(list(samples.values())), axis=0) if samples else 0
     for name, sample in samples.items():

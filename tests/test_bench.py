@@ -2,11 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from bench import peers
 from bench.shapes import Case, suite
-from bench.workers import Contestant, Worker, measure
+from bench.workers import Contestant, Result, Worker, compare, measure
 
 SHAPES = ((3, 32, 5, 4), (2, 8, 5), (2, 3, 5, 7, 11))
 
@@ -44,15 +45,26 @@ def test_everyone_agrees(case, workers):
     assert all(seconds > 0 for seconds in result.seconds.values())
 
 
-def test_a_wrong_answer_is_noted(workers):
+def test_a_failure_is_noted(workers):
     case = Case("layer_norm", "forward", False, "NCHW", (7, 33))
-    wrong = Worker(Contestant("wrong", peers.OURS, 1, {"backend": "no such thing"}))
+    broken = Worker(Contestant("broken", peers.OURS, 1, {"backend": "no such thing"}))
     try:
-        assert wrong.receive() == "ready"
-        (note,) = measure(case, [*workers, wrong], blocks=1).notes
-        assert note.startswith("wrong: ValueError")
+        assert broken.receive() == "ready"
+        (note,) = measure(case, [*workers, broken], blocks=1).notes
+        assert note.startswith("broken: ValueError")
     finally:
-        wrong.close()
+        broken.close()
+
+
+def test_a_wrong_answer_is_noted():
+    result = Result(Case("layer_norm", "forward", False, "NCHW", (7, 33)))
+    right, wrong = np.ones((1, 64), np.float32), np.full((1, 64), np.nan, np.float32)
+    compare(result, {"one": right, "two": right, "three": right})
+    assert result.notes == []
+    compare(result, {"one": right, "two": right, "three": right + np.float32(0.1)})
+    assert result.notes == ["three is off by 0.05"]
+    compare(result, {"one": wrong})
+    assert len(result.notes) == 2
 
 
 @pytest.mark.parametrize("name", ["quick", "marks", "full"])
