@@ -1,0 +1,245 @@
+"""Side by side with other libraries: python -m bench.speed [--suite quick] [--only REGEX]
+
+One line per case: microseconds of a parallel copy of x (of a triad of x, its gradient and the
+output in the backward pass), of cpunorm, and of every other library that is installed and has the
+operation; then the best of those ÷ cpunorm, above 1 where cpunorm is faster, and cpunorm ÷ copy.
+Everyone runs in a process of its own with the same number of threads and is given existing memory
+where it takes any.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import statistics
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cpunorm._dispatch import config
+
+from . import marks, peers
+from .shapes import CLASSES, Case, suite
+from .workers import Contestant, Failed, Result, Worker, measure
+
+COPY = "copy|triad"
+WORST = 5
+
+
+def contestants(args: argparse.Namespace) -> list[Contestant]:
+    """Return who takes part: the traffic of memory, each of ours, the peers that are installed."""
+    found = []
+    for peer in (peers.MEMORY, *args.peers):
+        if package := peers.missing(peer):
+            print(f"left out: {peer}, since {package} is not installed")
+        else:
+            name = COPY if peer == peers.MEMORY else peer
+            found.append(Contestant(name, peer, args.threads))
+    ours = []
+    for spec in args.backend:
+        backend, _, checkout = spec.partition("@")
+        name = backend if backend != "auto" else peers.OURS
+        if checkout:
+            name += f"@{Path(checkout).resolve().name}"
+        for fresh in (False, True)[: 1 + args.fresh]:
+            options = {"backend": backend, "fresh": fresh}
+            where = str(Path(checkout).resolve()) if checkout else None
+            label = f"{name} fresh" if fresh else name
+            ours.append(Contestant(label, peers.OURS, args.threads, options, where))
+    if args.marks:
+        one = Contestant(marks.ONE_THREAD, peers.OURS, 1, ours[0].options, ours[0].checkout)
+        ours.append(one)
+    # Ours right after the copy, where the eye looks for it.
+    memory = [c for c in found if c.peer == peers.MEMORY]
+    return [*memory, *ours, *(c for c in found if c.peer != peers.MEMORY)]
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """Return what the figures depend on."""
+    packages = ("numpy", "numba", *peers.PEERS)
+    versions = {"cpunorm": config()["cpunorm"]}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "l2": marks.l2_bytes(),
+        "instruction set": config()["instruction set"],
+        "threads": threads,
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def _cpu() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
+    found = re.search(r"model name\s*:\s*(.+)", text)
+    return found[1] if found else platform.processor()
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """Return the geometric mean, NaN of nothing."""
+    values = list(values)
+    return statistics.geometric_mean(values) if values else math.nan
+
+
+class Report:
+    """The lines that are printed, and the rows that are kept."""
+
+    def __init__(self, everyone: Sequence[Contestant]) -> None:
+        self.names = [c.name for c in everyone]
+        self.peers = [c.name for c in everyone if c.peer in peers.PEERS]
+        self.ours = next(c.name for c in everyone if c.peer == peers.OURS)
+        self.results: list[Result] = []
+
+    def header(self) -> str:
+        """Return the names of the columns."""
+        names = "".join(f"{name:>{width}}" for name, width in self._columns())
+        return f"{'µs of a call':56}{names}{'peer÷ours':>11}{'ours÷copy':>11}"
+
+    def _columns(self) -> Iterable[tuple[str, int]]:
+        return ((name, max(12, len(name) + 2)) for name in self.names)
+
+    def add(self, result: Result) -> str:
+        """Keep a result and return its line."""
+        self.results.append(result)
+        seconds = result.seconds
+        times = "".join(
+            f"{seconds[name] * 1e6:{width}.1f}" if name in seconds else f"{'–':>{width}}"
+            for name, width in self._columns()
+        )
+        ratios = "".join(
+            f"{'–':>11}" if math.isnan(ratio) else f"{ratio:11.2f}"
+            for ratio in (self.lead(result), self.over_copy(result))
+        )
+        notes = "".join(f"\n    {note}" for note in result.notes)
+        return f"{result.case!s:56}{times}{ratios}{notes}"
+
+    def lead(self, result: Result) -> float:
+        """Return the best peer ÷ ours."""
+        theirs = [s for name, s in result.seconds.items() if name in self.peers]
+        return min(theirs, default=math.nan) / result.seconds.get(self.ours, math.nan)
+
+    def over_copy(self, result: Result) -> float:
+        """Return ours ÷ the traffic of memory."""
+        seconds = result.seconds
+        return seconds.get(self.ours, math.nan) / seconds.get(COPY, math.nan)
+
+    def summary(self) -> str:
+        """Return geometric means and the worst cases."""
+        leads = [(self.lead(r), r) for r in self.results]
+        leads = [(lead, r) for lead, r in leads if not math.isnan(lead)]
+        lines = ["best peer ÷ cpunorm, geometric means:"]
+        for kind in CLASSES:
+            some = [lead for lead, r in leads if r.case.kind == kind]
+            lines.append(f"  {kind:26}{geometric_mean(some):7.2f}  over {len(some)}")
+        lines.append("worst:")
+        for lead, result in sorted(leads, key=lambda pair: pair[0])[:WORST]:
+            best = min(
+                (n for n in result.seconds if n in self.peers), key=result.seconds.__getitem__
+            )
+            lines.append(f"  {lead:5.2f}  {result.case}  ({best})")
+        return "\n".join(lines)
+
+
+def rows(results: Iterable[Result]) -> list[dict[str, Any]]:
+    """Return results as plain data."""
+    return [
+        {"case": asdict(r.case), "name": str(r.case), "seconds": r.blocks, "notes": r.notes}
+        for r in results
+    ]
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.speed",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--suite", choices=("quick", "marks", "full"), help="quick; with --marks, marks")
+    add("--only", type=re.compile, metavar="REGEX", help="cases whose line matches")
+    add("--max-mib", type=float, default=math.inf, help="leave out larger x")
+    add("--threads", type=int, default=2)
+    add("--blocks", type=int, default=5)
+    add("--peers", type=_names, default=list(peers.PEERS), help="comma-separated; empty for none")
+    add(
+        "--backend",
+        nargs="+",
+        default=["auto"],
+        metavar="BACKEND[@CHECKOUT]",
+        help="ours; the first is the one compared",
+    )
+    add("--fresh", action="store_true", help="also time ours when it allocates its output")
+    add("--marks", action="store_true", help="report every mark; adds cpunorm on one thread")
+    add("--json", type=Path, metavar="FILE", help="keep the raw rows")
+    add("--list", action="store_true", help="print the cases and stop")
+    args = parser.parse_args()
+    args.suite = args.suite or ("marks" if args.marks else "quick")
+    return args
+
+
+def _names(text: str) -> list[str]:
+    names = [name for name in text.split(",") if name]
+    if unknown := set(names) - set(peers.PEERS):
+        raise argparse.ArgumentTypeError(f"unknown: {', '.join(sorted(unknown))}")
+    return names
+
+
+def _select(args: argparse.Namespace) -> list[Case]:
+    cases = [c for c in suite(args.suite) if c.nbytes <= args.max_mib * 2**20]
+    return [c for c in cases if args.only is None or args.only.search(str(c))]
+
+
+def main() -> None:
+    """Measure, printing as it goes."""
+    args = _parse()
+    cases = _select(args)
+    if args.list:
+        print(*cases, sep="\n")
+        return
+    everyone = contestants(args)
+    facts = machine(args.threads)
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    print(
+        f"{facts['cpu']}, {facts['instruction set']}, {args.threads} threads of "
+        f"{facts['cores']} cores, float32, {args.blocks} blocks\n{versions}"
+    )
+    report = Report(everyone)
+    print(report.header())
+    with ExitStack() as stack:
+        workers = [stack.enter_context(closing(Worker(c))) for c in everyone]
+        for worker in list(workers):
+            try:
+                worker.receive()
+            except Failed as failure:
+                print(f"left out: {worker.contestant.name}, {failure}")
+                workers.remove(worker)
+        try:
+            for case in cases:
+                print(report.add(measure(case, workers, args.blocks)), flush=True)
+        finally:
+            if args.json:
+                content = {**facts, "blocks": args.blocks, "rows": rows(report.results)}
+                args.json.write_text(json.dumps(content, indent=1) + "\n")
+    print(report.summary())
+    if args.marks:
+        print(marks.table(report))
+
+
+if __name__ == "__main__":
+    main()
