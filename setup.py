@@ -56,11 +56,15 @@ class BuildKernels(build_ext):
 
 def extension(name, source, macros=(), flags=()):
     return Extension(
-        f"{PACKAGE}.{name}",
+        name,
         [source],
         depends=["cpunorm/backends/cython/sweeps.h", "cpunorm/backends/cython/vectors.h"],
         include_dirs=[numpy.get_include(), "cpunorm/backends/cython"],
-        define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"), *macros],
+        define_macros=[
+            ("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"),
+            ("NPY_TARGET_VERSION", "NPY_2_0_API_VERSION"),
+            *macros,
+        ],
         extra_compile_args=[*FLAGS, *flags, *OPENMP],
         extra_link_args=OPENMP,
         optional=True,
@@ -68,18 +72,20 @@ def extension(name, source, macros=(), flags=()):
 
 
 def extensions():
-    names = ("verbs", "kernels")
-    verbs, kernels = cythonize(
-        [Extension(f"{PACKAGE}.{n}", [f"cpunorm/backends/cython/{n}.pyx"]) for n in names],
+    names = ("cpunorm._memory", "cpunorm._front", f"{PACKAGE}.verbs", f"{PACKAGE}.kernels")
+    *common, kernels = cythonize(
+        [Extension(name, [name.replace(".", "/") + ".pyx"]) for name in names],
         language_level=3,
         compiler_directives={"boundscheck": False, "wraparound": False, "cdivision": True},
     )
-    yield extension("verbs", verbs.sources[0])
+    for module in common:
+        yield extension(module.name, module.sources[0])
     for level, march in LEVELS.items():
         flags = march + (GCC_V4_FLAGS if level.endswith("v4") else [])
         for element in TYPES:
             macros = [(f"ELEMENT_{element.upper()}", None)]
-            yield extension(f"{level}.{element}.kernels", kernels.sources[0], macros, flags)
+            name = f"{PACKAGE}.{level}.{element}.kernels"
+            yield extension(name, kernels.sources[0], macros, flags)
 
 
 setup(ext_modules=list(extensions()), cmdclass={"build_ext": BuildKernels})

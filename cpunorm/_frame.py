@@ -7,6 +7,11 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 from numpy.typing import NDArray
 
+try:
+    from ._memory import empty_like as _empty_like
+except ImportError:
+    _empty_like = np.empty_like
+
 Array = NDArray[Any]
 
 
@@ -27,7 +32,7 @@ class Frame(NamedTuple):
 
     def new(self, x: Array) -> Array:
         """Return an uninitialised array with x's strides if x is dense, in C order otherwise."""
-        return np.empty_like(x) if self.dense else np.empty(x.shape, x.dtype)
+        return _empty_like(x) if self.dense else np.empty(x.shape, x.dtype)
 
     @overload
     def lay(self, a: Array) -> Array: ...

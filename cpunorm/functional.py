@@ -7,6 +7,12 @@ its axes lie, the result has x's strides; where it is not, the result is in C or
 
 from . import _canonical
 
+try:
+    # The common case in compiled code: it answers, or declines with None.
+    from . import _front
+except ImportError:
+    from . import _no_front as _front
+
 
 def batch_norm(
     x,
@@ -95,6 +101,24 @@ def batch_norm(
     array([[0., 0.],
            [1., 2.]])
     """
+    common = _front.batch_norm(
+        x,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        layout,
+        activation,
+        residual,
+        out,
+        return_stats,
+        backend,
+    )
+    if common is not None:
+        return common
     return _canonical.channel_norm(
         "batch_norm",
         x,
@@ -191,6 +215,24 @@ def instance_norm(
     array([[[-1.,  1.],
             [-1.,  1.]]])
     """
+    common = _front.instance_norm(
+        x,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        use_input_stats,
+        momentum,
+        eps,
+        layout,
+        activation,
+        residual,
+        out,
+        return_stats,
+        backend,
+    )
+    if common is not None:
+        return common
     return _canonical.channel_norm(
         "instance_norm",
         x,
@@ -284,6 +326,11 @@ def group_norm(
     >>> bool(np.all(cpunorm.group_norm(x, 4) == cpunorm.instance_norm(x)))
     True
     """
+    common = _front.group_norm(
+        x, num_groups, weight, bias, eps, layout, activation, residual, out, return_stats, backend
+    )
+    if common is not None:
+        return common
     return _canonical.channel_norm(
         "group_norm",
         x,
@@ -371,6 +418,11 @@ def layer_norm(
     >>> bool(np.abs(y.mean(axis=1)).max() < 1e-12)
     True
     """
+    common = _front.layer_norm(
+        x, normalized_shape, weight, bias, eps, axis, out, return_stats, backend
+    )
+    if common is not None:
+        return common
     return _canonical.axis_norm(
         x,
         None,
@@ -451,6 +503,9 @@ def rms_norm(
     >>> cpunorm.rms_norm(np.array([[1.0, 7.0]]), 2, eps=0.0)
     array([[0.2, 1.4]])
     """
+    common = _front.rms_norm(x, normalized_shape, weight, eps, axis, out, return_stats, backend)
+    if common is not None:
+        return common
     return _canonical.axis_norm(
         x,
         None,
@@ -538,6 +593,11 @@ def add_layer_norm(
     >>> total
     array([[1., 3.]])
     """
+    common = _front.add_layer_norm(
+        x, residual, normalized_shape, weight, bias, eps, axis, out, sum_out, return_stats, backend
+    )
+    if common is not None:
+        return common
     return _canonical.axis_norm(
         x,
         residual,
@@ -627,6 +687,11 @@ def add_rms_norm(
     >>> total
     array([[1., 7.]])
     """
+    common = _front.add_rms_norm(
+        x, residual, normalized_shape, weight, eps, axis, out, sum_out, return_stats, backend
+    )
+    if common is not None:
+        return common
     return _canonical.axis_norm(
         x,
         residual,
@@ -707,6 +772,9 @@ def batch_norm_backward(
     >>> bool(np.allclose(grads.bias, grad_y.sum(axis=(0, 2, 3))))
     True
     """
+    common = _front.batch_norm_backward(grad_y, x, stats, weight, training, layout, need, backend)
+    if common is not None:
+        return common
     return _canonical.channel_norm_backward(
         "batch_norm",
         grad_y,
@@ -783,6 +851,11 @@ def instance_norm_backward(
     >>> bool(np.abs(grads.x.sum(axis=(2, 3))).max() < 1e-12)
     True
     """
+    common = _front.instance_norm_backward(
+        grad_y, x, stats, weight, use_input_stats, layout, need, backend
+    )
+    if common is not None:
+        return common
     return _canonical.channel_norm_backward(
         "instance_norm",
         grad_y,
@@ -858,6 +931,9 @@ def group_norm_backward(
     >>> grads.x.shape, grads.weight
     ((3, 4, 5, 5), None)
     """
+    common = _front.group_norm_backward(grad_y, x, num_groups, stats, weight, layout, need, backend)
+    if common is not None:
+        return common
     return _canonical.channel_norm_backward(
         "group_norm",
         grad_y,
@@ -937,6 +1013,11 @@ def layer_norm_backward(
     >>> bool(np.abs((grads.x * 1).sum(axis=1)).max() < 1e-6)
     True
     """
+    common = _front.layer_norm_backward(
+        grad_y, x, normalized_shape, stats, weight, axis, grad_sum, need, backend
+    )
+    if common is not None:
+        return common
     return _canonical.axis_norm_backward(
         grad_y,
         x,
@@ -1017,6 +1098,11 @@ def rms_norm_backward(
     >>> bool(np.abs((grads.x * y).sum(axis=1)).max() < 1e-6)
     True
     """
+    common = _front.rms_norm_backward(
+        grad_y, x, normalized_shape, stats, weight, axis, grad_sum, need, backend
+    )
+    if common is not None:
+        return common
     return _canonical.axis_norm_backward(
         grad_y,
         x,

@@ -1,0 +1,605 @@
+"""The front door: the common case of every operation, from arguments to kernel in compiled code.
+
+A call is common if its arrays are C-contiguous and of plain kinds, and the compiled backend is the
+one in use. What is not, or is not right, is declined: the function returns None, nothing has been
+written, and `_canonical.py` deals with the call, errors included.
+"""
+
+cimport numpy as cnp
+from cpython.contextvars cimport get_value
+from cpython.float cimport PyFloat_AS_DOUBLE, PyFloat_CheckExact
+from cpython.long cimport PyLong_AsSsize_t, PyLong_CheckExact
+from cpython.tuple cimport PyTuple_CheckExact
+from cpython.unicode cimport PyUnicode_CheckExact
+from libc.float cimport DBL_EPSILON, FLT_EPSILON
+from libc.math cimport isfinite, sqrt
+from libc.stdlib cimport free, malloc
+
+from ._memory cimport empty, empty_as
+from .backends.cython.call cimport Call, Table
+from .backends.cython.verbs cimport (
+    FLOAT32, FLOAT64, element_of, new_call, run, tables,
+)
+
+from . import _threads
+from ._canonical import CHANNELS_LAST, Gradients, Stats
+from ._dispatch import _current
+from .backends import ACTIVATIONS
+
+cnp.import_array()
+
+cdef:
+    object threads_for = _threads.threads_for
+    Py_ssize_t serial_bytes = _threads.SERIAL_BYTES
+    cnp.dtype float32 = cnp.PyArray_DescrFromType(cnp.NPY_FLOAT32)
+    cnp.dtype float64 = cnp.PyArray_DescrFromType(cnp.NPY_FLOAT64)
+    dict activations = {name: i for i, name in enumerate(ACTIVATIONS)}
+    dict channels_last = CHANNELS_LAST
+
+cdef enum:
+    USER_DEFINED = 256  # from here on NumPy numbers the types of others
+    FEW = 64            # statistics that need no memory of their own
+
+cdef struct Statistics:
+    double few[FEW]
+    void* scratch
+
+
+# ------------------------------------------------------------------------------------ what is common
+
+
+cdef inline bint plain(object a) noexcept:
+    return (type(a) is cnp.ndarray
+            and cnp.PyArray_CHKFLAGS(<cnp.ndarray> a, cnp.NPY_ARRAY_CARRAY_RO)
+            and cnp.PyArray_ISNOTSWAPPED(<cnp.ndarray> a))
+
+
+cdef inline int kind_of(object x):
+    """The Element of an x that is common, or -1."""
+    cdef int number
+    if not plain(x):
+        return -1
+    number = cnp.PyArray_TYPE(<cnp.ndarray> x)
+    if number == cnp.NPY_FLOAT32:
+        return FLOAT32
+    if number == cnp.NPY_FLOAT64:
+        return FLOAT64
+    if number == cnp.NPY_FLOAT16 or number >= USER_DEFINED and x.dtype.name == "bfloat16":
+        return element_of(x)
+    return -1
+
+
+cdef inline cnp.dtype reals(int kind):
+    """The type of parameters and statistics."""
+    return float64 if kind == FLOAT64 else float32
+
+
+cdef inline bint like(object a, cnp.ndarray x) noexcept:
+    return (plain(a) and cnp.PyArray_TYPE(<cnp.ndarray> a) == cnp.PyArray_TYPE(x)
+            and cnp.PyArray_SAMESHAPE(<cnp.ndarray> a, x))
+
+
+cdef inline bint parameter(object a, int kind, const cnp.npy_intp* shape, int ndim) noexcept:
+    """Whether an array of reals, or None, has this shape."""
+    cdef int i
+    if a is None:
+        return True
+    if (not plain(a) or cnp.PyArray_NDIM(<cnp.ndarray> a) != ndim
+            or cnp.PyArray_TYPE(<cnp.ndarray> a) != (cnp.NPY_FLOAT64 if kind == FLOAT64
+                                                     else cnp.NPY_FLOAT32)):
+        return False
+    for i in range(ndim):
+        if cnp.PyArray_DIM(<cnp.ndarray> a, i) != shape[i]:
+            return False
+    return True
+
+
+cdef inline bint apart(object a, object b) noexcept:
+    """Whether contiguous arrays share no memory; None shares none."""
+    if a is None or b is None:
+        return True
+    cdef char* a_ = <char*> cnp.PyArray_DATA(<cnp.ndarray> a)
+    cdef char* b_ = <char*> cnp.PyArray_DATA(<cnp.ndarray> b)
+    return (a_ + cnp.PyArray_NBYTES(<cnp.ndarray> a) <= b_
+            or b_ + cnp.PyArray_NBYTES(<cnp.ndarray> b) <= a_)
+
+
+cdef inline bint writable_for(object out, cnp.ndarray x, object residual) noexcept:
+    """Whether out is as x, and x or the residual itself or apart from both."""
+    if not like(out, x) or not cnp.PyArray_ISWRITEABLE(<cnp.ndarray> out):
+        return False
+    cdef void* y = cnp.PyArray_DATA(<cnp.ndarray> out)
+    return ((y == cnp.PyArray_DATA(x) or apart(out, x))
+            and (residual is None or y == cnp.PyArray_DATA(<cnp.ndarray> residual)
+                 or apart(out, residual)))
+
+
+cdef inline bint compiled(object backend):
+    """Whether `backend=` asks for, or leaves the choice to, the compiled kernels."""
+    if backend is None:
+        backend = get_value(_current)
+    return PyUnicode_CheckExact(backend) and (backend == "auto" or backend == "cython")
+
+
+cdef inline bint number(object value, double* out) noexcept:
+    if not PyFloat_CheckExact(value):
+        return False
+    out[0] = PyFloat_AS_DOUBLE(value)
+    return True
+
+
+cdef inline bint true_or_false(object value) noexcept:
+    return value is True or value is False
+
+
+cdef inline int threads_of(cnp.ndarray x) except -1:
+    cdef Py_ssize_t nbytes = cnp.PyArray_NBYTES(x)
+    return 1 if nbytes < serial_bytes else threads_for(nbytes)
+
+
+cdef inline void* data(object a) noexcept:
+    return NULL if a is None else cnp.PyArray_DATA(<cnp.ndarray> a)
+
+
+cdef inline Call call_for(cnp.ndarray x, object y):
+    cdef Call call = new_call(cnp.PyArray_NBYTES(x), threads_of(x))
+    call.x, call.y = data(x), data(y)
+    return call
+
+
+cdef inline int place(Statistics* statistics, Py_ssize_t count) except -1:
+    """Memory for statistics that the caller does not ask for."""
+    statistics.scratch = statistics.few
+    if count > FEW:
+        statistics.scratch = malloc(count * sizeof(double))
+        if statistics.scratch is NULL:
+            raise MemoryError
+    return 0
+
+
+cdef inline void leave(Statistics* statistics) noexcept:
+    if statistics.scratch is not statistics.few:
+        free(statistics.scratch)
+
+
+cdef inline object named(object kind, tuple values):
+    return tuple.__new__(kind, values)
+
+
+# --------------------------------------------------------------------------- layer norm and RMS norm
+
+
+cdef int trailing(cnp.ndarray x, object normalized_shape):
+    """How many trailing axes of x are normalized, or -1 if that is not the shape of any."""
+    cdef int ndim = cnp.PyArray_NDIM(x), count, i
+    if PyLong_CheckExact(normalized_shape):
+        return 1 if ndim and normalized_shape == cnp.PyArray_DIM(x, ndim - 1) else -1
+    if not PyTuple_CheckExact(normalized_shape):
+        return -1
+    count = len(<tuple> normalized_shape)
+    if count == 0 or count > ndim:
+        return -1
+    for i in range(count):
+        n = (<tuple> normalized_shape)[i]
+        if not PyLong_CheckExact(n) or n != cnp.PyArray_DIM(x, ndim - count + i):
+            return -1
+    return count
+
+
+cdef object axis_norm(object x_, object residual, object normalized_shape, object weight,
+                      object bias, object eps_, bint center, bint add, object axis, object out,
+                      object sum_out, object return_stats, object backend):
+    cdef:
+        int kind = kind_of(x_), count, kept
+        double eps
+        cnp.ndarray x, y
+        object total = None, mean = None, rstd = None
+        Py_ssize_t M = 1, i
+        Statistics statistics
+        Call call
+    if kind < 0 or axis is not None or not true_or_false(return_stats):
+        return None
+    x = x_
+    if eps_ is None and not center:
+        eps = DBL_EPSILON if kind == FLOAT64 else FLT_EPSILON
+    elif not number(eps_, &eps) or not (eps >= 0 and isfinite(eps)):
+        return None
+    count = trailing(x, normalized_shape)
+    if count < 0 or cnp.PyArray_SIZE(x) == 0 or not compiled(backend):
+        return None
+    kept = cnp.PyArray_NDIM(x) - count
+    if (not parameter(weight, kind, cnp.PyArray_DIMS(x) + kept, count)
+            or not parameter(bias, kind, cnp.PyArray_DIMS(x) + kept, count)):
+        return None
+    if add and not like(residual, x):
+        return None
+    if out is not None and not (writable_for(out, x, residual) and apart(out, weight)
+                                and apart(out, bias)):
+        return None
+    if sum_out is not None and not (writable_for(sum_out, x, residual) and apart(sum_out, weight)
+                                    and apart(sum_out, bias) and apart(sum_out, out)):
+        return None
+
+    for i in range(kept):
+        M *= cnp.PyArray_DIM(x, i)
+    y = empty_as(x) if out is None else out
+    call = call_for(x, y)
+    call.M, call.D, call.eps = M, cnp.PyArray_SIZE(x) // M, eps
+    call.weight, call.bias = data(weight), data(bias)
+    if add:
+        total = empty_as(x) if sum_out is None else sum_out
+        call.residual, call.total = data(residual), data(total)
+    call.streaming = call.streaming and call.y != call.x and call.y != call.residual
+    if return_stats is True:
+        rstd = empty(reals(kind), kept, cnp.PyArray_DIMS(x))
+        mean = empty(reals(kind), kept, cnp.PyArray_DIMS(x)) if center else None
+        call.mean, call.rstd = data(mean), data(rstd)
+        run(tables[kind].rows_normalize, &call)
+    else:
+        place(&statistics, 2 * M)
+        call.mean = statistics.scratch if center else NULL
+        call.rstd = <double*> statistics.scratch + M
+        try:
+            run(tables[kind].rows_normalize, &call)
+        finally:
+            leave(&statistics)
+    if return_stats is True:
+        stats = named(Stats, (mean, rstd))
+        return (y, total, stats) if add else (y, stats)
+    return (y, total) if add else y
+
+
+def layer_norm(x, normalized_shape, weight, bias, eps, axis, out, return_stats, backend):
+    return axis_norm(x, None, normalized_shape, weight, bias, eps, True, False, axis, out, None,
+                     return_stats, backend)
+
+
+def rms_norm(x, normalized_shape, weight, eps, axis, out, return_stats, backend):
+    return axis_norm(x, None, normalized_shape, weight, None, eps, False, False, axis, out, None,
+                     return_stats, backend)
+
+
+def add_layer_norm(x, residual, normalized_shape, weight, bias, eps, axis, out, sum_out,
+                   return_stats, backend):
+    return axis_norm(x, residual, normalized_shape, weight, bias, eps, True, True, axis, out,
+                     sum_out, return_stats, backend)
+
+
+def add_rms_norm(x, residual, normalized_shape, weight, eps, axis, out, sum_out, return_stats,
+                 backend):
+    return axis_norm(x, residual, normalized_shape, weight, None, eps, False, True, axis, out,
+                     sum_out, return_stats, backend)
+
+
+cdef object axis_norm_backward(object grad_y, object x_, object normalized_shape, object stats,
+                               object weight, bint center, object axis, object grad_sum,
+                               object need, object backend):
+    cdef:
+        int kind = kind_of(x_), count, kept
+        cnp.ndarray x
+        object mean, rstd, grad_x = None, grad_weight = None, grad_bias = None
+        Py_ssize_t M = 1, i
+        Call call
+    if kind < 0 or axis is not None or type(stats) is not Stats or not common_need(need):
+        return None
+    x = x_
+    count = trailing(x, normalized_shape)
+    if count < 0 or cnp.PyArray_SIZE(x) == 0 or not compiled(backend):
+        return None
+    kept = cnp.PyArray_NDIM(x) - count
+    mean, rstd = <object> (<tuple> stats)[0], <object> (<tuple> stats)[1]
+    if (not like(grad_y, x) or (grad_sum is not None and not like(grad_sum, x))
+            or not parameter(weight, kind, cnp.PyArray_DIMS(x) + kept, count)
+            or (mean is None) == center or rstd is None
+            or not parameter(mean, kind, cnp.PyArray_DIMS(x), kept)
+            or not parameter(rstd, kind, cnp.PyArray_DIMS(x), kept)):
+        return None
+
+    for i in range(kept):
+        M *= cnp.PyArray_DIM(x, i)
+    if (<tuple> need)[0] is True:
+        grad_x = empty_as(x)
+    if (<tuple> need)[1] is True:
+        grad_weight = empty(reals(kind), count, cnp.PyArray_DIMS(x) + kept)
+    if (<tuple> need)[2] is True and center:
+        grad_bias = empty(reals(kind), count, cnp.PyArray_DIMS(x) + kept)
+    call = call_for(x, None)
+    call.M, call.D = M, cnp.PyArray_SIZE(x) // M
+    call.grad_y, call.grad_total = data(grad_y), data(grad_sum)
+    call.mean, call.rstd, call.weight = data(mean), data(rstd), data(weight)
+    call.grad_x, call.grad_weight, call.grad_bias = data(grad_x), data(grad_weight), data(grad_bias)
+    run(tables[kind].rows_backward, &call)
+    return named(Gradients, (grad_x, grad_weight, grad_bias))
+
+
+cdef inline bint common_need(object need) noexcept:
+    return (PyTuple_CheckExact(need) and len(<tuple> need) == 3
+            and true_or_false((<tuple> need)[0]) and true_or_false((<tuple> need)[1])
+            and true_or_false((<tuple> need)[2]))
+
+
+def layer_norm_backward(grad_y, x, normalized_shape, stats, weight, axis, grad_sum, need, backend):
+    return axis_norm_backward(grad_y, x, normalized_shape, stats, weight, True, axis, grad_sum,
+                              need, backend)
+
+
+def rms_norm_backward(grad_y, x, normalized_shape, stats, weight, axis, grad_sum, need, backend):
+    return axis_norm_backward(grad_y, x, normalized_shape, stats, weight, False, axis, grad_sum,
+                              need, backend)
+
+
+# ------------------------------------------------------------- batch norm, instance norm, group norm
+
+
+cdef struct Channels:
+    bint last                   # the problem: channels_last, else channels_first
+    cnp.npy_intp stats[2]       # (B, G)
+    cnp.npy_intp N, C, S
+    bint per_image
+
+
+cdef bint channels_of(cnp.ndarray x, object layout, bint per_image, Py_ssize_t groups,
+                      Channels* c):
+    """The canonical problem of a call; 0 groups are as many as channels."""
+    cdef int ndim = cnp.PyArray_NDIM(x)
+    if ndim < 2 or cnp.PyArray_SIZE(x) == 0 or not PyUnicode_CheckExact(layout):
+        return False
+    last = channels_last.get(layout)
+    if last is None:
+        return False
+    c.last = last is True
+    c.N, c.C = cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, ndim - 1 if c.last else 1)
+    c.S = cnp.PyArray_SIZE(x) // (c.N * c.C)
+    c.per_image = per_image
+    if groups == 0:
+        groups = c.C
+    if c.C % groups:
+        return False
+    c.stats[0], c.stats[1] = c.N if per_image else 1, groups
+    if c.S == 1:
+        # One position to a channel: it does not matter what lies inside what.
+        c.last = not per_image
+    if c.last and not per_image:
+        c.N, c.S = 1, c.N * c.S
+    return True
+
+
+cdef object channel_norm(object x_, object running_mean, object running_var, object weight,
+                         object bias, object eps_, bint per_image, Py_ssize_t groups, bint batch,
+                         bint frozen, object momentum_, object layout, object activation,
+                         object residual, object out, object return_stats, object backend):
+    cdef:
+        int kind = kind_of(x_)
+        double eps, momentum
+        cnp.ndarray x, y
+        object mean = None, rstd = None, index
+        Py_ssize_t count, per_statistic
+        Channels c
+        Statistics statistics
+        Table* table
+        Call call
+        bint running = running_mean is not None
+    if (kind < 0 or not true_or_false(return_stats) or not number(eps_, &eps)
+            or not number(momentum_, &momentum)):
+        return None
+    x = x_
+    if not (eps >= 0 and isfinite(eps)) or (eps == 0 and batch and not frozen):
+        return None
+    if not channels_of(x, layout, per_image, groups, &c) or not compiled(backend):
+        return None
+    count = c.stats[0] * c.stats[1]
+    per_statistic = cnp.PyArray_SIZE(x) // count
+    if not frozen and per_statistic == 1 and groups == 0:
+        return None
+    if (not parameter(weight, kind, &c.C, 1) or not parameter(bias, kind, &c.C, 1)
+            or not parameter(running_mean, kind, &c.C, 1)
+            or not parameter(running_var, kind, &c.C, 1)
+            or running != (running_var is not None) or (frozen and not running)):
+        return None
+    if residual is not None and not like(residual, x):
+        return None
+    if activation is None:
+        index = 0
+    else:
+        index = activations.get(activation) if PyUnicode_CheckExact(activation) else None
+        if index is None or return_stats is True:
+            return None
+    if out is not None and not (writable_for(out, x, residual) and apart(out, weight)
+                                and apart(out, bias) and apart(out, running_mean)
+                                and apart(out, running_var)):
+        return None
+    if running and not frozen and not (
+            cnp.PyArray_ISWRITEABLE(<cnp.ndarray> running_mean)
+            and cnp.PyArray_ISWRITEABLE(<cnp.ndarray> running_var)
+            and apart(running_mean, running_var)
+            and apart(running_mean, x) and apart(running_var, x)
+            and apart(running_mean, residual) and apart(running_var, residual)
+            and apart(running_mean, weight) and apart(running_var, weight)
+            and apart(running_mean, bias) and apart(running_var, bias)):
+        return None
+
+    table = tables[kind]
+    y = empty_as(x) if out is None else out
+    call = call_for(x, y)
+    call.N, call.C, call.S, call.B, call.G = c.N, c.C, c.S, c.stats[0], c.stats[1]
+    call.residual, call.weight, call.bias = data(residual), data(weight), data(bias)
+    call.eps, call.activation = eps, index
+    call.streaming = call.streaming and call.y != call.x and call.y != call.residual
+    place(&statistics, 3 * count)
+    try:
+        call.mean = statistics.scratch
+        call.rstd = <double*> statistics.scratch + count
+        call.var = <double*> statistics.scratch + 2 * count
+        if return_stats is True:
+            mean = new_statistic(kind, &c)
+            rstd = new_statistic(kind, &c)
+            call.mean, call.rstd = data(mean), data(rstd)
+        if frozen:
+            take_running(kind, running_mean, running_var, eps, c.C, call.mean, call.rstd)
+            run(table.last_apply if c.last else table.first_apply, &call)
+        else:
+            run(table.last_normalize if c.last else table.first_normalize, &call)
+            if running:
+                update_running(kind, running_mean, running_var, &call, momentum, per_statistic)
+    finally:
+        leave(&statistics)
+    return (y, named(Stats, (mean, rstd))) if return_stats is True else y
+
+
+cdef inline cnp.ndarray new_statistic(int kind, const Channels* c):
+    return empty(reals(kind), 2 if c.per_image else 1,
+                 &c.stats[0] if c.per_image else &c.stats[1])
+
+
+ctypedef fused real:
+    float
+    double
+
+
+cdef void take(const real* running_mean, const real* running_var, double eps, Py_ssize_t C,
+               real* mean, real* rstd) noexcept nogil:
+    cdef Py_ssize_t c
+    for c in range(C):
+        mean[c] = running_mean[c]
+        rstd[c] = <real> (1 / sqrt(running_var[c] + eps))
+
+
+cdef void take_running(int kind, object running_mean, object running_var, double eps,
+                       Py_ssize_t C, void* mean, void* rstd):
+    if kind == FLOAT64:
+        take[double](<double*> data(running_mean), <double*> data(running_var), eps, C,
+                     <double*> mean, <double*> rstd)
+    else:
+        take[float](<float*> data(running_mean), <float*> data(running_var), eps, C,
+                    <float*> mean, <float*> rstd)
+
+
+cdef void update(real* running, const real* new, Py_ssize_t B, Py_ssize_t G, double factor,
+                 double momentum) noexcept nogil:
+    """Move towards the mean over B of what is new, times a factor."""
+    cdef Py_ssize_t b, g
+    cdef double mean
+    for g in range(G):
+        mean = 0
+        for b in range(B):
+            mean += new[b * G + g]
+        running[g] = <real> ((1 - momentum) * running[g] + momentum * (mean / B * factor))
+
+
+cdef void update_running(int kind, object running_mean, object running_var, const Call* call,
+                         double momentum, Py_ssize_t count):
+    cdef double unbiased = <double> count / (count - 1)
+    if kind == FLOAT64:
+        update[double](<double*> data(running_mean), <double*> call.mean, call.B, call.G, 1,
+                       momentum)
+        update[double](<double*> data(running_var), <double*> call.var, call.B, call.G, unbiased,
+                       momentum)
+    else:
+        update[float](<float*> data(running_mean), <float*> call.mean, call.B, call.G, 1,
+                      momentum)
+        update[float](<float*> data(running_var), <float*> call.var, call.B, call.G, unbiased,
+                      momentum)
+
+
+def batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, layout,
+               activation, residual, out, return_stats, backend):
+    if not true_or_false(training):
+        return None
+    return channel_norm(x, running_mean, running_var, weight, bias, eps, False, 0, True,
+                        training is False, momentum, layout, activation, residual, out,
+                        return_stats, backend)
+
+
+def instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps,
+                  layout, activation, residual, out, return_stats, backend):
+    if not true_or_false(use_input_stats):
+        return None
+    cdef bint frozen = use_input_stats is False
+    return channel_norm(x, running_mean, running_var, weight, bias, eps, not frozen, 0, False,
+                        frozen, momentum, layout, activation, residual, out, return_stats, backend)
+
+
+cdef inline Py_ssize_t groups_of(object num_groups) noexcept:
+    """The number of groups, or -1 for what is not common."""
+    cdef Py_ssize_t groups
+    if not PyLong_CheckExact(num_groups):
+        return -1
+    try:
+        groups = PyLong_AsSsize_t(num_groups)
+    except OverflowError:
+        return -1
+    return groups if groups > 0 else -1
+
+
+def group_norm(x, num_groups, weight, bias, eps, layout, activation, residual, out, return_stats,
+               backend):
+    cdef Py_ssize_t groups = groups_of(num_groups)
+    if groups < 0:
+        return None
+    return channel_norm(x, None, None, weight, bias, eps, True, groups, False, False, 0.0, layout,
+                        activation, residual, out, return_stats, backend)
+
+
+cdef object channel_norm_backward(object grad_y, object x_, object stats, object weight,
+                                  bint per_image, Py_ssize_t groups, bint frozen, object layout,
+                                  object need, object backend):
+    cdef:
+        int kind = kind_of(x_), ndim = 2 if per_image else 1
+        cnp.ndarray x
+        object mean, rstd, grad_x = None, grad_weight = None, grad_bias = None
+        const cnp.npy_intp* shape
+        Channels c
+        Table* table
+        Call call
+    if kind < 0 or type(stats) is not Stats or not common_need(need):
+        return None
+    x = x_
+    if not channels_of(x, layout, per_image, groups, &c) or not compiled(backend):
+        return None
+    shape = &c.stats[0] if per_image else &c.stats[1]
+    mean, rstd = <object> (<tuple> stats)[0], <object> (<tuple> stats)[1]
+    if (not like(grad_y, x) or not parameter(weight, kind, &c.C, 1)
+            or mean is None or not parameter(mean, kind, shape, ndim)
+            or rstd is None or not parameter(rstd, kind, shape, ndim)):
+        return None
+
+    table = tables[kind]
+    if (<tuple> need)[0] is True:
+        grad_x = empty_as(x)
+    if (<tuple> need)[1] is True:
+        grad_weight = empty(reals(kind), 1, &c.C)
+    if (<tuple> need)[2] is True:
+        grad_bias = empty(reals(kind), 1, &c.C)
+    call = call_for(x, None)
+    call.N, call.C, call.S, call.B, call.G = c.N, c.C, c.S, c.stats[0], c.stats[1]
+    call.grad_y, call.mean, call.rstd = data(grad_y), data(mean), data(rstd)
+    call.weight = data(weight)
+    call.grad_x, call.grad_weight, call.grad_bias = data(grad_x), data(grad_weight), data(grad_bias)
+    if frozen:
+        run(table.last_backward_apply if c.last else table.first_backward_apply, &call)
+    else:
+        run(table.last_backward if c.last else table.first_backward, &call)
+    return named(Gradients, (grad_x, grad_weight, grad_bias))
+
+
+def batch_norm_backward(grad_y, x, stats, weight, training, layout, need, backend):
+    if not true_or_false(training):
+        return None
+    return channel_norm_backward(grad_y, x, stats, weight, False, 0, training is False, layout,
+                                 need, backend)
+
+
+def instance_norm_backward(grad_y, x, stats, weight, use_input_stats, layout, need, backend):
+    if not true_or_false(use_input_stats):
+        return None
+    cdef bint frozen = use_input_stats is False
+    return channel_norm_backward(grad_y, x, stats, weight, not frozen, 0, frozen, layout, need,
+                                 backend)
+
+
+def group_norm_backward(grad_y, x, num_groups, stats, weight, layout, need, backend):
+    cdef Py_ssize_t groups = groups_of(num_groups)
+    if groups < 0:
+        return None
+    return channel_norm_backward(grad_y, x, stats, weight, True, groups, False, layout, need,
+                                 backend)
