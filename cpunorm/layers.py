@@ -19,7 +19,17 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from . import functional
-from ._canonical import STATS_DTYPE, Array, Gradients, Stats, flag, integer, integers, memory_of
+from ._canonical import (
+    DTYPE_NAMES,
+    Array,
+    Gradients,
+    Stats,
+    flag,
+    integer,
+    integers,
+    is_supported,
+    memory_of,
+)
 
 if TYPE_CHECKING:
     from ._canonical import Activation, Layout, Need, Shape
@@ -55,11 +65,10 @@ class _Layer(ABC):
         backend: str | None,
     ) -> None:
         if dtype is None:
-            raise TypeError("dtype must be float32 or float64, got None")
+            raise TypeError(f"dtype must be {DTYPE_NAMES}, got None")
         self.dtype = np.dtype(dtype)
-        if self.dtype not in STATS_DTYPE:
-            supported = " or ".join(map(str, STATS_DTYPE))
-            raise TypeError(f"dtype must be {supported}, got {self.dtype}")
+        if not is_supported(self.dtype):
+            raise TypeError(f"dtype must be {DTYPE_NAMES}, got {self.dtype}")
         if min(shape, default=0) < 0:
             raise ValueError(f"a layer's sizes must not be negative, got {shape}")
         self.backend = backend
