@@ -28,8 +28,8 @@ from .sweeps import (
     block_gradient_sums,
     block_moments,
     ceil_div,
+    element_gradient,
     finish,
-    gradient,
     group_terms,
     in_full,
     merge_gradients,
@@ -158,7 +158,7 @@ def _write_grad_x(grad_y, x, start, rows, stride, width, mean, scale, terms, fro
         else:
             for j in range(width):
                 i = at(a + j)
-                grad_x[i] = gradient(grad_y[i], x[i] - mean, scale, centre, slope, rest)
+                grad_x[i] = element_gradient(grad_y[i], x[i] - mean, scale, centre, slope, rest)
 
 
 @kernel

@@ -24,8 +24,8 @@ from .sweeps import (
     ceil_div,
     column_gradient_sums,
     column_moments,
+    element_gradient,
     finish,
-    gradient,
     group_terms,
     in_full,
     lanes_of,
@@ -213,7 +213,7 @@ def _write_grad_x(grad_y, x, start, rows, C, width, lanes, terms, frozen, grad_x
             for j in range(n):
                 i = at(a + j)
                 d = x[i] - terms[0, j]
-                grad_x[i] = gradient(
+                grad_x[i] = element_gradient(
                     grad_y[i], d, terms[1, j], terms[2, j], terms[3, j], terms[4, j]
                 )
 

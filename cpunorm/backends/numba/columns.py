@@ -19,8 +19,8 @@ from .sweeps import (
     ceil_div,
     column_gradient_sums,
     column_moments,
+    element_gradient,
     finish,
-    gradient,
     row_terms,
     same_memory,
     settle,
@@ -97,15 +97,18 @@ def _write_grad_x(grad_y, x, start, D, S, width, terms, weight, grad_total, grad
         if grad_total.size:
             for j in range(width):
                 i = at(a + j)
+                g = grad_y[i] * w
                 d = x[i] - terms[0, j]
-                g = gradient(grad_y[i] * w, d, terms[1, j], terms[2, j], terms[3, j], terms[4, j])
-                grad_x[i] = g + grad_total[i]
+                own = element_gradient(g, d, terms[1, j], terms[2, j], terms[3, j], terms[4, j])
+                grad_x[i] = own + grad_total[i]
         else:
             for j in range(width):
                 i = at(a + j)
+                g = grad_y[i] * w
                 d = x[i] - terms[0, j]
-                g = gradient(grad_y[i] * w, d, terms[1, j], terms[2, j], terms[3, j], terms[4, j])
-                grad_x[i] = g
+                grad_x[i] = element_gradient(
+                    g, d, terms[1, j], terms[2, j], terms[3, j], terms[4, j]
+                )
 
 
 @jit_sum

@@ -129,9 +129,8 @@ def _write_bfloat16(context, builder, value):
     high = builder.lshr(bits, _i32(16))
     below_half = builder.add(_i32(0x7FFF), builder.and_(high, _i32(1)))
     rounded = builder.lshr(builder.add(bits, below_half), _i32(16))
-    quiet = builder.or_(high, _i32(0x40))
     is_nan = builder.fcmp_unordered("uno", value, value)
-    return builder.trunc(builder.select(is_nan, quiet, rounded), _i16)
+    return builder.trunc(builder.select(is_nan, _i32(0x7FC0), rounded), _i16)
 
 
 _READ = {"float16": _read_float16, "bfloat16": _read_bfloat16}

@@ -24,8 +24,8 @@ from .sweeps import (
     at,
     block_moments,
     ceil_div,
+    element_gradient,
     finish,
-    gradient,
     merge_moments,
     row_terms,
     same_memory,
@@ -177,12 +177,14 @@ def _write_grad_x(grad_y, x, saved, parameters, grad_total, block, sizes, terms,
                 for j in range(n):
                     i = at(start + j)
                     g = grad_y[i] * weight[at(w + j)]
-                    grad_x[i] = gradient(g, x[i] - m, s, centre, slope, rest) + grad_total[i]
+                    grad_x[i] = (
+                        element_gradient(g, x[i] - m, s, centre, slope, rest) + grad_total[i]
+                    )
             else:
                 for j in range(n):
                     i = at(start + j)
                     g = grad_y[i] * weight[at(w + j)]
-                    grad_x[i] = gradient(g, x[i] - m, s, centre, slope, rest)
+                    grad_x[i] = element_gradient(g, x[i] - m, s, centre, slope, rest)
 
 
 @jit

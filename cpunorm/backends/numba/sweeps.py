@@ -253,7 +253,7 @@ def finish(z, residual, activation, start, count, stride, width, y):
 
 
 @jit
-def gradient(g, d, scale, centre, slope, rest):
+def element_gradient(g, d, scale, centre, slope, rest):
     """One element of grad_x, with d = x - mean."""
     return scale * (g - centre) + (slope * d + rest)
 
