@@ -120,9 +120,11 @@ def _plain(a: Array | None, dtype: np.dtype[Any]) -> Array | None:
     """Return a parameter or statistic as kernels take it: contiguous, aligned, of `dtype`."""
     if a is None:
         return None
-    # NaN and Inf pass without a warning, and so does what overflows float16.
-    with np.errstate(all="ignore"):
-        a = np.ascontiguousarray(a, dtype)
+    if a.dtype != dtype:
+        # NaN passes without a warning, and so does what overflows float16.
+        with np.errstate(all="ignore"):
+            return a.astype(dtype, order="C")
+    a = np.ascontiguousarray(a)
     return a if a.flags.aligned else a.copy()
 
 
@@ -548,8 +550,8 @@ def channel_norm(
     frame = channel_frame(x, channels.axis, channels.per_image)
     y = frame.new(x) if out is None else out
     if frozen:
-        mean = statistics["running_mean"].astype(acc).reshape(channels.stats)
         with np.errstate(all="ignore"):
+            mean = statistics["running_mean"].astype(acc).reshape(channels.stats)
             rstd = 1 / np.sqrt(statistics["running_var"].astype(np.float64) + eps)
             rstd = rstd.astype(acc).reshape(channels.stats)
     else:

@@ -279,7 +279,8 @@ class _ChannelNorm(_Layer):
         Parameters
         ----------
         x : ndarray
-            (N, C, ...), or (N, ..., C) with ``layout="NHWC"``; the layer's dtype.
+            (N, C, ...), or (N, ..., C) with ``layout="NHWC"``; the layer's dtype, or one of 16 bits
+            beside float32.
         residual : ndarray, optional
             Added after the affine step and before the activation; x's shape and dtype.
         out : ndarray, optional
@@ -325,7 +326,7 @@ class BatchNorm(_ChannelNorm):
     activation : {None, "relu", "silu", "gelu", "sigmoid", "tanh"}
         Applied last, in the same pass over memory. There is no `backward` with one.
     dtype : dtype_like
-        Of parameters and running statistics, and so of x.
+        Of parameters and running statistics, and so of x, which beside float32 may have 16 bits.
     backend : {None, "auto", "cython", "numba", "numpy"}
         None is the current default.
 
@@ -436,7 +437,7 @@ class InstanceNorm(_ChannelNorm):
     activation : {None, "relu", "silu", "gelu", "sigmoid", "tanh"}
         Applied last, in the same pass over memory. There is no `backward` with one.
     dtype : dtype_like
-        Of parameters and running statistics, and so of x.
+        Of parameters and running statistics, and so of x, which beside float32 may have 16 bits.
     backend : {None, "auto", "cython", "numba", "numpy"}
         None is the current default.
 
@@ -531,7 +532,7 @@ class GroupNorm(_ChannelNorm):
     activation : {None, "relu", "silu", "gelu", "sigmoid", "tanh"}
         Applied last, in the same pass over memory. There is no `backward` with one.
     dtype : dtype_like
-        Of the parameters, and so of x.
+        Of the parameters, and so of x, which beside float32 may have 16 bits.
     backend : {None, "auto", "cython", "numba", "numpy"}
         None is the current default.
 
@@ -622,7 +623,7 @@ class _AxisNorm(_Layer):
         ----------
         x : ndarray
             (..., *normalized_shape), or with `axis` any array with these sizes on these axes; the
-            layer's dtype.
+            layer's dtype, or one of 16 bits beside float32.
         out : ndarray, optional
             Where to write the result; x's shape and dtype, and may be x (then `backward` is not
             possible).
@@ -659,7 +660,7 @@ class LayerNorm(_AxisNorm):
         The normalised axes, one per entry of `normalized_shape`; None is the trailing ones.
         ``LayerNorm(C, axis=1)`` normalises the channels of every pixel of an NCHW array.
     dtype : dtype_like
-        Of the parameters, and so of x.
+        Of the parameters, and so of x, which beside float32 may have 16 bits.
     backend : {None, "auto", "cython", "numba", "numpy"}
         None is the current default.
 
@@ -739,7 +740,7 @@ class RMSNorm(_AxisNorm):
     axis : int or sequence of int, optional
         The normalised axes, one per entry of `normalized_shape`; None is the trailing ones.
     dtype : dtype_like
-        Of the weight, and so of x.
+        Of the weight, and so of x, which beside float32 may have 16 bits.
     backend : {None, "auto", "cython", "numba", "numpy"}
         None is the current default.
 
