@@ -1,5 +1,9 @@
 """float16 and bfloat16: what is promised of float32 holds, and every result is rounded once."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -8,6 +12,7 @@ from cpunorm.backends import ACTIVATIONS
 
 from .cases import CASES, SMALL_CASES, Case
 from .support import (
+    AVAILABLE,
     BFLOAT16,
     FLOAT16,
     HALF_DTYPES,
@@ -230,6 +235,26 @@ def test_rounding_is_to_nearest_even(dtype, scale, backend):
         expected = (x.astype("float32") * np.float32(scale)).astype(dtype)
     got = identity(x, dtype, backend, scale)
     np.testing.assert_array_equal(as_float64(got), as_float64(expected))
+
+
+@pytest.mark.skipif("numba" not in AVAILABLE, reason="numba is missing")
+def test_processors_that_do_not_convert():
+    """numba is told of the least of its kind: then float16 is converted by arithmetic."""
+    text = """
+import warnings; warnings.simplefilter("ignore")
+import numpy as np, cpunorm
+x = np.arange(2**16, dtype=np.uint16).view(np.float16)[:, None]
+zero, one = np.zeros(1, "float32"), np.ones(1, "float32")
+for scale in (1, 1 + 2.0**-12, 3, 2.0**-17):
+    arguments = x, zero, one, np.full(1, scale, "float32")
+    y, expected = (cpunorm.batch_norm(*arguments, eps=0.0, backend=b) for b in ("numba", "numpy"))
+    np.testing.assert_array_equal(y, expected)
+"""
+    subprocess.run(
+        [sys.executable, "-c", text],
+        env=os.environ | {"NUMBA_CPU_NAME": "generic"},
+        timeout=120, check=True,
+    )  # fmt: skip
 
 
 @dtypes
