@@ -225,6 +225,15 @@ def test_every_number_is_read_and_written(dtype, backend):
     np.testing.assert_array_equal(as_float64(y), as_float64(x))
 
 
+@dtypes
+def test_nan_of_float32_stays_nan(dtype, backend):
+    """Where a bias brings one whose digits rounding would carry over into the sign."""
+    bias = np.array([0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00001, 0x7F80FFFF], np.uint32).view("float32")
+    x = np.zeros((33, 4), dtype)
+    assert np.isnan(cpunorm.group_norm(x, 2, bias=bias, backend=backend)).all()
+    assert np.isnan(cpunorm.layer_norm(x, 4, bias=bias, backend=backend)).all()
+
+
 @pytest.mark.parametrize("scale", [1 + 2.0**-12, 1 + 2.0**-9, 1.5, 3.0, 2.0**-17, 1e30])
 @dtypes
 def test_rounding_is_to_nearest_even(dtype, scale, backend):
