@@ -177,9 +177,8 @@ def _write_grad_x(grad_y, x, saved, parameters, grad_total, block, sizes, terms,
                 for j in range(n):
                     i = at(start + j)
                     g = grad_y[i] * weight[at(w + j)]
-                    grad_x[i] = (
-                        element_gradient(g, x[i] - m, s, centre, slope, rest) + grad_total[i]
-                    )
+                    own = element_gradient(g, x[i] - m, s, centre, slope, rest)
+                    grad_x[i] = own + grad_total[i]
             else:
                 for j in range(n):
                     i = at(start + j)
