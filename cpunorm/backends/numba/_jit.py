@@ -21,7 +21,7 @@ from numba import prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .halves import BITS, open_halves
+from .halves import as_bits, open_halves
 
 Array = np.ndarray[Any, Any]
 
@@ -204,12 +204,12 @@ def flat(array: Array | None, like: Array) -> Array:
     """`array` in one dimension; None becomes an empty array of the dtype of `like`.
 
     So that no argument asks for a compilation of its own: neither None nor a read-only array, which
-    numba takes for a type apart. Halves become their bits.
+    numba takes for a type apart. Floats of 16 bits become integers.
     """
     if array is None:
         array = np.empty(0, like.dtype)
     if array.itemsize == 2:
-        array = array.view(BITS[array.dtype.name])
+        array = as_bits(array)
     if not array.flags.writeable:
         array = np.asarray(_Unlocked(array))
     return array.ravel()

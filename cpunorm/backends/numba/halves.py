@@ -17,10 +17,14 @@ from numba.core import cgutils
 from numba.core.errors import NumbaTypeError
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
-BITS = {"float16": np.uint16, "bfloat16": np.int16}
 _FORMATS = {types.uint16: "float16", types.int16: "bfloat16"}
 
 _i16, _i32, _half, _single = ir.IntType(16), ir.IntType(32), ir.HalfType(), ir.FloatType()
+
+
+def as_bits(array):
+    """An array of 16-bit floats as numba can be given it."""
+    return array.view(np.uint16 if array.dtype == np.float16 else np.int16)
 
 
 class Halves(types.Array):
