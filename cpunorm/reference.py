@@ -23,8 +23,9 @@ and one formula serves their gradients, with ĝ = weight·grad_y::
                                                     no mean(ĝ) in RMS norm, which has no mean)
     grad_weight = Σ grad_y·x̂        grad_bias = Σ grad_y        over all that share the parameter
 
-Names, order and defaults of the arguments are those of the public functions. No argument is ever
-written, results are float64, arrays must not be empty, and nothing is checked.
+Names, order and defaults of the arguments are those of the public functions. Arrays of any floating
+dtype are read as float64, and only what `add_*` add is rounded, as the sum is stored. No argument
+is ever written, results are float64, arrays must not be empty, and nothing is checked.
 """
 
 import math

@@ -40,7 +40,7 @@ RUNNING = ("running_mean", "running_var")
 
 # The dtypes of x and of the parameters: as torch allows, these may be float32.
 PAIRS = [(dtype, p) for dtype in HALF_DTYPES for p in (dtype, "float32")]
-pairs = pytest.mark.parametrize(("dtype", "parameters"), PAIRS, ids="/".join)
+pairs = pytest.mark.parametrize(("dtype", "parameters"), PAIRS)
 dtypes = pytest.mark.parametrize("dtype", HALF_DTYPES)
 small_cases = pytest.mark.parametrize("case", SMALL_CASES, ids=str)
 
