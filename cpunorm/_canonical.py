@@ -26,9 +26,11 @@ Need = tuple[bool, bool, bool]
 
 # x's dtype -> the dtype of statistics and, inside the kernels, of every sum's result.
 STATS_DTYPE: dict[np.dtype[Any], np.dtype[Any]] = {
+    np.dtype(np.float16): np.dtype(np.float32),
     np.dtype(np.float32): np.dtype(np.float32),
     np.dtype(np.float64): np.dtype(np.float64),
 }
+DTYPE_NAMES = "float16, bfloat16, float32 or float64"
 
 CHANNELS_LAST = {"NCHW": False, "channels_first": False, "NHWC": True, "channels_last": True}
 
@@ -75,12 +77,19 @@ def _array(name: str, a: Any) -> Array:
     )
 
 
+def is_supported(dtype: np.dtype[Any]) -> bool:
+    """Whether x may have this dtype."""
+    # bfloat16 is a dtype of ml_dtypes: it is known by its name, to import nothing, and enters the
+    # table when it is first met.
+    if dtype not in STATS_DTYPE and dtype.name == "bfloat16" and dtype.isnative:
+        STATS_DTYPE[dtype] = np.dtype(np.float32)
+    return dtype in STATS_DTYPE
+
+
 def _input(a: Any) -> Array:
     x = _array("x", a)
-    if x.dtype not in STATS_DTYPE or not x.dtype.isnative:
-        raise TypeError(
-            f"x must have dtype {' or '.join(map(str, STATS_DTYPE))}, got {x.dtype.str}"
-        )
+    if not is_supported(x.dtype):
+        raise TypeError(f"x must have dtype {DTYPE_NAMES}, got {x.dtype}")
     return x
 
 
@@ -94,11 +103,14 @@ def _like(name: str, given: Any, x: Array) -> Array:
     return a
 
 
-def _sized(name: str, given: Any, shape: tuple[int, ...], dtype: np.dtype[Any], of: str) -> Array:
+def _sized(
+    name: str, given: Any, shape: tuple[int, ...], dtypes: Sequence[np.dtype[Any]], of: str
+) -> Array:
     """Check a parameter or statistic; `of` says in the error where the shape comes from."""
     a = _array(name, given)
-    if a.dtype != dtype:
-        raise TypeError(f"{name} must have dtype {dtype}, got {a.dtype}")
+    if a.dtype not in dtypes:
+        allowed = " or ".join(map(str, dtypes))
+        raise TypeError(f"{name} must have dtype {allowed}, got {a.dtype}")
     if a.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, {of}, got {a.shape}")
     return a
@@ -108,14 +120,22 @@ def _plain(a: Array | None, dtype: np.dtype[Any]) -> Array | None:
     """Return a parameter or statistic as kernels take it: contiguous, aligned, of `dtype`."""
     if a is None:
         return None
-    a = np.ascontiguousarray(a, dtype)
+    if a.dtype != dtype:
+        # NaN passes without a warning, and so does what overflows float16.
+        with np.errstate(all="ignore"):
+            return a.astype(dtype, order="C")
+    a = np.ascontiguousarray(a)
     return a if a.flags.aligned else a.copy()
 
 
-def _parameter(
-    name: str, given: Any, shape: tuple[int, ...], dtype: np.dtype[Any], of: str
-) -> Array | None:
-    return None if given is None else _sized(name, given, shape, dtype, of)
+def _beside(x: Array) -> Sequence[np.dtype[Any]]:
+    """The dtypes of parameters and running statistics: x's, or that of its statistics."""
+    acc = STATS_DTYPE[x.dtype]
+    return (acc,) if x.dtype == acc else (x.dtype, acc)
+
+
+def _parameter(name: str, given: Any, shape: tuple[int, ...], x: Array, of: str) -> Array | None:
+    return None if given is None else _sized(name, given, shape, _beside(x), of)
 
 
 def _number(name: str, value: Any) -> float:
@@ -227,10 +247,10 @@ def _stats(
         )
     mean, rstd = stats
     if centred:
-        mean = _sized("stats.mean", mean, shape, dtype, of)
+        mean = _sized("stats.mean", mean, shape, (dtype,), of)
     elif mean is not None:
         raise ValueError(f"stats.mean must be None in RMS norm, got {type(mean).__name__}")
-    return Stats(mean, _sized("stats.rstd", rstd, shape, dtype, of))
+    return Stats(mean, _sized("stats.rstd", rstd, shape, (dtype,), of))
 
 
 # --------------------------------------------------------------------------------------------
@@ -287,7 +307,7 @@ def _axis_gradient(
     if a is None:
         return None
     lain = a.reshape([shape[axes.index(i)] for i in frame.axes])
-    return np.ascontiguousarray(lain.transpose([frame.axes.index(i) for i in axes]), dtype)
+    return _plain(lain.transpose([frame.axes.index(i) for i in axes]), dtype)
 
 
 def axis_norm(
@@ -310,8 +330,8 @@ def axis_norm(
     x = _input(x)
     acc = STATS_DTYPE[x.dtype]
     shape, axes = _normalized_axes(x, normalized_shape, axis)
-    weight = _parameter("weight", weight, shape, x.dtype, "as normalized_shape")
-    bias = _parameter("bias", bias, shape, x.dtype, "as normalized_shape")
+    weight = _parameter("weight", weight, shape, x, "as normalized_shape")
+    bias = _parameter("bias", bias, shape, x, "as normalized_shape")
     eps = float(np.finfo(acc).eps) if eps is None and not center else _eps(eps)
     return_stats = flag("return_stats", return_stats)
     summands = {"x": x}
@@ -376,7 +396,7 @@ def axis_norm_backward(
     shape, axes = _normalized_axes(x, normalized_shape, axis)
     kept_shape = tuple(n for i, n in enumerate(x.shape) if i not in axes)
     stats = _stats(stats, center, kept_shape, acc, "x's without the normalised axes")
-    weight = _parameter("weight", weight, shape, x.dtype, "as normalized_shape")
+    weight = _parameter("weight", weight, shape, x, "as normalized_shape")
     grad_sum = None if grad_sum is None else _like("grad_sum", grad_sum, x)
     need_x, need_weight, need_bias = _need(need)
     backend = _dispatch.resolve(backend)
@@ -459,7 +479,7 @@ def _running_statistics(
         raise ValueError(f"{missing} must be given with {given[0]}, got None")
     if given:
         return {
-            name: _sized(name, a, (channels.size,), x.dtype, "one per channel")
+            name: _sized(name, a, (channels.size,), _beside(x), "one per channel")
             for name, a in zip(names, running, strict=True)
         }
     if frozen:
@@ -504,8 +524,8 @@ def channel_norm(
     x = _input(x)
     acc = STATS_DTYPE[x.dtype]
     channels = _channels(op, x, layout, num_groups, frozen)
-    weight = _parameter("weight", weight, (channels.size,), x.dtype, "one per channel")
-    bias = _parameter("bias", bias, (channels.size,), x.dtype, "one per channel")
+    weight = _parameter("weight", weight, (channels.size,), x, "one per channel")
+    bias = _parameter("bias", bias, (channels.size,), x, "one per channel")
     statistics = _running_statistics(running, channels, x, frozen)
     eps = _eps(eps, positive=op == "batch_norm" and not frozen)
     momentum = _number("momentum", momentum)
@@ -530,8 +550,8 @@ def channel_norm(
     frame = channel_frame(x, channels.axis, channels.per_image)
     y = frame.new(x) if out is None else out
     if frozen:
-        mean = statistics["running_mean"].astype(acc).reshape(channels.stats)
         with np.errstate(all="ignore"):
+            mean = statistics["running_mean"].astype(acc).reshape(channels.stats)
             rstd = 1 / np.sqrt(statistics["running_var"].astype(np.float64) + eps)
             rstd = rstd.astype(acc).reshape(channels.stats)
     else:
@@ -592,7 +612,7 @@ def channel_norm_backward(
     grad_y = _like("grad_y", grad_y, x)
     channels = _channels(op, x, layout, num_groups, frozen)
     stats = _stats(stats, True, channels.public_stats, acc, "as the forward pass returns them")
-    weight = _parameter("weight", weight, (channels.size,), x.dtype, "one per channel")
+    weight = _parameter("weight", weight, (channels.size,), x, "one per channel")
     need_x, need_weight, need_bias = _need(need)
     backend = _dispatch.resolve(backend)
 

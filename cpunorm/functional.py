@@ -1,8 +1,13 @@
 """Batch, layer, instance, group and RMS normalization as functions, forward and backward.
 
 Names, order and defaults are those of ``torch.nn.functional``; what is ours comes after ``*``.
-Everything here takes float32 or float64 arrays of any strides. Where x is dense, in whatever order
-its axes lie, the result has x's strides; where it is not, the result is in C order.
+Everything here takes float16, bfloat16 (of ``ml_dtypes``), float32 or float64 arrays of any
+strides. Where x is dense, in whatever order its axes lie, the result has x's strides; where it is
+not, the result is in C order.
+
+With an x of 16 bits, sums, statistics and the affine step are those of float32, and a result is
+rounded once, to nearest even; what float16 cannot hold becomes infinite. Parameters and running
+statistics may then be float32 too, which suits training.
 """
 
 from . import _canonical
@@ -41,12 +46,13 @@ def batch_norm(
     Parameters
     ----------
     x : ndarray, shape (N, C, ...) or, with channels last, (N, ..., C)
-        float32 or float64.
+        float16, bfloat16, float32 or float64.
     running_mean, running_var : ndarray, shape (C,), or None
         Used when not training. In training they are updated in place,
         ``running = (1 - momentum) * running + momentum * new``, with the unbiased variance.
+        Dtypes as for `weight`.
     weight, bias : ndarray, shape (C,), optional
-        In x's dtype; 1 and 0 where absent.
+        In x's dtype, or float32 for an `x` of 16 bits; 1 and 0 where absent.
     training : bool
         Whether the statistics are those of `x`.
     momentum : float
@@ -162,12 +168,12 @@ def instance_norm(
     Parameters
     ----------
     x : ndarray, shape (N, C, ...) or, with channels last, (N, ..., C)
-        float32 or float64.
+        float16, bfloat16, float32 or float64.
     running_mean, running_var : ndarray, shape (C,), optional
         Used without `use_input_stats`. With it they are updated in place, with the means over N of
-        the means and of the unbiased variances.
+        the means and of the unbiased variances. Dtypes as for `weight`.
     weight, bias : ndarray, shape (C,), optional
-        In x's dtype; 1 and 0 where absent.
+        In x's dtype, or float32 for an `x` of 16 bits; 1 and 0 where absent.
     use_input_stats : bool
         Whether the statistics are those of `x`.
     momentum : float
@@ -274,11 +280,11 @@ def group_norm(
     Parameters
     ----------
     x : ndarray, shape (N, C, ...) or, with channels last, (N, ..., C)
-        float32 or float64.
+        float16, bfloat16, float32 or float64.
     num_groups : int
         Divides C.
     weight, bias : ndarray, shape (C,), optional
-        In x's dtype; 1 and 0 where absent.
+        In x's dtype, or float32 for an `x` of 16 bits; 1 and 0 where absent.
     eps : float
         Added to the variance; not negative.
     layout : {"NCHW", "NHWC", "channels_first", "channels_last"}
@@ -368,11 +374,11 @@ def layer_norm(
     Parameters
     ----------
     x : ndarray
-        Any rank; float32 or float64.
+        Any rank; float16, bfloat16, float32 or float64.
     normalized_shape : int or sequence of ints
         The sizes of the normalised axes.
     weight, bias : ndarray, shape `normalized_shape`, optional
-        In x's dtype; 1 and 0 where absent.
+        In x's dtype, or float32 for an `x` of 16 bits; 1 and 0 where absent.
     eps : float
         Added to the variance; not negative.
     axis : int or sequence of ints, optional
@@ -459,11 +465,11 @@ def rms_norm(
     Parameters
     ----------
     x : ndarray
-        Any rank; float32 or float64.
+        Any rank; float16, bfloat16, float32 or float64.
     normalized_shape : int or sequence of ints
         The sizes of the normalised axes.
     weight : ndarray, shape `normalized_shape`, optional
-        In x's dtype; 1 where absent.
+        In x's dtype, or float32 for an `x` of 16 bits; 1 where absent.
     eps : float, optional
         Added to the mean square; not negative. None is the machine epsilon of the dtype of the
         statistics.
@@ -543,11 +549,11 @@ def add_layer_norm(
     Parameters
     ----------
     x, residual : ndarray
-        Any rank; float32 or float64, both of one shape and dtype.
+        Any rank; float16, bfloat16, float32 or float64, both of one shape and dtype.
     normalized_shape : int or sequence of ints
         The sizes of the normalised axes.
     weight, bias : ndarray, shape `normalized_shape`, optional
-        In x's dtype; 1 and 0 where absent.
+        In x's dtype, or float32 for an `x` of 16 bits; 1 and 0 where absent.
     eps : float
         Added to the variance; not negative.
     axis : int or sequence of ints, optional
@@ -568,7 +574,7 @@ def add_layer_norm(
     y : ndarray
         Shape, dtype and, where `x` is dense, strides of `x`.
     total : ndarray
-        ``x + residual``: the x of the backward pass.
+        ``x + residual``, rounded to their dtype: what is normalised, and the x of backward.
     stats : Stats
         With `return_stats`: mean and rstd, of x's shape without the normalised axes.
 
@@ -635,11 +641,11 @@ def add_rms_norm(
     Parameters
     ----------
     x, residual : ndarray
-        Any rank; float32 or float64, both of one shape and dtype.
+        Any rank; float16, bfloat16, float32 or float64, both of one shape and dtype.
     normalized_shape : int or sequence of ints
         The sizes of the normalised axes.
     weight : ndarray, shape `normalized_shape`, optional
-        In x's dtype; 1 where absent.
+        In x's dtype, or float32 for an `x` of 16 bits; 1 where absent.
     eps : float, optional
         Added to the mean square; not negative. None is the machine epsilon of the dtype of the
         statistics.
@@ -661,7 +667,7 @@ def add_rms_norm(
     y : ndarray
         Shape, dtype and, where `x` is dense, strides of `x`.
     total : ndarray
-        ``x + residual``: the x of the backward pass.
+        ``x + residual``, rounded to their dtype: what is normalised, and the x of backward.
     stats : Stats
         With `return_stats`: rstd, with a mean of None, of x's shape without the normalised axes.
 

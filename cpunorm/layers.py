@@ -19,7 +19,17 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from . import functional
-from ._canonical import STATS_DTYPE, Array, Gradients, Stats, flag, integer, integers, memory_of
+from ._canonical import (
+    DTYPE_NAMES,
+    Array,
+    Gradients,
+    Stats,
+    flag,
+    integer,
+    integers,
+    is_supported,
+    memory_of,
+)
 
 if TYPE_CHECKING:
     from ._canonical import Activation, Layout, Need, Shape
@@ -55,11 +65,10 @@ class _Layer(ABC):
         backend: str | None,
     ) -> None:
         if dtype is None:
-            raise TypeError("dtype must be float32 or float64, got None")
+            raise TypeError(f"dtype must be {DTYPE_NAMES}, got None")
         self.dtype = np.dtype(dtype)
-        if self.dtype not in STATS_DTYPE:
-            supported = " or ".join(map(str, STATS_DTYPE))
-            raise TypeError(f"dtype must be {supported}, got {self.dtype}")
+        if not is_supported(self.dtype):
+            raise TypeError(f"dtype must be {DTYPE_NAMES}, got {self.dtype}")
         if min(shape, default=0) < 0:
             raise ValueError(f"a layer's sizes must not be negative, got {shape}")
         self.backend = backend
@@ -270,7 +279,8 @@ class _ChannelNorm(_Layer):
         Parameters
         ----------
         x : ndarray
-            (N, C, ...), or (N, ..., C) with ``layout="NHWC"``; the layer's dtype.
+            (N, C, ...), or (N, ..., C) with ``layout="NHWC"``; the layer's dtype, or one of 16 bits
+            beside float32.
         residual : ndarray, optional
             Added after the affine step and before the activation; x's shape and dtype.
         out : ndarray, optional
@@ -316,7 +326,7 @@ class BatchNorm(_ChannelNorm):
     activation : {None, "relu", "silu", "gelu", "sigmoid", "tanh"}
         Applied last, in the same pass over memory. There is no `backward` with one.
     dtype : dtype_like
-        Of parameters and running statistics, and so of x.
+        Of parameters and running statistics, and so of x, which beside float32 may have 16 bits.
     backend : {None, "auto", "cython", "numba", "numpy"}
         None is the current default.
 
@@ -427,7 +437,7 @@ class InstanceNorm(_ChannelNorm):
     activation : {None, "relu", "silu", "gelu", "sigmoid", "tanh"}
         Applied last, in the same pass over memory. There is no `backward` with one.
     dtype : dtype_like
-        Of parameters and running statistics, and so of x.
+        Of parameters and running statistics, and so of x, which beside float32 may have 16 bits.
     backend : {None, "auto", "cython", "numba", "numpy"}
         None is the current default.
 
@@ -522,7 +532,7 @@ class GroupNorm(_ChannelNorm):
     activation : {None, "relu", "silu", "gelu", "sigmoid", "tanh"}
         Applied last, in the same pass over memory. There is no `backward` with one.
     dtype : dtype_like
-        Of the parameters, and so of x.
+        Of the parameters, and so of x, which beside float32 may have 16 bits.
     backend : {None, "auto", "cython", "numba", "numpy"}
         None is the current default.
 
@@ -613,7 +623,7 @@ class _AxisNorm(_Layer):
         ----------
         x : ndarray
             (..., *normalized_shape), or with `axis` any array with these sizes on these axes; the
-            layer's dtype.
+            layer's dtype, or one of 16 bits beside float32.
         out : ndarray, optional
             Where to write the result; x's shape and dtype, and may be x (then `backward` is not
             possible).
@@ -650,7 +660,7 @@ class LayerNorm(_AxisNorm):
         The normalised axes, one per entry of `normalized_shape`; None is the trailing ones.
         ``LayerNorm(C, axis=1)`` normalises the channels of every pixel of an NCHW array.
     dtype : dtype_like
-        Of the parameters, and so of x.
+        Of the parameters, and so of x, which beside float32 may have 16 bits.
     backend : {None, "auto", "cython", "numba", "numpy"}
         None is the current default.
 
@@ -730,7 +740,7 @@ class RMSNorm(_AxisNorm):
     axis : int or sequence of int, optional
         The normalised axes, one per entry of `normalized_shape`; None is the trailing ones.
     dtype : dtype_like
-        Of the weight, and so of x.
+        Of the weight, and so of x, which beside float32 may have 16 bits.
     backend : {None, "auto", "cython", "numba", "numpy"}
         None is the current default.
 

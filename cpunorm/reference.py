@@ -23,8 +23,9 @@ and one formula serves their gradients, with ĝ = weight·grad_y::
                                                     no mean(ĝ) in RMS norm, which has no mean)
     grad_weight = Σ grad_y·x̂        grad_bias = Σ grad_y        over all that share the parameter
 
-Names, order and defaults of the arguments are those of the public functions. No argument is ever
-written, results are float64, arrays must not be empty, and nothing is checked.
+Names, order and defaults of the arguments are those of the public functions. Arrays of any floating
+dtype are read as float64, and only what `add_*` add is rounded, as the sum is stored. No argument
+is ever written, results are float64, arrays must not be empty, and nothing is checked.
 """
 
 import math
@@ -51,7 +52,7 @@ class Forward(NamedTuple):
     running_mean, running_var : ndarray
         The running statistics after the call (batch and instance norm, where they were given).
     total : ndarray
-        x + residual (`add_layer_norm`, `add_rms_norm`).
+        x + residual as an array of their dtype holds it (`add_layer_norm`, `add_rms_norm`).
     """
 
     y: Array
@@ -468,15 +469,16 @@ def add_layer_norm(
     *,
     axis: int | tuple[int, ...] | None = None,
 ) -> Forward:
-    """`layer_norm` of total = x + residual (Ba et al. 2016).
+    """`layer_norm` of total = x + residual, rounded to their dtype (Ba et al. 2016).
 
     Returns
     -------
     Forward
         y, mean, rstd and total.
     """
-    total = np.asarray(x, np.float64) + np.asarray(residual, np.float64)
-    return layer_norm(total, normalized_shape, weight, bias, eps, axis=axis)._replace(total=total)
+    total = np.add(x, residual)
+    forward = layer_norm(total, normalized_shape, weight, bias, eps, axis=axis)
+    return forward._replace(total=total.astype(np.float64))
 
 
 def add_rms_norm(
@@ -488,16 +490,16 @@ def add_rms_norm(
     *,
     axis: int | tuple[int, ...] | None = None,
 ) -> Forward:
-    """`rms_norm` of total = x + residual (Zhang & Sennrich 2019).
+    """`rms_norm` of total = x + residual, rounded to their dtype (Zhang & Sennrich 2019).
 
     Returns
     -------
     Forward
         y, rstd and total.
     """
-    total = np.asarray(x, np.float64) + np.asarray(residual, np.float64)
-    eps = _rms_eps(x, eps)
-    return rms_norm(total, normalized_shape, weight, eps, axis=axis)._replace(total=total)
+    total = np.add(x, residual)
+    forward = rms_norm(total, normalized_shape, weight, eps, axis=axis)
+    return forward._replace(total=total.astype(np.float64))
 
 
 def layer_norm_backward(

@@ -89,28 +89,33 @@ class Case:
     def arrays(
         self,
         dtype: str = "float32",
+        parameters: str | None = None,
         *,
         weight: bool = True,
         bias: bool = True,
         residual: bool = False,
         running: bool = True,
     ) -> dict[str, np.ndarray]:
-        """The arrays of the call by argument name: offset mean, random weight, always the same."""
-        rng = np.random.default_rng(crc32(str(self).encode()))
+        """The arrays of the call by argument name: offset mean, random weight, always the same.
 
-        def draw(shape, scale=1.0, offset=0.0):
+        `parameters` is the dtype of weight, bias and running statistics where it is not x's.
+        """
+        rng = np.random.default_rng(crc32(str(self).encode()))
+        parameters = np.dtype(parameters or dtype)
+
+        def draw(shape, scale=1.0, offset=0.0, dtype=parameters):
             return (scale * rng.standard_normal(shape) + offset).astype(dtype)
 
-        made = {"x": draw(self.shape, 1.5, 2.0)}
+        made = {"x": draw(self.shape, 1.5, 2.0, dtype)}
         if weight:
             made["weight"] = draw(self.parameter_shape, 0.5, 1.0)
         if bias and not self.is_rms:
             made["bias"] = draw(self.parameter_shape)
         if residual or self.adds:
-            made["residual"] = draw(self.shape, 1.0, -0.5)
+            made["residual"] = draw(self.shape, 1.0, -0.5, dtype)
         if self.takes_running_statistics and (running or self.is_frozen):
             made["running_mean"] = draw(self.parameter_shape, 0.5, 2.0)
-            made["running_var"] = np.square(draw(self.parameter_shape)) + made["x"].dtype.type(0.5)
+            made["running_var"] = np.square(draw(self.parameter_shape)) + parameters.type(0.5)
         return made
 
     def grad_y(self, dtype: str = "float32") -> np.ndarray:

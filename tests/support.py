@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 import cpunorm
@@ -12,10 +13,17 @@ from .cases import Case
 
 AVAILABLE = cpunorm.available_backends()
 DTYPES = ("float32", "float64")
+HALF_DTYPES = ("float16", "bfloat16")
 
-# |got - oracle| <= tolerance·(1 + |oracle|)
-VALUE_TOLERANCE = {np.dtype("float32"): 3e-6, np.dtype("float64"): 1e-12}
-GRADIENT_TOLERANCE = {np.dtype("float32"): 3e-5, np.dtype("float64"): 1e-11}
+FLOAT16, BFLOAT16 = np.dtype("float16"), np.dtype(ml_dtypes.bfloat16)
+
+# |got - oracle| <= tolerance·(1 + |oracle|), and half an ulp where got has 16 bits: those results
+# are computed like those of float32, and rounded once.
+VALUE_TOLERANCE = {np.dtype("float64"): 1e-12}
+GRADIENT_TOLERANCE = {np.dtype("float64"): 1e-11}
+for dtype in (np.dtype("float32"), FLOAT16, BFLOAT16):
+    VALUE_TOLERANCE[dtype], GRADIENT_TOLERANCE[dtype] = 3e-6, 3e-5
+HALF_ULP = {FLOAT16: 2.0**-11, BFLOAT16: 2.0**-8}
 
 
 # --- Comparing -----------------------------------------------------------------------------------
@@ -24,7 +32,8 @@ GRADIENT_TOLERANCE = {np.dtype("float32"): 3e-5, np.dtype("float64"): 1e-11}
 def assert_close(got, expected, tolerance):
     """|got - expected| <= tolerance·(1 + |expected|) everywhere, and the same shape."""
     assert got.shape == np.shape(expected)
-    np.testing.assert_allclose(got, expected, rtol=tolerance, atol=tolerance)
+    rtol = tolerance + HALF_ULP.get(got.dtype, 0.0)
+    np.testing.assert_allclose(got.astype("float64"), expected, rtol=rtol, atol=tolerance)
 
 
 def assert_values_close(got, expected):

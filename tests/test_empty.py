@@ -6,7 +6,7 @@ import pytest
 import cpunorm
 
 from .cases import LAYOUTS, Case, in_layout, row_cases
-from .support import DTYPES, assert_same_bits, copies, run, run_backward, statistics
+from .support import DTYPES, HALF_DTYPES, assert_same_bits, copies, run, run_backward, statistics
 
 # (N, C, *spatial), and whether the channels can be grouped by two
 SHAPES = ((0, 4), (0, 4, 3, 3), (2, 4, 0, 3), (2, 4, 0), (3, 0), (2, 0, 3, 3), (0, 0), (0, 4, 0))
@@ -45,7 +45,7 @@ def assert_zeros(array, shape):
 
 @cases
 def test_forward(case, backend_or_auto):
-    for dtype in DTYPES:
+    for dtype in (*DTYPES, *HALF_DTYPES):
         arrays = case.arrays(dtype, residual=case.is_channel_op)
         before = copies(arrays)
         result = run(case, arrays, backend=backend_or_auto)
@@ -71,7 +71,7 @@ def test_stats(case):
 
 @cases
 def test_backward(case, backend_or_auto):
-    for dtype in DTYPES:
+    for dtype in (*DTYPES, *HALF_DTYPES):
         arrays = case.arrays(dtype)
         gradients = run_backward(case, arrays, case.grad_y(dtype), backend=backend_or_auto)
         assert gradients.x.shape == case.shape

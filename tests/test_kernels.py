@@ -11,6 +11,7 @@ from cpunorm.backends import ACTIVATIONS, KERNELS
 from .cases import SMALL_CASES
 from .support import (
     DTYPES,
+    HALF_DTYPES,
     assert_close,
     assert_gradients_close,
     assert_values_close,
@@ -26,6 +27,9 @@ from .support import (
 
 PROBLEMS = sorted({problem for problem, _ in KERNELS})
 VERBS = sorted({verb for _, verb in KERNELS})
+
+# What has x's shape and dtype; the rest has the dtype of statistics.
+LIKE_X = ("x", "residual", "y", "total", "grad_y", "grad_total", "grad_x")
 
 # What each verb writes, by position in the order of arguments that backends/__init__.py gives.
 WRITTEN = {
@@ -108,30 +112,30 @@ def test_kernels_write_all_of_what_they_are_given(case, backend, monkeypatch):
 @pytest.mark.parametrize(
     "lay", [np.asarray, np.asfortranarray, spread, reversed_in_memory, unaligned]
 )
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("case", SMALL_CASES, ids=str)
-def test_kernels_get_what_the_contract_says(case, lay, monkeypatch):
-    """C-contiguous, aligned, of no zero size and of the accumulation dtype, wherever x lay."""
+def test_kernels_get_what_the_contract_says(case, dtype, lay, monkeypatch):
+    """C-contiguous, aligned, of no zero size and of the right dtype, wherever x lay."""
     reached = []
 
     def around(problem, verb, function, arguments):
-        assert len(arguments) == len(inspect.signature(function).parameters)
-        for argument in arguments:
+        names = inspect.signature(function).parameters
+        for name, argument in zip(names, arguments, strict=True):
             if isinstance(argument, np.ndarray):
                 assert argument.flags.c_contiguous
                 assert argument.flags.aligned
                 assert argument.size
-                assert argument.dtype == np.float32
+                assert argument.dtype == (dtype if name in LIKE_X else "float32")
         assert arguments[-1] >= 1
         reached.append(verb)
         function(*arguments)
 
     watch(monkeypatch, around)
-    arrays = {name: lay(a) for name, a in case.arrays(residual=case.is_channel_op).items()}
-    out = {"out": lay(np.zeros(case.shape, "float32"))}
+    plain, grad_y = case.arrays(dtype, residual=case.is_channel_op), case.grad_y(dtype)
+    arrays = {name: lay(a) for name, a in plain.items()}
+    out = {"out": lay(np.zeros(case.shape, dtype))}
     run(case, arrays, **out, backend="numpy")
-    run_backward(
-        case, case.arrays() | pick(arrays, "x", "weight"), lay(case.grad_y()), backend="numpy"
-    )
+    run_backward(case, plain | pick(arrays, "x", "weight"), lay(grad_y), backend="numpy")
     assert len(reached) == 3  # forward, forward for its Stats, backward
 
 
@@ -155,7 +159,11 @@ FOLDS = (
 )
 folds = pytest.mark.parametrize(("problem", "shape", "stats"), FOLDS)
 threads = pytest.mark.parametrize("threads", [1, 2])
-dtypes = pytest.mark.parametrize("dtype", DTYPES)
+dtypes = pytest.mark.parametrize("dtype", (*DTYPES, *HALF_DTYPES))
+
+
+def of_statistics(dtype):
+    return "float64" if dtype == "float64" else "float32"
 
 
 class Fold:
@@ -189,11 +197,11 @@ class Fold:
 @folds
 def test_moments(problem, shape, stats, dtype, threads, backend):
     x = np.random.default_rng(0).normal(100, 3, shape).astype(dtype)
-    mean, var = np.full(stats, np.nan, dtype), np.full(stats, np.nan, dtype)
+    mean, var = np.full((2, *stats), np.nan, of_statistics(dtype))
     _dispatch.kernel(problem, "moments", backend)(x, mean, var, threads)
     units = Fold(problem, shape, stats).x(x)
-    assert_close(mean, units.mean(axis=(1, 3, 4)), 1e-7 if dtype == "float32" else 1e-14)
-    assert_close(var, units.var(axis=(1, 3, 4)), 3e-6 if dtype == "float32" else 1e-11)
+    assert_close(mean, units.mean(axis=(1, 3, 4)), 1e-14 if dtype == "float64" else 1e-7)
+    assert_close(var, units.var(axis=(1, 3, 4)), 1e-11 if dtype == "float64" else 3e-6)
 
 
 @threads
@@ -204,10 +212,10 @@ def test_given_statistics(problem, shape, stats, dtype, threads, backend):
     rng = np.random.default_rng(0)
     fold = Fold(problem, shape, stats)
     x, residual, grad_y = rng.normal(1, 2, (3, *shape)).astype(dtype)
-    mean, rstd = rng.uniform(0.5, 2, (2, *stats)).astype(dtype)
-    weight, bias = rng.normal(1, 1, (2, fold.channels)).astype(dtype)
+    mean, rstd = rng.uniform(0.5, 2, (2, *stats)).astype(of_statistics(dtype))
+    weight, bias = rng.normal(1, 1, (2, fold.channels)).astype(of_statistics(dtype))
     y, grad_x = np.full((2, *shape), np.nan, dtype)
-    grad_weight, grad_bias = np.full((2, fold.channels), np.nan, dtype)
+    grad_weight, grad_bias = np.full((2, fold.channels), np.nan, of_statistics(dtype))
     relu = ACTIVATIONS.index("relu")
     _dispatch.kernel(problem, "apply", backend)(
         x, residual, weight, bias, relu, y, mean, rstd, threads

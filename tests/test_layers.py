@@ -10,7 +10,7 @@ import pytest
 import cpunorm
 from cpunorm import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm, reference
 
-from .support import GRADIENT_TOLERANCE, VALUE_TOLERANCE, assert_close
+from .support import GRADIENT_TOLERANCE, HALF_DTYPES, VALUE_TOLERANCE, assert_close
 
 FLOAT32 = np.dtype("float32")
 VALUES, GRADIENTS = VALUE_TOLERANCE[FLOAT32], GRADIENT_TOLERANCE[FLOAT32]
@@ -155,6 +155,24 @@ def test_out_and_dtype(make):
     assert {a.dtype.name for a in layer.state_dict().values()} <= {"float64", "int64"}
     assert layer(x, out=out) is out
     assert np.array_equal(out, make(dtype=float)(x))
+
+
+@pytest.mark.parametrize("parameters", ["same", "float32"])
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+@each
+def test_16_bits(make, dtype, parameters):
+    """x of 16 bits, with parameters like it or in float32, which training needs."""
+    layer = make(dtype=dtype if parameters == "same" else parameters)
+    x = normal(*SHAPE, dtype=dtype)
+    y = layer(x)
+    assert y.dtype == x.dtype
+    assert_close(y, make(dtype="float64")(x.astype("float64")), VALUES)
+    assert layer.backward(y).dtype == x.dtype
+    assert layer.grad_weight.dtype == layer.weight.dtype
+    other = make(dtype=layer.dtype)
+    other.load_state_dict(layer.state_dict())
+    assert states_equal(other.state_dict(), layer.state_dict())
+    assert repr(layer) == repr(other)
 
 
 @each

@@ -3,12 +3,15 @@
 import os
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 
 from .cases import CASES, SMALL_CASES
 from .support import (
     AVAILABLE,
+    DTYPES,
+    HALF_DTYPES,
     assert_gradients_close,
     assert_values_close,
     first,
@@ -32,8 +35,14 @@ def level(request):
     cython.install(cython.ISA)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("case", [*SMALL_CASES, *CASES[::3]], ids=str)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        *product([*SMALL_CASES, *CASES[::3]], DTYPES),
+        *product([*SMALL_CASES, *CASES[::30]], HALF_DTYPES),
+    ],
+    ids=str,
+)
 def test_values_and_gradients(case, dtype, level):
     arrays, grad_y = case.arrays(dtype), case.grad_y(dtype)
     expected = run_oracle(case, arrays)

@@ -10,7 +10,13 @@ import pytest
 
 import cpunorm
 
-from .support import AVAILABLE, DTYPES, assert_gradients_close, assert_values_close
+from .support import (
+    AVAILABLE,
+    DTYPES,
+    HALF_DTYPES,
+    assert_gradients_close,
+    assert_values_close,
+)
 
 with warnings.catch_warnings():  # torch's affair
     warnings.simplefilter("ignore")
@@ -63,7 +69,7 @@ def to_numpy(arguments, dtype):
 def to_torch(arguments):
     """The very values ours gets, in float64, x and the parameters asking for gradients."""
     tensors = {
-        name: torch.tensor(value, dtype=torch.float64) if isinstance(value, np.ndarray) else value
+        name: torch.tensor(value.astype("float64")) if isinstance(value, np.ndarray) else value
         for name, value in arguments.items()
     }
     for name in ("x", "weight", "bias"):
@@ -82,7 +88,7 @@ def test_every_operation_has_samples():
     assert {parameters.values[0] for parameters in samples()} == set(OPS)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", (*DTYPES, *HALF_DTYPES))
 @pytest.mark.parametrize(("op", "sample"), list(samples()))
 def test_sample(op, sample, dtype, backend):
     arguments = to_numpy(sample, dtype)
@@ -94,7 +100,7 @@ def test_sample(op, sample, dtype, backend):
         return
     tensors = to_torch(arguments)
     if op == "rms_norm" and tensors.get("eps") is None:
-        tensors["eps"] = float(np.finfo(dtype).eps)
+        tensors["eps"] = float(np.finfo("float64" if dtype == "float64" else "float32").eps)
     expected = call_torch(op, tensors)
     y, stats = function(**arguments, return_stats=True, backend=backend)
     assert_values_close(y, expected.detach().numpy())
@@ -103,7 +109,7 @@ def test_sample(op, sample, dtype, backend):
             assert_values_close(arguments[name], tensors[name].numpy())
 
     grad_y = np.random.default_rng(0).normal(0.5, 1, y.shape).astype(dtype)
-    expected.backward(torch.tensor(grad_y, dtype=torch.float64))
+    expected.backward(torch.tensor(grad_y.astype("float64")))
     wanted = [
         tensors[name].grad.numpy() if torch.is_tensor(tensors.get(name)) else None
         for name in ("x", "weight", "bias")
@@ -117,6 +123,65 @@ def test_sample(op, sample, dtype, backend):
     # ours are there without a parameter too
     ours = [g if w is not None else None for g, w in zip(gradients, wanted, strict=True)]
     assert_gradients_close(ours, wanted)
+
+
+def to_half_torch(array):
+    """A tensor of the same dtype: torch reads NumPy's arrays, but none of bfloat16."""
+    if array.dtype.name != "bfloat16":
+        return torch.tensor(array)
+    return torch.tensor(array.view("int16")).view(torch.bfloat16)
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+@pytest.mark.parametrize("op", OPS)
+def test_16_bits(op, dtype, mixed, backend):
+    """Every result has the dtype torch gives it, and is no further off than torch's own kernels.
+
+    It is often nearer: they round statistics, or sums over rows, to 16 bits on the way.
+    """
+    rng = np.random.default_rng(0)
+    parameters = "float32" if mixed else dtype
+    x, grad_y = rng.normal(1, 2, (2, 8, 6, 33)).astype(dtype)
+    extra = {"group_norm": {"num_groups": 3}, "batch_norm": {"training": True}}.get(op, {})
+    size = 33 if op in ("layer_norm", "rms_norm") else 6
+    extra |= {"normalized_shape": (33,)} if size == 33 else {}
+    names = ("weight",) if op == "rms_norm" else ("weight", "bias")
+    affine = {name: rng.normal(1, 0.5, size).astype(parameters) for name in names}
+    running = {}
+    if op == "batch_norm":
+        running = {f"running_{s}": np.ones(size, parameters) for s in ("mean", "var")}
+
+    arrays = {"x": x} | affine | running
+    tensors = {name: to_half_torch(a) for name, a in arrays.items()}
+    for name in ("x", *affine):
+        tensors[name].requires_grad_()
+    theirs = call_torch(op, tensors | extra)
+    theirs.backward(to_half_torch(grad_y))
+    exact = to_torch(arrays)
+    wanted = call_torch(op, exact | extra)
+    wanted.backward(torch.tensor(grad_y.astype("float64")))
+
+    y, stats = getattr(cpunorm, op)(
+        x, **affine, **running, **extra, return_stats=True, backend=backend
+    )
+    gradients = getattr(cpunorm, f"{op}_backward")(
+        grad_y, x, stats=stats, weight=affine["weight"], **extra, backend=backend
+    )
+    results = [(y, theirs, wanted)]
+    results += [(running[name], tensors[name], exact[name]) for name in running]
+    results += [
+        (gradient, tensors[name].grad, exact[name].grad)
+        for gradient, name in zip(gradients, ("x", *affine), strict=False)
+    ]
+    for ours, theirs, wanted in results:
+        assert str(theirs.dtype) == f"torch.{ours.dtype}"
+        wanted = wanted.detach().numpy()
+        error, their_error = (
+            np.abs(a - wanted).max() for a in (ours, theirs.detach().double().numpy())
+        )
+        assert error <= 1.01 * their_error + 3e-6
 
 
 @pytest.mark.parametrize(("op", "sample"), list(errors()))

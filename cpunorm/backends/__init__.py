@@ -29,13 +29,17 @@ Shapes, all arrays C-contiguous, aligned, and of no zero size:
 What a statistic covers is said by the shape of `mean`: B is N (instance and group norm) or 1
 (batch norm), G the number of groups; with B = 1 and N > 1 the batch is reduced and G = C.
 
-- `x`, `y`, `residual`, `total`, `grad_*` of the size of x have x's dtype; parameters, statistics,
-  `grad_weight` and `grad_bias` the accumulation dtype (float64 for float64, else float32).
+- `x`, `y`, `residual`, `total`, `grad_*` of the size of x have x's dtype (float16, bfloat16,
+  float32 or float64); parameters, statistics, `grad_weight` and `grad_bias` the accumulation dtype
+  (float64 for float64, else float32).
+- Halves are storage: they are read as float32 and all arithmetic is that of float32; `y` and
+  `grad_x` are rounded once, to nearest even, NaN stays NaN, and what overflows becomes infinite.
 - Outputs are passed in, uninitialised: `y`, `total`, `mean`, `var` (biased), `rstd`, `grad_*`.
   `y` or `total` may be x or residual itself (and grad_x may not alias anything).
 - None is allowed for `residual` (then `total` is None too in rows and columns), `weight`, `bias`,
   `grad_total`, and each of `grad_x`, `grad_weight`, `grad_bias` (not wanted).
 - rows and columns: residual is added *before* the normalization and the sum is written to `total`;
+  what is normalised is `total` as it is stored, rounded to x's dtype;
   `mean=None` asks for RMS norm (no centring; `grad_bias` is None).
 - channels_*: residual is added after the affine step and before the activation. `activation` is an
   index into ACTIVATIONS.

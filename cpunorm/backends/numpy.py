@@ -4,7 +4,9 @@ One set of verbs serves all four problems. A problem is only a way to fold x so 
 statistic covers, and those a parameter covers, can be named.
 """
 
+import inspect
 import math
+from functools import wraps
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -86,8 +88,13 @@ def _transform(fold, y, rstd, weight, bias):
 
 def _axis_verbs(fold_of):
     def normalize(x, residual, weight, bias, eps, y, total, mean, rstd, threads):
+        # Not in float32 where x is half: what is normalised is the sum as it is stored.
         if residual is not None:
             x = np.add(x, residual, out=total)
+        normalize_rows(x, weight, bias, eps, y, mean, rstd)
+
+    @_in_single
+    def normalize_rows(x, weight, bias, eps, y, mean, rstd):
         fold = fold_of(x, rstd)
         x, y = x.reshape(fold.x), y.reshape(fold.x)
         if mean is None:
@@ -102,6 +109,7 @@ def _axis_verbs(fold_of):
         rstd[...] = exact.reshape(rstd.shape)
         _transform(fold, y, exact, weight, bias)
 
+    @_in_single
     def backward(
         grad_y, x, mean, rstd, weight, grad_total, grad_x, grad_weight, grad_bias, threads
     ):
@@ -156,7 +164,27 @@ def _channel_verbs(fold_of):
         fold = fold_of(x, rstd)
         _backward(fold, grad_y, x, mean, rstd, weight, grad_x, grad_weight, grad_bias, True)
 
-    return _verbs(normalize, apply, moments, backward, backward_apply)
+    return _verbs(*map(_in_single, (normalize, apply, moments, backward, backward_apply)))
+
+
+def _in_single(verb):
+    """Have a verb work on float32 copies of half arrays; what it writes is rounded once."""
+    names = tuple(inspect.signature(verb).parameters)
+
+    def single(name, a):
+        if not isinstance(a, np.ndarray) or a.itemsize != 2:
+            return a
+        return np.empty(a.shape, np.float32) if name in ("y", "grad_x") else a.astype(np.float32)
+
+    @wraps(verb)
+    def run(*arguments):
+        singles = [single(name, a) for name, a in zip(names, arguments, strict=True)]
+        verb(*singles)
+        for name, a, result in zip(names, arguments, singles, strict=True):
+            if name in ("y", "grad_x") and a is not result:
+                a[...] = result
+
+    return run
 
 
 def _verbs(*functions):

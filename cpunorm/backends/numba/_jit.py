@@ -21,6 +21,8 @@ from numba import prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from .halves import as_bits, open_halves
+
 Array = np.ndarray[Any, Any]
 
 # Neither `nnan` nor `ninf`: NaN and Inf must survive, and stay in the statistic they belong to. Nor
@@ -132,7 +134,7 @@ def _entry(loop, task, arguments):
     if loop:
         _launch(loop, task, arguments)
     else:
-        _KERNEL(task, arguments)
+        _KERNEL(task, open_halves(arguments))
 
 
 def _serial_loop(callback, tasks, address):
@@ -202,10 +204,12 @@ def flat(array: Array | None, like: Array) -> Array:
     """`array` in one dimension; None becomes an empty array of the dtype of `like`.
 
     So that no argument asks for a compilation of its own: neither None nor a read-only array, which
-    numba takes for a type apart.
+    numba takes for a type apart. Floats of 16 bits become integers.
     """
     if array is None:
-        return np.empty(0, like.dtype)
+        array = np.empty(0, like.dtype)
+    if array.itemsize == 2:
+        array = as_bits(array)
     if not array.flags.writeable:
         array = np.asarray(_Unlocked(array))
     return array.ravel()

@@ -28,6 +28,7 @@ from .sweeps import (
     block_gradient_sums,
     block_moments,
     ceil_div,
+    element_gradient,
     finish,
     group_terms,
     in_full,
@@ -157,7 +158,7 @@ def _write_grad_x(grad_y, x, start, rows, stride, width, mean, scale, terms, fro
         else:
             for j in range(width):
                 i = at(a + j)
-                grad_x[i] = scale * (grad_y[i] - centre) + (slope * (x[i] - mean) + rest)
+                grad_x[i] = element_gradient(grad_y[i], x[i] - mean, scale, centre, slope, rest)
 
 
 @kernel
@@ -269,7 +270,7 @@ def normalize(
     """y = activation((x - mean)·rstd·weight + bias + residual); without y, the statistics alone."""
     units = B, R, G, K, S = _units(x, mean)
     outputs = mean, var, rstd
-    function = address(activation, x.dtype)
+    function = address(activation, mean.dtype)
     if S < SHORT:
         parameters = _spread(S, weight, bias)
         if R > 1:
@@ -281,8 +282,9 @@ def normalize(
                 x, None, residual, *parameters, eps, True, function, y, None, outputs, G, threads
             )
         return
-    x, residual, weight, bias, y = (flat(array, x) for array in (x, residual, weight, bias, y))
-    outputs = tuple(flat(array, x) for array in outputs)
+    x, residual, y = (flat(array, x) for array in (x, residual, y))
+    weight, bias, *outputs = (flat(array, mean) for array in (weight, bias, *outputs))
+    outputs = tuple(outputs)
     if size := _task_size(units):
         tasks = ceil_div(B, size[0]) * ceil_div(G, size[1])
         sizes = *units, *size
@@ -331,8 +333,9 @@ def apply(
         x, residual, y = _as((1, R, G * S), x, residual, y)
         channels_last.apply(x, residual, *parameters, activation, y, mean, rstd, threads)
         return
-    function = address(activation, x.dtype)
-    x, residual, weight, bias, y = (flat(array, x) for array in (x, residual, weight, bias, y))
+    function = address(activation, mean.dtype)
+    x, residual, y = (flat(array, x) for array in (x, residual, y))
+    weight, bias = flat(weight, mean), flat(bias, mean)
     _sweep(x, residual, weight, bias, function, y, in_full(mean, rstd), units, threads)
 
 
@@ -398,8 +401,9 @@ def _differentiate(
             rows.backward_groups(grad_y, x, mean, rstd, weight, None, grad_x, *wide, G, threads)
         _gather(S, wide, gradients)
         return
-    grad_y, x, weight, grad_x = (flat(array, x) for array in (grad_y, x, weight, grad_x))
-    saved = flat(mean, x), flat(rstd, x)
+    grad_y, x, grad_x = (flat(array, x) for array in (grad_y, x, grad_x))
+    saved = flat(mean, mean), flat(rstd, mean)
+    weight = flat(weight, mean)
     inputs = grad_y, x, saved, weight
     size = _task_size(units)
     if size and not frozen:

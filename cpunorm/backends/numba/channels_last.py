@@ -24,6 +24,7 @@ from .sweeps import (
     ceil_div,
     column_gradient_sums,
     column_moments,
+    element_gradient,
     finish,
     group_terms,
     in_full,
@@ -211,8 +212,10 @@ def _write_grad_x(grad_y, x, start, rows, C, width, lanes, terms, frozen, grad_x
         else:
             for j in range(n):
                 i = at(a + j)
-                rest = terms[3, j] * (x[i] - terms[0, j]) + terms[4, j]
-                grad_x[i] = terms[1, j] * (grad_y[i] - terms[2, j]) + rest
+                d = x[i] - terms[0, j]
+                grad_x[i] = element_gradient(
+                    grad_y[i], d, terms[1, j], terms[2, j], terms[3, j], terms[4, j]
+                )
 
 
 @kernel
@@ -315,7 +318,7 @@ def normalize(
 ) -> None:
     """y = activation((x - mean)·rstd·weight + bias + residual); without y, the statistics alone."""
     sizes = N, S, C, K = _sizes(x, mean)
-    function = address(activation, x.dtype)
+    function = address(activation, mean.dtype)
     outputs = mean, var, rstd
     if S == 1:
         x, residual, y = _as_rows(K, x, residual, y)
@@ -324,8 +327,9 @@ def normalize(
         )
         return
     size = _task_size(sizes, x.itemsize)
-    x, residual, weight, bias, y = (flat(array, x) for array in (x, residual, weight, bias, y))
-    outputs = tuple(flat(array, x) for array in outputs)
+    x, residual, y = (flat(array, x) for array in (x, residual, y))
+    weight, bias, *outputs = (flat(array, mean) for array in (weight, bias, *outputs))
+    outputs = tuple(outputs)
     if size:
         tasks = ceil_div(N, size[0]) * ceil_div(C, size[1])
         cut = *sizes, *size
@@ -355,8 +359,9 @@ def apply(
     sizes = _sizes(x, mean)
     height, strip, tasks = _part_size(sizes)
     cut = *sizes, height, strip
-    function = address(activation, x.dtype)
-    x, residual, weight, bias, y = (flat(array, x) for array in (x, residual, weight, bias, y))
+    function = address(activation, mean.dtype)
+    x, residual, y = (flat(array, x) for array in (x, residual, y))
+    weight, bias = flat(weight, mean), flat(bias, mean)
     stats = in_full(mean, rstd)
     _apply(threads, tasks, x, residual, weight, bias, function, y, stats, cut)
 
@@ -417,8 +422,9 @@ def _differentiate(
         )
         return
     size = _task_size(sizes, 2 * x.itemsize)
-    grad_y, x, weight, grad_x = (flat(array, x) for array in (grad_y, x, weight, grad_x))
-    saved = flat(mean, x), flat(rstd, x)
+    grad_y, x, grad_x = (flat(array, x) for array in (grad_y, x, grad_x))
+    saved = flat(mean, mean), flat(rstd, mean)
+    weight = flat(weight, mean)
     inputs = grad_y, x, saved, weight
     if size and not frozen:
         slots = ceil_div(N, size[0])

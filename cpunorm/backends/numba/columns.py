@@ -19,6 +19,7 @@ from .sweeps import (
     ceil_div,
     column_gradient_sums,
     column_moments,
+    element_gradient,
     finish,
     row_terms,
     same_memory,
@@ -85,7 +86,7 @@ def _normalize(task, arguments):
             h = min(tall, D - top)
             a = start + top * S
             _affine(source, a, h, S, width, terms, parameters, top, z, zero, width)
-            finish(z, x[:0], 0, a, h * width, S, width, y)
+            finish(z, z[:0], 0, a, h * width, S, width, y)
 
 
 @jit
@@ -93,13 +94,21 @@ def _write_grad_x(grad_y, x, start, D, S, width, terms, weight, grad_total, grad
     for r in range(D):
         a = start + r * S
         w = weight[r] if weight.size else x.dtype.type(1)
-        for j in range(width):
-            i = at(a + j)
-            rest = terms[3, j] * (x[i] - terms[0, j]) + terms[4, j]
-            grad_x[i] = terms[1, j] * (grad_y[i] * w - terms[2, j]) + rest
         if grad_total.size:
             for j in range(width):
-                grad_x[at(a + j)] += grad_total[at(a + j)]
+                i = at(a + j)
+                g = grad_y[i] * w
+                d = x[i] - terms[0, j]
+                own = element_gradient(g, d, terms[1, j], terms[2, j], terms[3, j], terms[4, j])
+                grad_x[i] = own + grad_total[i]
+        else:
+            for j in range(width):
+                i = at(a + j)
+                g = grad_y[i] * w
+                d = x[i] - terms[0, j]
+                grad_x[i] = element_gradient(
+                    g, d, terms[1, j], terms[2, j], terms[3, j], terms[4, j]
+                )
 
 
 @jit_sum
@@ -183,8 +192,8 @@ def normalize(
     images, strip = _task_size(N, D, S, x.itemsize)
     tasks = ceil_div(N, images) * ceil_div(S, strip)
     center = mean is not None
-    parameters = flat(weight, x), flat(bias, x)
-    outputs = tuple(flat(array, x) for array in (mean, None, rstd))
+    parameters = flat(weight, rstd), flat(bias, rstd)
+    outputs = tuple(flat(array, rstd) for array in (mean, None, rstd))
     x, addend, y, total = (flat(array, x) for array in (x, residual, y, total))
     sizes = N, D, S, images, strip
     _normalize(threads, tasks, x, addend, parameters, eps, center, y, total, outputs, sizes)
@@ -216,9 +225,9 @@ def backward(
     images, strip = _task_size(N, D, S, 2 * x.itemsize)
     tasks = ceil_div(N, images) * ceil_div(S, strip)
     totals = np.zeros((tasks, 2, D))
-    saved = flat(mean, x), flat(rstd, x)
-    weights = flat(weight, x)
-    row_weight = np.ones(1, x.dtype) if weight is None else weights
+    saved = flat(mean, rstd), flat(rstd, rstd)
+    weights = flat(weight, rstd)
+    row_weight = np.ones(1, rstd.dtype) if weight is None else weights
     parameters = weights, row_weight, int(weight is not None)
     wanted = grad_weight is not None, grad_bias is not None
     grad_y, x, grad_total, grad_x = (flat(array, x) for array in arrays)

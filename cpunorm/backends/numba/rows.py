@@ -24,6 +24,7 @@ from .sweeps import (
     at,
     block_moments,
     ceil_div,
+    element_gradient,
     finish,
     merge_moments,
     row_terms,
@@ -122,7 +123,7 @@ def _transform_parts(task, arguments):
     left = task % across * PIECE
     z = np.empty(BLOCK, x.dtype)
     block = row, left, 1, min(PIECE, D - left)
-    _transform(x, x[:0], parameters, 0, stats, row, y, z, block, (D, 1))
+    _transform(x, z[:0], parameters, 0, stats, row, y, z, block, (D, 1))
 
 
 @jit_sum
@@ -172,13 +173,17 @@ def _write_grad_x(grad_y, x, saved, parameters, grad_total, block, sizes, terms,
             start = (top + r) * D + a
             w = (group * D + a) * weighted
             n = min(BLOCK, left + width - a)
-            for j in range(n):
-                i = at(start + j)
-                g = grad_y[i] * weight[at(w + j)]
-                grad_x[i] = s * (g - centre) + (slope * (x[i] - m) + rest)
             if grad_total.size:
                 for j in range(n):
-                    grad_x[at(start + j)] += grad_total[at(start + j)]
+                    i = at(start + j)
+                    g = grad_y[i] * weight[at(w + j)]
+                    own = element_gradient(g, x[i] - m, s, centre, slope, rest)
+                    grad_x[i] = own + grad_total[i]
+            else:
+                for j in range(n):
+                    i = at(start + j)
+                    g = grad_y[i] * weight[at(w + j)]
+                    grad_x[i] = element_gradient(g, x[i] - m, s, centre, slope, rest)
 
 
 @jit
@@ -272,15 +277,15 @@ def _constants(value: int, dtype: np.dtype[Any]) -> Array:
     return np.full(BLOCK, value, dtype)
 
 
-def _parameters(weight: Array | None, bias: Array | None, x: Array) -> tuple[Any, ...]:
+def _parameters(weight: Array | None, bias: Array | None, like: Array) -> tuple[Any, ...]:
     """(weight, weighted, bias, biased) for the kernels.
 
     An absent one is BLOCK constants, read again and again: the loops have no case for it.
     """
     return (
-        _constants(1, x.dtype) if weight is None else flat(weight, x),
+        _constants(1, like.dtype) if weight is None else flat(weight, like),
         int(weight is not None),
-        _constants(0, x.dtype) if bias is None else flat(bias, x),
+        _constants(0, like.dtype) if bias is None else flat(bias, like),
         int(bias is not None),
     )
 
@@ -310,9 +315,10 @@ def normalize_groups(
     which is given by its address. `outputs` are mean, var and rstd.
     """
     M, D = x.shape
-    parameters = _parameters(weight, bias, x)
+    statistic = outputs[2] if outputs[0] is None else outputs[0]
+    parameters = _parameters(weight, bias, statistic)
     x, addend, residual, y, total = (flat(array, x) for array in (x, addend, residual, y, total))
-    outputs = tuple(flat(array, x) for array in outputs)
+    outputs = tuple(flat(array, statistic) for array in outputs)
     if G == 1 and not (activation or residual.size) and _are_huge(M, D):
         parts = np.empty((2, ceil_div(D, PIECE), M))
         tasks = M * parts.shape[1]
@@ -346,9 +352,9 @@ def backward_groups(
 ) -> None:
     """Gradients of `normalize_groups`; grad_weight and grad_bias are (G·D,)."""
     M, D = x.shape
-    parameters = _parameters(weight, None, x)
+    parameters = _parameters(weight, None, rstd)
     wanted = grad_weight is not None, grad_bias is not None
-    saved = flat(mean, x), flat(rstd, x)
+    saved = flat(mean, rstd), flat(rstd, rstd)
     grad_y, x, grad_total, grad_x = (flat(array, x) for array in (grad_y, x, grad_total, grad_x))
     inputs = grad_y, x, saved, parameters, grad_total
     if G == 1 and _are_huge(M, D):

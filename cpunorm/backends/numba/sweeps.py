@@ -252,6 +252,12 @@ def finish(z, residual, activation, start, count, stride, width, y):
             y[at(a + j)] = floor if value < floor else value
 
 
+@jit
+def element_gradient(g, d, scale, centre, slope, rest):
+    """One element of grad_x, with d = x - mean."""
+    return scale * (g - centre) + (slope * d + rest)
+
+
 @jit_sum
 def block_gradient_sums(grad_y, x, start, rows, stride, width, mean):
     """Σg, Σg·(x - mean), Σ(x - mean) over one block, with g = grad_y."""
