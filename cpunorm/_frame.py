@@ -113,6 +113,10 @@ def _channel_frame(
 ) -> Frame:
     order, dense = _memory_order(shape, strides, itemsize)
     before, inside, after = _split(order, (channel_axis,))
+    images = [i for i in order if i == 0]
+    if not inside and order[: len(images)] == images:
+        # One channel lies anywhere: here it makes the images planes.
+        before, after = images, order[len(images) :]
     if per_image:
         image = [0] if shape[0] != 1 else []
         within = before[len(image) :]

@@ -11282,7 +11282,7 @@ static int __pyx_f_7cpunorm_6_front_channels_of(PyArrayObject *__pyx_v_x, PyObje
  *     if c.C % groups:
  *         return False             # <<<<<<<<<<<<<<
  *     c.stats[0], c.stats[1] = c.N if per_image else 1, groups
- *     if c.S == 1:
+ *     # Where one of them is 1, it does not matter what lies inside what.
 */
     {
 
@@ -11303,8 +11303,8 @@ static int __pyx_f_7cpunorm_6_front_channels_of(PyArrayObject *__pyx_v_x, PyObje
  *     if c.C % groups:
  *         return False
  *     c.stats[0], c.stats[1] = c.N if per_image else 1, groups             # <<<<<<<<<<<<<<
+ *     # Where one of them is 1, it does not matter what lies inside what.
  *     if c.S == 1:
- *         # One position to a channel: it does not matter what lies inside what.
 */
   if (__pyx_v_per_image) {
 
@@ -11320,12 +11320,12 @@ static int __pyx_f_7cpunorm_6_front_channels_of(PyArrayObject *__pyx_v_x, PyObje
   (__pyx_v_c->stats[1]) = __pyx_t_7;
 
 
-  /* "cpunorm/_front.pyx":359
- *         return False
+  /* "cpunorm/_front.pyx":360
  *     c.stats[0], c.stats[1] = c.N if per_image else 1, groups
+ *     # Where one of them is 1, it does not matter what lies inside what.
  *     if c.S == 1:             # <<<<<<<<<<<<<<
- *         # One position to a channel: it does not matter what lies inside what.
  *         c.last = not per_image
+ *     elif c.C == 1:
 */
   __pyx_t_1 = (__pyx_v_c->S == 1);
 
@@ -11333,26 +11333,58 @@ static int __pyx_f_7cpunorm_6_front_channels_of(PyArrayObject *__pyx_v_x, PyObje
 
 
     /* "cpunorm/_front.pyx":361
+ *     # Where one of them is 1, it does not matter what lies inside what.
  *     if c.S == 1:
- *         # One position to a channel: it does not matter what lies inside what.
  *         c.last = not per_image             # <<<<<<<<<<<<<<
- *     if c.last and not per_image:
- *         c.N, c.S = 1, c.N * c.S
+ *     elif c.C == 1:
+ *         c.last = False
 */
     __pyx_v_c->last = (!__pyx_v_per_image);
 
-    /* "cpunorm/_front.pyx":359
- *         return False
+    /* "cpunorm/_front.pyx":360
  *     c.stats[0], c.stats[1] = c.N if per_image else 1, groups
+ *     # Where one of them is 1, it does not matter what lies inside what.
  *     if c.S == 1:             # <<<<<<<<<<<<<<
- *         # One position to a channel: it does not matter what lies inside what.
  *         c.last = not per_image
+ *     elif c.C == 1:
 */
+    goto __pyx_L10;
   }
 
   /* "cpunorm/_front.pyx":362
- *         # One position to a channel: it does not matter what lies inside what.
+ *     if c.S == 1:
  *         c.last = not per_image
+ *     elif c.C == 1:             # <<<<<<<<<<<<<<
+ *         c.last = False
+ *     if c.last and not per_image:
+*/
+  __pyx_t_1 = (__pyx_v_c->C == 1);
+
+  if (__pyx_t_1) {
+
+
+    /* "cpunorm/_front.pyx":363
+ *         c.last = not per_image
+ *     elif c.C == 1:
+ *         c.last = False             # <<<<<<<<<<<<<<
+ *     if c.last and not per_image:
+ *         c.N, c.S = 1, c.N * c.S
+*/
+    __pyx_v_c->last = 0;
+
+    /* "cpunorm/_front.pyx":362
+ *     if c.S == 1:
+ *         c.last = not per_image
+ *     elif c.C == 1:             # <<<<<<<<<<<<<<
+ *         c.last = False
+ *     if c.last and not per_image:
+*/
+  }
+  __pyx_L10:;
+
+  /* "cpunorm/_front.pyx":364
+ *     elif c.C == 1:
+ *         c.last = False
  *     if c.last and not per_image:             # <<<<<<<<<<<<<<
  *         c.N, c.S = 1, c.N * c.S
  *     return True
@@ -11372,8 +11404,8 @@ static int __pyx_f_7cpunorm_6_front_channels_of(PyArrayObject *__pyx_v_x, PyObje
   if (__pyx_t_1) {
 
 
-    /* "cpunorm/_front.pyx":363
- *         c.last = not per_image
+    /* "cpunorm/_front.pyx":365
+ *         c.last = False
  *     if c.last and not per_image:
  *         c.N, c.S = 1, c.N * c.S             # <<<<<<<<<<<<<<
  *     return True
@@ -11386,16 +11418,16 @@ static int __pyx_f_7cpunorm_6_front_channels_of(PyArrayObject *__pyx_v_x, PyObje
     __pyx_v_c->N = __pyx_t_6;
     __pyx_v_c->S = __pyx_t_4;
 
-    /* "cpunorm/_front.pyx":362
- *         # One position to a channel: it does not matter what lies inside what.
- *         c.last = not per_image
+    /* "cpunorm/_front.pyx":364
+ *     elif c.C == 1:
+ *         c.last = False
  *     if c.last and not per_image:             # <<<<<<<<<<<<<<
  *         c.N, c.S = 1, c.N * c.S
  *     return True
 */
   }
 
-  /* "cpunorm/_front.pyx":364
+  /* "cpunorm/_front.pyx":366
  *     if c.last and not per_image:
  *         c.N, c.S = 1, c.N * c.S
  *     return True             # <<<<<<<<<<<<<<
@@ -11430,7 +11462,7 @@ static int __pyx_f_7cpunorm_6_front_channels_of(PyArrayObject *__pyx_v_x, PyObje
   return __pyx_r;
 }
 
-/* "cpunorm/_front.pyx":367
+/* "cpunorm/_front.pyx":369
  * 
  * 
  * cdef object channel_norm(object x_, object running_mean, object running_var, object weight,             # <<<<<<<<<<<<<<
@@ -11488,17 +11520,17 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("channel_norm", 0);
 
-  /* "cpunorm/_front.pyx":372
+  /* "cpunorm/_front.pyx":374
  *                          object residual, object out, object return_stats, object backend):
  *     cdef:
  *         int kind = kind_of(x_)             # <<<<<<<<<<<<<<
  *         double eps, momentum
  *         cnp.ndarray x, y
 */
-  __pyx_t_1 = __pyx_f_7cpunorm_6_front_kind_of(__pyx_v_x_); if (unlikely(__pyx_t_1 == ((int)-1) && PyErr_Occurred())) __PYX_ERR(0, 372, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7cpunorm_6_front_kind_of(__pyx_v_x_); if (unlikely(__pyx_t_1 == ((int)-1) && PyErr_Occurred())) __PYX_ERR(0, 374, __pyx_L1_error)
   __pyx_v_kind = __pyx_t_1;
 
-  /* "cpunorm/_front.pyx":375
+  /* "cpunorm/_front.pyx":377
  *         double eps, momentum
  *         cnp.ndarray x, y
  *         object mean = None, rstd = None, index             # <<<<<<<<<<<<<<
@@ -11510,7 +11542,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
   __Pyx_INCREF(Py_None);
   __pyx_v_rstd = Py_None;
 
-  /* "cpunorm/_front.pyx":381
+  /* "cpunorm/_front.pyx":383
  *         Table* table
  *         Call call
  *         bint running = running_mean is not None             # <<<<<<<<<<<<<<
@@ -11520,7 +11552,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
   __pyx_t_2 = (__pyx_v_running_mean != Py_None);
   __pyx_v_running = __pyx_t_2;
 
-  /* "cpunorm/_front.pyx":382
+  /* "cpunorm/_front.pyx":384
  *         Call call
  *         bint running = running_mean is not None
  *     if (kind < 0 or not true_or_false(return_stats) or not number(eps_, &eps)             # <<<<<<<<<<<<<<
@@ -11548,7 +11580,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
     goto __pyx_L4_bool_binop_done;
   }
 
-  /* "cpunorm/_front.pyx":383
+  /* "cpunorm/_front.pyx":385
  *         bint running = running_mean is not None
  *     if (kind < 0 or not true_or_false(return_stats) or not number(eps_, &eps)
  *             or not number(momentum_, &momentum)):             # <<<<<<<<<<<<<<
@@ -11572,7 +11604,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
 
   __pyx_L4_bool_binop_done:;
 
-  /* "cpunorm/_front.pyx":382
+  /* "cpunorm/_front.pyx":384
  *         Call call
  *         bint running = running_mean is not None
  *     if (kind < 0 or not true_or_false(return_stats) or not number(eps_, &eps)             # <<<<<<<<<<<<<<
@@ -11582,7 +11614,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
   if (__pyx_t_2) {
 
 
-    /* "cpunorm/_front.pyx":384
+    /* "cpunorm/_front.pyx":386
  *     if (kind < 0 or not true_or_false(return_stats) or not number(eps_, &eps)
  *             or not number(momentum_, &momentum)):
  *         return None             # <<<<<<<<<<<<<<
@@ -11599,7 +11631,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
     }
     goto __pyx_L0;
 
-    /* "cpunorm/_front.pyx":382
+    /* "cpunorm/_front.pyx":384
  *         Call call
  *         bint running = running_mean is not None
  *     if (kind < 0 or not true_or_false(return_stats) or not number(eps_, &eps)             # <<<<<<<<<<<<<<
@@ -11608,7 +11640,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
 */
   }
 
-  /* "cpunorm/_front.pyx":385
+  /* "cpunorm/_front.pyx":387
  *             or not number(momentum_, &momentum)):
  *         return None
  *     x = x_             # <<<<<<<<<<<<<<
@@ -11617,11 +11649,11 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
 */
   __pyx_t_4 = __pyx_v_x_;
   __Pyx_INCREF(__pyx_t_4);
-  if (!(likely(((__pyx_t_4) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_4, __pyx_mstate_global->__pyx_ptype_5numpy_ndarray))))) __PYX_ERR(0, 385, __pyx_L1_error)
+  if (!(likely(((__pyx_t_4) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_4, __pyx_mstate_global->__pyx_ptype_5numpy_ndarray))))) __PYX_ERR(0, 387, __pyx_L1_error)
   __pyx_v_x = ((PyArrayObject *)__pyx_t_4);
   __pyx_t_4 = 0;
 
-  /* "cpunorm/_front.pyx":386
+  /* "cpunorm/_front.pyx":388
  *         return None
  *     x = x_
  *     if not (eps >= 0 and isfinite(eps)) or (eps == 0 and batch and not frozen):             # <<<<<<<<<<<<<<
@@ -11680,68 +11712,12 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
   if (__pyx_t_2) {
 
 
-    /* "cpunorm/_front.pyx":387
- *     x = x_
- *     if not (eps >= 0 and isfinite(eps)) or (eps == 0 and batch and not frozen):
- *         return None             # <<<<<<<<<<<<<<
- *     if not channels_of(x, layout, per_image, groups, &c) or not compiled(backend):
- *         return None
-*/
-    {
-      PyObject *__pyx_temp;
-      {
-        __pyx_temp = __pyx_r;
-        __pyx_r = Py_None; __Pyx_INCREF(Py_None);
-      }
-      __Pyx_XDECREF(__pyx_temp);
-    }
-    goto __pyx_L0;
-
-    /* "cpunorm/_front.pyx":386
- *         return None
- *     x = x_
- *     if not (eps >= 0 and isfinite(eps)) or (eps == 0 and batch and not frozen):             # <<<<<<<<<<<<<<
- *         return None
- *     if not channels_of(x, layout, per_image, groups, &c) or not compiled(backend):
-*/
-  }
-
-  /* "cpunorm/_front.pyx":388
- *     if not (eps >= 0 and isfinite(eps)) or (eps == 0 and batch and not frozen):
- *         return None
- *     if not channels_of(x, layout, per_image, groups, &c) or not compiled(backend):             # <<<<<<<<<<<<<<
- *         return None
- *     count = c.stats[0] * c.stats[1]
-*/
-  __pyx_t_5 = __pyx_f_7cpunorm_6_front_channels_of(__pyx_v_x, __pyx_v_layout, __pyx_v_per_image, __pyx_v_groups, (&__pyx_v_c)); if (unlikely(__pyx_t_5 == ((int)-1) && PyErr_Occurred())) __PYX_ERR(0, 388, __pyx_L1_error)
-  __pyx_t_3 = (!__pyx_t_5);
-
-
-  if (!__pyx_t_3) {
-
-  } else {
-
-    __pyx_t_2 = __pyx_t_3;
-
-    goto __pyx_L16_bool_binop_done;
-  }
-  __pyx_t_3 = __pyx_f_7cpunorm_6_front_compiled(__pyx_v_backend); if (unlikely(__pyx_t_3 == ((int)-1) && PyErr_Occurred())) __PYX_ERR(0, 388, __pyx_L1_error)
-  __pyx_t_5 = (!__pyx_t_3);
-
-
-
-  __pyx_t_2 = __pyx_t_5;
-
-  __pyx_L16_bool_binop_done:;
-  if (__pyx_t_2) {
-
-
     /* "cpunorm/_front.pyx":389
- *         return None
- *     if not channels_of(x, layout, per_image, groups, &c) or not compiled(backend):
+ *     x = x_
+ *     if not (eps >= 0 and isfinite(eps)) or (eps == 0 and batch and not frozen):
  *         return None             # <<<<<<<<<<<<<<
- *     count = c.stats[0] * c.stats[1]
- *     per_statistic = cnp.PyArray_SIZE(x) // count
+ *     if not channels_of(x, layout, per_image, groups, &c) or not compiled(backend):
+ *         return None
 */
     {
       PyObject *__pyx_temp;
@@ -11754,6 +11730,62 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
     goto __pyx_L0;
 
     /* "cpunorm/_front.pyx":388
+ *         return None
+ *     x = x_
+ *     if not (eps >= 0 and isfinite(eps)) or (eps == 0 and batch and not frozen):             # <<<<<<<<<<<<<<
+ *         return None
+ *     if not channels_of(x, layout, per_image, groups, &c) or not compiled(backend):
+*/
+  }
+
+  /* "cpunorm/_front.pyx":390
+ *     if not (eps >= 0 and isfinite(eps)) or (eps == 0 and batch and not frozen):
+ *         return None
+ *     if not channels_of(x, layout, per_image, groups, &c) or not compiled(backend):             # <<<<<<<<<<<<<<
+ *         return None
+ *     count = c.stats[0] * c.stats[1]
+*/
+  __pyx_t_5 = __pyx_f_7cpunorm_6_front_channels_of(__pyx_v_x, __pyx_v_layout, __pyx_v_per_image, __pyx_v_groups, (&__pyx_v_c)); if (unlikely(__pyx_t_5 == ((int)-1) && PyErr_Occurred())) __PYX_ERR(0, 390, __pyx_L1_error)
+  __pyx_t_3 = (!__pyx_t_5);
+
+
+  if (!__pyx_t_3) {
+
+  } else {
+
+    __pyx_t_2 = __pyx_t_3;
+
+    goto __pyx_L16_bool_binop_done;
+  }
+  __pyx_t_3 = __pyx_f_7cpunorm_6_front_compiled(__pyx_v_backend); if (unlikely(__pyx_t_3 == ((int)-1) && PyErr_Occurred())) __PYX_ERR(0, 390, __pyx_L1_error)
+  __pyx_t_5 = (!__pyx_t_3);
+
+
+
+  __pyx_t_2 = __pyx_t_5;
+
+  __pyx_L16_bool_binop_done:;
+  if (__pyx_t_2) {
+
+
+    /* "cpunorm/_front.pyx":391
+ *         return None
+ *     if not channels_of(x, layout, per_image, groups, &c) or not compiled(backend):
+ *         return None             # <<<<<<<<<<<<<<
+ *     count = c.stats[0] * c.stats[1]
+ *     per_statistic = cnp.PyArray_SIZE(x) // count
+*/
+    {
+      PyObject *__pyx_temp;
+      {
+        __pyx_temp = __pyx_r;
+        __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+      }
+      __Pyx_XDECREF(__pyx_temp);
+    }
+    goto __pyx_L0;
+
+    /* "cpunorm/_front.pyx":390
  *     if not (eps >= 0 and isfinite(eps)) or (eps == 0 and batch and not frozen):
  *         return None
  *     if not channels_of(x, layout, per_image, groups, &c) or not compiled(backend):             # <<<<<<<<<<<<<<
@@ -11762,7 +11794,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
 */
   }
 
-  /* "cpunorm/_front.pyx":390
+  /* "cpunorm/_front.pyx":392
  *     if not channels_of(x, layout, per_image, groups, &c) or not compiled(backend):
  *         return None
  *     count = c.stats[0] * c.stats[1]             # <<<<<<<<<<<<<<
@@ -11771,7 +11803,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
 */
   __pyx_v_count = ((__pyx_v_c.stats[0]) * (__pyx_v_c.stats[1]));
 
-  /* "cpunorm/_front.pyx":391
+  /* "cpunorm/_front.pyx":393
  *         return None
  *     count = c.stats[0] * c.stats[1]
  *     per_statistic = cnp.PyArray_SIZE(x) // count             # <<<<<<<<<<<<<<
@@ -11780,7 +11812,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
 */
   __pyx_v_per_statistic = (PyArray_SIZE(__pyx_v_x) / __pyx_v_count);
 
-  /* "cpunorm/_front.pyx":392
+  /* "cpunorm/_front.pyx":394
  *     count = c.stats[0] * c.stats[1]
  *     per_statistic = cnp.PyArray_SIZE(x) // count
  *     if not frozen and per_statistic == 1 and groups == 0:             # <<<<<<<<<<<<<<
@@ -11816,7 +11848,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
   if (__pyx_t_2) {
 
 
-    /* "cpunorm/_front.pyx":393
+    /* "cpunorm/_front.pyx":395
  *     per_statistic = cnp.PyArray_SIZE(x) // count
  *     if not frozen and per_statistic == 1 and groups == 0:
  *         return None             # <<<<<<<<<<<<<<
@@ -11833,7 +11865,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
     }
     goto __pyx_L0;
 
-    /* "cpunorm/_front.pyx":392
+    /* "cpunorm/_front.pyx":394
  *     count = c.stats[0] * c.stats[1]
  *     per_statistic = cnp.PyArray_SIZE(x) // count
  *     if not frozen and per_statistic == 1 and groups == 0:             # <<<<<<<<<<<<<<
@@ -11842,7 +11874,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
 */
   }
 
-  /* "cpunorm/_front.pyx":394
+  /* "cpunorm/_front.pyx":396
  *     if not frozen and per_statistic == 1 and groups == 0:
  *         return None
  *     if (not parameter(weight, kind, &c.C, 1) or not parameter(bias, kind, &c.C, 1)             # <<<<<<<<<<<<<<
@@ -11860,7 +11892,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
     goto __pyx_L23_bool_binop_done;
   }
 
-  /* "cpunorm/_front.pyx":395
+  /* "cpunorm/_front.pyx":397
  *         return None
  *     if (not parameter(weight, kind, &c.C, 1) or not parameter(bias, kind, &c.C, 1)
  *             or not parameter(running_mean, kind, &c.C, 1)             # <<<<<<<<<<<<<<
@@ -11878,7 +11910,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
     goto __pyx_L23_bool_binop_done;
   }
 
-  /* "cpunorm/_front.pyx":396
+  /* "cpunorm/_front.pyx":398
  *     if (not parameter(weight, kind, &c.C, 1) or not parameter(bias, kind, &c.C, 1)
  *             or not parameter(running_mean, kind, &c.C, 1)
  *             or not parameter(running_var, kind, &c.C, 1)             # <<<<<<<<<<<<<<
@@ -11896,7 +11928,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
     goto __pyx_L23_bool_binop_done;
   }
 
-  /* "cpunorm/_front.pyx":397
+  /* "cpunorm/_front.pyx":399
  *             or not parameter(running_mean, kind, &c.C, 1)
  *             or not parameter(running_var, kind, &c.C, 1)
  *             or running != (running_var is not None) or (frozen and not running)):             # <<<<<<<<<<<<<<
@@ -11938,7 +11970,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
 
   __pyx_L23_bool_binop_done:;
 
-  /* "cpunorm/_front.pyx":394
+  /* "cpunorm/_front.pyx":396
  *     if not frozen and per_statistic == 1 and groups == 0:
  *         return None
  *     if (not parameter(weight, kind, &c.C, 1) or not parameter(bias, kind, &c.C, 1)             # <<<<<<<<<<<<<<
@@ -11948,7 +11980,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
   if (__pyx_t_2) {
 
 
-    /* "cpunorm/_front.pyx":398
+    /* "cpunorm/_front.pyx":400
  *             or not parameter(running_var, kind, &c.C, 1)
  *             or running != (running_var is not None) or (frozen and not running)):
  *         return None             # <<<<<<<<<<<<<<
@@ -11965,7 +11997,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
     }
     goto __pyx_L0;
 
-    /* "cpunorm/_front.pyx":394
+    /* "cpunorm/_front.pyx":396
  *     if not frozen and per_statistic == 1 and groups == 0:
  *         return None
  *     if (not parameter(weight, kind, &c.C, 1) or not parameter(bias, kind, &c.C, 1)             # <<<<<<<<<<<<<<
@@ -11974,7 +12006,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
 */
   }
 
-  /* "cpunorm/_front.pyx":399
+  /* "cpunorm/_front.pyx":401
  *             or running != (running_var is not None) or (frozen and not running)):
  *         return None
  *     if residual is not None and not like(residual, x):             # <<<<<<<<<<<<<<
@@ -11999,7 +12031,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
   if (__pyx_t_2) {
 
 
-    /* "cpunorm/_front.pyx":400
+    /* "cpunorm/_front.pyx":402
  *         return None
  *     if residual is not None and not like(residual, x):
  *         return None             # <<<<<<<<<<<<<<
@@ -12016,7 +12048,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
     }
     goto __pyx_L0;
 
-    /* "cpunorm/_front.pyx":399
+    /* "cpunorm/_front.pyx":401
  *             or running != (running_var is not None) or (frozen and not running)):
  *         return None
  *     if residual is not None and not like(residual, x):             # <<<<<<<<<<<<<<
@@ -12025,7 +12057,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
 */
   }
 
-  /* "cpunorm/_front.pyx":401
+  /* "cpunorm/_front.pyx":403
  *     if residual is not None and not like(residual, x):
  *         return None
  *     if activation is None:             # <<<<<<<<<<<<<<
@@ -12036,7 +12068,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
   if (__pyx_t_2) {
 
 
-    /* "cpunorm/_front.pyx":402
+    /* "cpunorm/_front.pyx":404
  *         return None
  *     if activation is None:
  *         index = 0             # <<<<<<<<<<<<<<
@@ -12046,7 +12078,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
     __Pyx_INCREF(__pyx_mstate_global->__pyx_int_0);
     __pyx_v_index = __pyx_mstate_global->__pyx_int_0;
 
-    /* "cpunorm/_front.pyx":401
+    /* "cpunorm/_front.pyx":403
  *     if residual is not None and not like(residual, x):
  *         return None
  *     if activation is None:             # <<<<<<<<<<<<<<
@@ -12056,7 +12088,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
     goto __pyx_L33;
   }
 
-  /* "cpunorm/_front.pyx":404
+  /* "cpunorm/_front.pyx":406
  *         index = 0
  *     else:
  *         index = activations.get(activation) if PyUnicode_CheckExact(activation) else None             # <<<<<<<<<<<<<<
@@ -12069,9 +12101,9 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
     if (__pyx_t_2) {
       if (unlikely(__pyx_v_7cpunorm_6_front_activations == Py_None)) {
         PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "get");
-        __PYX_ERR(0, 404, __pyx_L1_error)
+        __PYX_ERR(0, 406, __pyx_L1_error)
       }
-      __pyx_t_6 = __Pyx_PyDict_GetItemDefault(__pyx_v_7cpunorm_6_front_activations, __pyx_v_activation, Py_None); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 404, __pyx_L1_error)
+      __pyx_t_6 = __Pyx_PyDict_GetItemDefault(__pyx_v_7cpunorm_6_front_activations, __pyx_v_activation, Py_None); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 406, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
       __pyx_t_4 = __pyx_t_6;
       __pyx_t_6 = 0;
@@ -12083,7 +12115,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
     __pyx_v_index = __pyx_t_4;
     __pyx_t_4 = 0;
 
-    /* "cpunorm/_front.pyx":405
+    /* "cpunorm/_front.pyx":407
  *     else:
  *         index = activations.get(activation) if PyUnicode_CheckExact(activation) else None
  *         if index is None or return_stats is True:             # <<<<<<<<<<<<<<
@@ -12107,7 +12139,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
     if (__pyx_t_2) {
 
 
-      /* "cpunorm/_front.pyx":406
+      /* "cpunorm/_front.pyx":408
  *         index = activations.get(activation) if PyUnicode_CheckExact(activation) else None
  *         if index is None or return_stats is True:
  *             return None             # <<<<<<<<<<<<<<
@@ -12124,7 +12156,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
       }
       goto __pyx_L0;
 
-      /* "cpunorm/_front.pyx":405
+      /* "cpunorm/_front.pyx":407
  *     else:
  *         index = activations.get(activation) if PyUnicode_CheckExact(activation) else None
  *         if index is None or return_stats is True:             # <<<<<<<<<<<<<<
@@ -12135,7 +12167,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
   }
   __pyx_L33:;
 
-  /* "cpunorm/_front.pyx":407
+  /* "cpunorm/_front.pyx":409
  *         if index is None or return_stats is True:
  *             return None
  *     if out is not None and not (writable_for(out, x, residual) and apart(out, weight)             # <<<<<<<<<<<<<<
@@ -12162,7 +12194,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
     goto __pyx_L40_bool_binop_done;
   }
 
-  /* "cpunorm/_front.pyx":408
+  /* "cpunorm/_front.pyx":410
  *             return None
  *     if out is not None and not (writable_for(out, x, residual) and apart(out, weight)
  *                                 and apart(out, bias) and apart(out, running_mean)             # <<<<<<<<<<<<<<
@@ -12190,7 +12222,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
     goto __pyx_L40_bool_binop_done;
   }
 
-  /* "cpunorm/_front.pyx":409
+  /* "cpunorm/_front.pyx":411
  *     if out is not None and not (writable_for(out, x, residual) and apart(out, weight)
  *                                 and apart(out, bias) and apart(out, running_mean)
  *                                 and apart(out, running_var)):             # <<<<<<<<<<<<<<
@@ -12214,7 +12246,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
 
   __pyx_L40_bool_binop_done:;
 
-  /* "cpunorm/_front.pyx":407
+  /* "cpunorm/_front.pyx":409
  *         if index is None or return_stats is True:
  *             return None
  *     if out is not None and not (writable_for(out, x, residual) and apart(out, weight)             # <<<<<<<<<<<<<<
@@ -12231,7 +12263,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
   if (__pyx_t_2) {
 
 
-    /* "cpunorm/_front.pyx":410
+    /* "cpunorm/_front.pyx":412
  *                                 and apart(out, bias) and apart(out, running_mean)
  *                                 and apart(out, running_var)):
  *         return None             # <<<<<<<<<<<<<<
@@ -12248,7 +12280,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
     }
     goto __pyx_L0;
 
-    /* "cpunorm/_front.pyx":407
+    /* "cpunorm/_front.pyx":409
  *         if index is None or return_stats is True:
  *             return None
  *     if out is not None and not (writable_for(out, x, residual) and apart(out, weight)             # <<<<<<<<<<<<<<
@@ -12257,7 +12289,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
 */
   }
 
-  /* "cpunorm/_front.pyx":411
+  /* "cpunorm/_front.pyx":413
  *                                 and apart(out, running_var)):
  *         return None
  *     if running and not frozen and not (             # <<<<<<<<<<<<<<
@@ -12281,7 +12313,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
     goto __pyx_L46_bool_binop_done;
   }
 
-  /* "cpunorm/_front.pyx":412
+  /* "cpunorm/_front.pyx":414
  *         return None
  *     if running and not frozen and not (
  *             cnp.PyArray_ISWRITEABLE(<cnp.ndarray> running_mean)             # <<<<<<<<<<<<<<
@@ -12299,7 +12331,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
     goto __pyx_L49_bool_binop_done;
   }
 
-  /* "cpunorm/_front.pyx":413
+  /* "cpunorm/_front.pyx":415
  *     if running and not frozen and not (
  *             cnp.PyArray_ISWRITEABLE(<cnp.ndarray> running_mean)
  *             and cnp.PyArray_ISWRITEABLE(<cnp.ndarray> running_var)             # <<<<<<<<<<<<<<
@@ -12317,7 +12349,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
     goto __pyx_L49_bool_binop_done;
   }
 
-  /* "cpunorm/_front.pyx":414
+  /* "cpunorm/_front.pyx":416
  *             cnp.PyArray_ISWRITEABLE(<cnp.ndarray> running_mean)
  *             and cnp.PyArray_ISWRITEABLE(<cnp.ndarray> running_var)
  *             and apart(running_mean, running_var)             # <<<<<<<<<<<<<<
@@ -12335,7 +12367,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
     goto __pyx_L49_bool_binop_done;
   }
 
-  /* "cpunorm/_front.pyx":415
+  /* "cpunorm/_front.pyx":417
  *             and cnp.PyArray_ISWRITEABLE(<cnp.ndarray> running_var)
  *             and apart(running_mean, running_var)
  *             and apart(running_mean, x) and apart(running_var, x)             # <<<<<<<<<<<<<<
@@ -12353,7 +12385,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
     goto __pyx_L49_bool_binop_done;
   }
 
-  /* "cpunorm/_front.pyx":416
+  /* "cpunorm/_front.pyx":418
  *             and apart(running_mean, running_var)
  *             and apart(running_mean, x) and apart(running_var, x)
  *             and apart(running_mean, residual) and apart(running_var, residual)             # <<<<<<<<<<<<<<
@@ -12381,7 +12413,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
     goto __pyx_L49_bool_binop_done;
   }
 
-  /* "cpunorm/_front.pyx":417
+  /* "cpunorm/_front.pyx":419
  *             and apart(running_mean, x) and apart(running_var, x)
  *             and apart(running_mean, residual) and apart(running_var, residual)
  *             and apart(running_mean, weight) and apart(running_var, weight)             # <<<<<<<<<<<<<<
@@ -12409,7 +12441,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
     goto __pyx_L49_bool_binop_done;
   }
 
-  /* "cpunorm/_front.pyx":418
+  /* "cpunorm/_front.pyx":420
  *             and apart(running_mean, residual) and apart(running_var, residual)
  *             and apart(running_mean, weight) and apart(running_var, weight)
  *             and apart(running_mean, bias) and apart(running_var, bias)):             # <<<<<<<<<<<<<<
@@ -12443,7 +12475,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
 
   __pyx_L49_bool_binop_done:;
 
-  /* "cpunorm/_front.pyx":411
+  /* "cpunorm/_front.pyx":413
  *                                 and apart(out, running_var)):
  *         return None
  *     if running and not frozen and not (             # <<<<<<<<<<<<<<
@@ -12460,7 +12492,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
   if (__pyx_t_2) {
 
 
-    /* "cpunorm/_front.pyx":419
+    /* "cpunorm/_front.pyx":421
  *             and apart(running_mean, weight) and apart(running_var, weight)
  *             and apart(running_mean, bias) and apart(running_var, bias)):
  *         return None             # <<<<<<<<<<<<<<
@@ -12477,7 +12509,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
     }
     goto __pyx_L0;
 
-    /* "cpunorm/_front.pyx":411
+    /* "cpunorm/_front.pyx":413
  *                                 and apart(out, running_var)):
  *         return None
  *     if running and not frozen and not (             # <<<<<<<<<<<<<<
@@ -12486,7 +12518,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
 */
   }
 
-  /* "cpunorm/_front.pyx":421
+  /* "cpunorm/_front.pyx":423
  *         return None
  * 
  *     table = tables[kind]             # <<<<<<<<<<<<<<
@@ -12495,7 +12527,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
 */
   __pyx_v_table = (__pyx_v_7cpunorm_8backends_6cython_5verbs_tables[__pyx_v_kind]);
 
-  /* "cpunorm/_front.pyx":422
+  /* "cpunorm/_front.pyx":424
  * 
  *     table = tables[kind]
  *     y = empty_as(x) if out is None else out             # <<<<<<<<<<<<<<
@@ -12504,12 +12536,12 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
 */
   __pyx_t_2 = (__pyx_v_out == Py_None);
   if (__pyx_t_2) {
-    __pyx_t_6 = ((PyObject *)__pyx_f_7cpunorm_7_memory_empty_as(__pyx_v_x)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 422, __pyx_L1_error)
+    __pyx_t_6 = ((PyObject *)__pyx_f_7cpunorm_7_memory_empty_as(__pyx_v_x)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 424, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_4 = __pyx_t_6;
     __pyx_t_6 = 0;
   } else {
-    if (!(likely(((__pyx_v_out) == Py_None) || likely(__Pyx_TypeTest(__pyx_v_out, __pyx_mstate_global->__pyx_ptype_5numpy_ndarray))))) __PYX_ERR(0, 422, __pyx_L1_error)
+    if (!(likely(((__pyx_v_out) == Py_None) || likely(__Pyx_TypeTest(__pyx_v_out, __pyx_mstate_global->__pyx_ptype_5numpy_ndarray))))) __PYX_ERR(0, 424, __pyx_L1_error)
     __Pyx_INCREF(__pyx_v_out);
     __pyx_t_4 = __pyx_v_out;
   }
@@ -12517,17 +12549,17 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
   __pyx_v_y = ((PyArrayObject *)__pyx_t_4);
   __pyx_t_4 = 0;
 
-  /* "cpunorm/_front.pyx":423
+  /* "cpunorm/_front.pyx":425
  *     table = tables[kind]
  *     y = empty_as(x) if out is None else out
  *     call = call_for(x, y)             # <<<<<<<<<<<<<<
  *     call.N, call.C, call.S, call.B, call.G = c.N, c.C, c.S, c.stats[0], c.stats[1]
  *     call.residual, call.weight, call.bias = data(residual), data(weight), data(bias)
 */
-  __pyx_t_7 = __pyx_f_7cpunorm_6_front_call_for(__pyx_v_x, ((PyObject *)__pyx_v_y)); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 423, __pyx_L1_error)
+  __pyx_t_7 = __pyx_f_7cpunorm_6_front_call_for(__pyx_v_x, ((PyObject *)__pyx_v_y)); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 425, __pyx_L1_error)
   __pyx_v_call = __pyx_t_7;
 
-  /* "cpunorm/_front.pyx":424
+  /* "cpunorm/_front.pyx":426
  *     y = empty_as(x) if out is None else out
  *     call = call_for(x, y)
  *     call.N, call.C, call.S, call.B, call.G = c.N, c.C, c.S, c.stats[0], c.stats[1]             # <<<<<<<<<<<<<<
@@ -12550,7 +12582,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
   __pyx_v_call.B = __pyx_t_11;
   __pyx_v_call.G = __pyx_t_12;
 
-  /* "cpunorm/_front.pyx":425
+  /* "cpunorm/_front.pyx":427
  *     call = call_for(x, y)
  *     call.N, call.C, call.S, call.B, call.G = c.N, c.C, c.S, c.stats[0], c.stats[1]
  *     call.residual, call.weight, call.bias = data(residual), data(weight), data(bias)             # <<<<<<<<<<<<<<
@@ -12567,7 +12599,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
   __pyx_v_call.weight = __pyx_t_14;
   __pyx_v_call.bias = __pyx_t_15;
 
-  /* "cpunorm/_front.pyx":426
+  /* "cpunorm/_front.pyx":428
  *     call.N, call.C, call.S, call.B, call.G = c.N, c.C, c.S, c.stats[0], c.stats[1]
  *     call.residual, call.weight, call.bias = data(residual), data(weight), data(bias)
  *     call.eps, call.activation = eps, index             # <<<<<<<<<<<<<<
@@ -12576,11 +12608,11 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
 */
   __pyx_t_16 = __pyx_v_eps;
 
-  __pyx_t_1 = __Pyx_PyLong_As_int(__pyx_v_index); if (unlikely((__pyx_t_1 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 426, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_As_int(__pyx_v_index); if (unlikely((__pyx_t_1 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 428, __pyx_L1_error)
   __pyx_v_call.eps = __pyx_t_16;
   __pyx_v_call.activation = __pyx_t_1;
 
-  /* "cpunorm/_front.pyx":427
+  /* "cpunorm/_front.pyx":429
  *     call.residual, call.weight, call.bias = data(residual), data(weight), data(bias)
  *     call.eps, call.activation = eps, index
  *     call.streaming = call.streaming and call.y != call.x and call.y != call.residual             # <<<<<<<<<<<<<<
@@ -12611,17 +12643,17 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
   __pyx_L60_bool_binop_done:;
   __pyx_v_call.streaming = __pyx_t_2;
 
-  /* "cpunorm/_front.pyx":428
+  /* "cpunorm/_front.pyx":430
  *     call.eps, call.activation = eps, index
  *     call.streaming = call.streaming and call.y != call.x and call.y != call.residual
  *     place(&statistics, 3 * count)             # <<<<<<<<<<<<<<
  *     try:
  *         call.mean = statistics.scratch
 */
-  __pyx_t_1 = __pyx_f_7cpunorm_6_front_place((&__pyx_v_statistics), (3 * __pyx_v_count)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 428, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7cpunorm_6_front_place((&__pyx_v_statistics), (3 * __pyx_v_count)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 430, __pyx_L1_error)
 
 
-  /* "cpunorm/_front.pyx":429
+  /* "cpunorm/_front.pyx":431
  *     call.streaming = call.streaming and call.y != call.x and call.y != call.residual
  *     place(&statistics, 3 * count)
  *     try:             # <<<<<<<<<<<<<<
@@ -12630,7 +12662,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
 */
   /*try:*/ {
 
-    /* "cpunorm/_front.pyx":430
+    /* "cpunorm/_front.pyx":432
  *     place(&statistics, 3 * count)
  *     try:
  *         call.mean = statistics.scratch             # <<<<<<<<<<<<<<
@@ -12641,7 +12673,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
 
     __pyx_v_call.mean = __pyx_t_15;
 
-    /* "cpunorm/_front.pyx":431
+    /* "cpunorm/_front.pyx":433
  *     try:
  *         call.mean = statistics.scratch
  *         call.rstd = <double*> statistics.scratch + count             # <<<<<<<<<<<<<<
@@ -12650,7 +12682,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
 */
     __pyx_v_call.rstd = (((double *)__pyx_v_statistics.scratch) + __pyx_v_count);
 
-    /* "cpunorm/_front.pyx":432
+    /* "cpunorm/_front.pyx":434
  *         call.mean = statistics.scratch
  *         call.rstd = <double*> statistics.scratch + count
  *         call.var = <double*> statistics.scratch + 2 * count             # <<<<<<<<<<<<<<
@@ -12659,7 +12691,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
 */
     __pyx_v_call.var = (((double *)__pyx_v_statistics.scratch) + (2 * __pyx_v_count));
 
-    /* "cpunorm/_front.pyx":433
+    /* "cpunorm/_front.pyx":435
  *         call.rstd = <double*> statistics.scratch + count
  *         call.var = <double*> statistics.scratch + 2 * count
  *         if return_stats is True:             # <<<<<<<<<<<<<<
@@ -12670,31 +12702,31 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
     if (__pyx_t_2) {
 
 
-      /* "cpunorm/_front.pyx":434
+      /* "cpunorm/_front.pyx":436
  *         call.var = <double*> statistics.scratch + 2 * count
  *         if return_stats is True:
  *             mean = new_statistic(kind, &c)             # <<<<<<<<<<<<<<
  *             rstd = new_statistic(kind, &c)
  *             call.mean, call.rstd = data(mean), data(rstd)
 */
-      __pyx_t_4 = ((PyObject *)__pyx_f_7cpunorm_6_front_new_statistic(__pyx_v_kind, (&__pyx_v_c))); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 434, __pyx_L64_error)
+      __pyx_t_4 = ((PyObject *)__pyx_f_7cpunorm_6_front_new_statistic(__pyx_v_kind, (&__pyx_v_c))); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 436, __pyx_L64_error)
       __Pyx_GOTREF(__pyx_t_4);
       __Pyx_DECREF_SET(__pyx_v_mean, __pyx_t_4);
       __pyx_t_4 = 0;
 
-      /* "cpunorm/_front.pyx":435
+      /* "cpunorm/_front.pyx":437
  *         if return_stats is True:
  *             mean = new_statistic(kind, &c)
  *             rstd = new_statistic(kind, &c)             # <<<<<<<<<<<<<<
  *             call.mean, call.rstd = data(mean), data(rstd)
  *         if frozen:
 */
-      __pyx_t_4 = ((PyObject *)__pyx_f_7cpunorm_6_front_new_statistic(__pyx_v_kind, (&__pyx_v_c))); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 435, __pyx_L64_error)
+      __pyx_t_4 = ((PyObject *)__pyx_f_7cpunorm_6_front_new_statistic(__pyx_v_kind, (&__pyx_v_c))); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 437, __pyx_L64_error)
       __Pyx_GOTREF(__pyx_t_4);
       __Pyx_DECREF_SET(__pyx_v_rstd, __pyx_t_4);
       __pyx_t_4 = 0;
 
-      /* "cpunorm/_front.pyx":436
+      /* "cpunorm/_front.pyx":438
  *             mean = new_statistic(kind, &c)
  *             rstd = new_statistic(kind, &c)
  *             call.mean, call.rstd = data(mean), data(rstd)             # <<<<<<<<<<<<<<
@@ -12708,7 +12740,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
       __pyx_v_call.mean = __pyx_t_15;
       __pyx_v_call.rstd = __pyx_t_14;
 
-      /* "cpunorm/_front.pyx":433
+      /* "cpunorm/_front.pyx":435
  *         call.rstd = <double*> statistics.scratch + count
  *         call.var = <double*> statistics.scratch + 2 * count
  *         if return_stats is True:             # <<<<<<<<<<<<<<
@@ -12717,7 +12749,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
 */
     }
 
-    /* "cpunorm/_front.pyx":437
+    /* "cpunorm/_front.pyx":439
  *             rstd = new_statistic(kind, &c)
  *             call.mean, call.rstd = data(mean), data(rstd)
  *         if frozen:             # <<<<<<<<<<<<<<
@@ -12726,16 +12758,16 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
 */
     if (__pyx_v_frozen) {
 
-      /* "cpunorm/_front.pyx":438
+      /* "cpunorm/_front.pyx":440
  *             call.mean, call.rstd = data(mean), data(rstd)
  *         if frozen:
  *             take_running(kind, running_mean, running_var, eps, c.C, call.mean, call.rstd)             # <<<<<<<<<<<<<<
  *             run(table.last_apply if c.last else table.first_apply, &call)
  *         else:
 */
-      __pyx_f_7cpunorm_6_front_take_running(__pyx_v_kind, __pyx_v_running_mean, __pyx_v_running_var, __pyx_v_eps, __pyx_v_c.C, __pyx_v_call.mean, __pyx_v_call.rstd); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 438, __pyx_L64_error)
+      __pyx_f_7cpunorm_6_front_take_running(__pyx_v_kind, __pyx_v_running_mean, __pyx_v_running_var, __pyx_v_eps, __pyx_v_c.C, __pyx_v_call.mean, __pyx_v_call.rstd); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 440, __pyx_L64_error)
 
-      /* "cpunorm/_front.pyx":439
+      /* "cpunorm/_front.pyx":441
  *         if frozen:
  *             take_running(kind, running_mean, running_var, eps, c.C, call.mean, call.rstd)
  *             run(table.last_apply if c.last else table.first_apply, &call)             # <<<<<<<<<<<<<<
@@ -12749,11 +12781,11 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
 
         __pyx_t_17 = __pyx_v_table->first_apply;
       }
-      __pyx_t_1 = __pyx_f_7cpunorm_8backends_6cython_5verbs_run(__pyx_t_17, (&__pyx_v_call)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 439, __pyx_L64_error)
+      __pyx_t_1 = __pyx_f_7cpunorm_8backends_6cython_5verbs_run(__pyx_t_17, (&__pyx_v_call)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 441, __pyx_L64_error)
 
 
 
-      /* "cpunorm/_front.pyx":437
+      /* "cpunorm/_front.pyx":439
  *             rstd = new_statistic(kind, &c)
  *             call.mean, call.rstd = data(mean), data(rstd)
  *         if frozen:             # <<<<<<<<<<<<<<
@@ -12763,7 +12795,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
       goto __pyx_L67;
     }
 
-    /* "cpunorm/_front.pyx":441
+    /* "cpunorm/_front.pyx":443
  *             run(table.last_apply if c.last else table.first_apply, &call)
  *         else:
  *             run(table.last_normalize if c.last else table.first_normalize, &call)             # <<<<<<<<<<<<<<
@@ -12778,11 +12810,11 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
 
         __pyx_t_17 = __pyx_v_table->first_normalize;
       }
-      __pyx_t_1 = __pyx_f_7cpunorm_8backends_6cython_5verbs_run(__pyx_t_17, (&__pyx_v_call)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 441, __pyx_L64_error)
+      __pyx_t_1 = __pyx_f_7cpunorm_8backends_6cython_5verbs_run(__pyx_t_17, (&__pyx_v_call)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 443, __pyx_L64_error)
 
 
 
-      /* "cpunorm/_front.pyx":442
+      /* "cpunorm/_front.pyx":444
  *         else:
  *             run(table.last_normalize if c.last else table.first_normalize, &call)
  *             if running:             # <<<<<<<<<<<<<<
@@ -12791,16 +12823,16 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
 */
       if (__pyx_v_running) {
 
-        /* "cpunorm/_front.pyx":443
+        /* "cpunorm/_front.pyx":445
  *             run(table.last_normalize if c.last else table.first_normalize, &call)
  *             if running:
  *                 update_running(kind, running_mean, running_var, &call, momentum, per_statistic)             # <<<<<<<<<<<<<<
  *     finally:
  *         leave(&statistics)
 */
-        __pyx_f_7cpunorm_6_front_update_running(__pyx_v_kind, __pyx_v_running_mean, __pyx_v_running_var, (&__pyx_v_call), __pyx_v_momentum, __pyx_v_per_statistic); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 443, __pyx_L64_error)
+        __pyx_f_7cpunorm_6_front_update_running(__pyx_v_kind, __pyx_v_running_mean, __pyx_v_running_var, (&__pyx_v_call), __pyx_v_momentum, __pyx_v_per_statistic); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 445, __pyx_L64_error)
 
-        /* "cpunorm/_front.pyx":442
+        /* "cpunorm/_front.pyx":444
  *         else:
  *             run(table.last_normalize if c.last else table.first_normalize, &call)
  *             if running:             # <<<<<<<<<<<<<<
@@ -12812,7 +12844,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
     __pyx_L67:;
   }
 
-  /* "cpunorm/_front.pyx":445
+  /* "cpunorm/_front.pyx":447
  *                 update_running(kind, running_mean, running_var, &call, momentum, per_statistic)
  *     finally:
  *         leave(&statistics)             # <<<<<<<<<<<<<<
@@ -12858,7 +12890,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
     __pyx_L65:;
   }
 
-  /* "cpunorm/_front.pyx":446
+  /* "cpunorm/_front.pyx":448
  *     finally:
  *         leave(&statistics)
  *     return (y, named(Stats, (mean, rstd))) if return_stats is True else y             # <<<<<<<<<<<<<<
@@ -12867,27 +12899,27 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
 */
   __pyx_t_2 = (__pyx_v_return_stats == Py_True);
   if (__pyx_t_2) {
-    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_Stats); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 446, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_Stats); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 448, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_26 = PyTuple_New(2); if (unlikely(!__pyx_t_26)) __PYX_ERR(0, 446, __pyx_L1_error)
+    __pyx_t_26 = PyTuple_New(2); if (unlikely(!__pyx_t_26)) __PYX_ERR(0, 448, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_26);
     __Pyx_INCREF(__pyx_v_mean);
     __Pyx_GIVEREF(__pyx_v_mean);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_26, 0, __pyx_v_mean) != (0)) __PYX_ERR(0, 446, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_26, 0, __pyx_v_mean) != (0)) __PYX_ERR(0, 448, __pyx_L1_error);
     __Pyx_INCREF(__pyx_v_rstd);
     __Pyx_GIVEREF(__pyx_v_rstd);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_26, 1, __pyx_v_rstd) != (0)) __PYX_ERR(0, 446, __pyx_L1_error);
-    __pyx_t_27 = __pyx_f_7cpunorm_6_front_named(__pyx_t_6, ((PyObject*)__pyx_t_26)); if (unlikely(!__pyx_t_27)) __PYX_ERR(0, 446, __pyx_L1_error)
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_26, 1, __pyx_v_rstd) != (0)) __PYX_ERR(0, 448, __pyx_L1_error);
+    __pyx_t_27 = __pyx_f_7cpunorm_6_front_named(__pyx_t_6, ((PyObject*)__pyx_t_26)); if (unlikely(!__pyx_t_27)) __PYX_ERR(0, 448, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_27);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_26); __pyx_t_26 = 0;
-    __pyx_t_26 = PyTuple_New(2); if (unlikely(!__pyx_t_26)) __PYX_ERR(0, 446, __pyx_L1_error)
+    __pyx_t_26 = PyTuple_New(2); if (unlikely(!__pyx_t_26)) __PYX_ERR(0, 448, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_26);
     __Pyx_INCREF((PyObject *)__pyx_v_y);
     __Pyx_GIVEREF((PyObject *)__pyx_v_y);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_26, 0, ((PyObject *)__pyx_v_y)) != (0)) __PYX_ERR(0, 446, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_26, 0, ((PyObject *)__pyx_v_y)) != (0)) __PYX_ERR(0, 448, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_27);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_26, 1, __pyx_t_27) != (0)) __PYX_ERR(0, 446, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_26, 1, __pyx_t_27) != (0)) __PYX_ERR(0, 448, __pyx_L1_error);
     __pyx_t_27 = 0;
     __pyx_t_4 = __pyx_t_26;
     __pyx_t_26 = 0;
@@ -12907,7 +12939,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
   __pyx_t_4 = 0;
   goto __pyx_L0;
 
-  /* "cpunorm/_front.pyx":367
+  /* "cpunorm/_front.pyx":369
  * 
  * 
  * cdef object channel_norm(object x_, object running_mean, object running_var, object weight,             # <<<<<<<<<<<<<<
@@ -12944,7 +12976,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm(PyObject *__pyx_v_x_, PyO
   return __pyx_r;
 }
 
-/* "cpunorm/_front.pyx":449
+/* "cpunorm/_front.pyx":451
  * 
  * 
  * cdef inline cnp.ndarray new_statistic(int kind, const Channels* c):             # <<<<<<<<<<<<<<
@@ -12965,14 +12997,14 @@ static CYTHON_INLINE PyArrayObject *__pyx_f_7cpunorm_6_front_new_statistic(int _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("new_statistic", 0);
 
-  /* "cpunorm/_front.pyx":450
+  /* "cpunorm/_front.pyx":452
  * 
  * cdef inline cnp.ndarray new_statistic(int kind, const Channels* c):
  *     return empty(reals(kind), 2 if c.per_image else 1,             # <<<<<<<<<<<<<<
  *                  &c.stats[0] if c.per_image else &c.stats[1])
  * 
 */
-  __pyx_t_1 = ((PyObject *)__pyx_f_7cpunorm_6_front_reals(__pyx_v_kind)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 450, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)__pyx_f_7cpunorm_6_front_reals(__pyx_v_kind)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 452, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_t_3 = (__pyx_v_c->per_image != 0);
 
@@ -12985,7 +13017,7 @@ static CYTHON_INLINE PyArrayObject *__pyx_f_7cpunorm_6_front_new_statistic(int _
   }
 
 
-  /* "cpunorm/_front.pyx":451
+  /* "cpunorm/_front.pyx":453
  * cdef inline cnp.ndarray new_statistic(int kind, const Channels* c):
  *     return empty(reals(kind), 2 if c.per_image else 1,
  *                  &c.stats[0] if c.per_image else &c.stats[1])             # <<<<<<<<<<<<<<
@@ -13003,14 +13035,14 @@ static CYTHON_INLINE PyArrayObject *__pyx_f_7cpunorm_6_front_new_statistic(int _
   }
 
 
-  /* "cpunorm/_front.pyx":450
+  /* "cpunorm/_front.pyx":452
  * 
  * cdef inline cnp.ndarray new_statistic(int kind, const Channels* c):
  *     return empty(reals(kind), 2 if c.per_image else 1,             # <<<<<<<<<<<<<<
  *                  &c.stats[0] if c.per_image else &c.stats[1])
  * 
 */
-  __pyx_t_5 = ((PyObject *)__pyx_f_7cpunorm_7_memory_empty(((PyArray_Descr *)__pyx_t_1), __pyx_t_2, __pyx_t_4)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 450, __pyx_L1_error)
+  __pyx_t_5 = ((PyObject *)__pyx_f_7cpunorm_7_memory_empty(((PyArray_Descr *)__pyx_t_1), __pyx_t_2, __pyx_t_4)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 452, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
@@ -13026,7 +13058,7 @@ static CYTHON_INLINE PyArrayObject *__pyx_f_7cpunorm_6_front_new_statistic(int _
   __pyx_t_5 = 0;
   goto __pyx_L0;
 
-  /* "cpunorm/_front.pyx":449
+  /* "cpunorm/_front.pyx":451
  * 
  * 
  * cdef inline cnp.ndarray new_statistic(int kind, const Channels* c):             # <<<<<<<<<<<<<<
@@ -13046,7 +13078,7 @@ static CYTHON_INLINE PyArrayObject *__pyx_f_7cpunorm_6_front_new_statistic(int _
   return __pyx_r;
 }
 
-/* "cpunorm/_front.pyx":459
+/* "cpunorm/_front.pyx":461
  * 
  * 
  * cdef void take(const real* running_mean, const real* running_var, double eps, Py_ssize_t C,             # <<<<<<<<<<<<<<
@@ -13060,7 +13092,7 @@ static void __pyx_fuse_0__pyx_f_7cpunorm_6_front_take(float const *__pyx_v_runni
   Py_ssize_t __pyx_t_2;
   Py_ssize_t __pyx_t_3;
 
-  /* "cpunorm/_front.pyx":462
+  /* "cpunorm/_front.pyx":464
  *                real* mean, real* rstd) noexcept nogil:
  *     cdef Py_ssize_t c
  *     for c in range(C):             # <<<<<<<<<<<<<<
@@ -13074,7 +13106,7 @@ static void __pyx_fuse_0__pyx_f_7cpunorm_6_front_take(float const *__pyx_v_runni
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_c = __pyx_t_3;
 
-    /* "cpunorm/_front.pyx":463
+    /* "cpunorm/_front.pyx":465
  *     cdef Py_ssize_t c
  *     for c in range(C):
  *         mean[c] = running_mean[c]             # <<<<<<<<<<<<<<
@@ -13083,7 +13115,7 @@ static void __pyx_fuse_0__pyx_f_7cpunorm_6_front_take(float const *__pyx_v_runni
 */
     (__pyx_v_mean[__pyx_v_c]) = (__pyx_v_running_mean[__pyx_v_c]);
 
-    /* "cpunorm/_front.pyx":464
+    /* "cpunorm/_front.pyx":466
  *     for c in range(C):
  *         mean[c] = running_mean[c]
  *         rstd[c] = <real> (1 / sqrt(running_var[c] + eps))             # <<<<<<<<<<<<<<
@@ -13094,7 +13126,7 @@ static void __pyx_fuse_0__pyx_f_7cpunorm_6_front_take(float const *__pyx_v_runni
   }
 
 
-  /* "cpunorm/_front.pyx":459
+  /* "cpunorm/_front.pyx":461
  * 
  * 
  * cdef void take(const real* running_mean, const real* running_var, double eps, Py_ssize_t C,             # <<<<<<<<<<<<<<
@@ -13112,7 +13144,7 @@ static void __pyx_fuse_1__pyx_f_7cpunorm_6_front_take(double const *__pyx_v_runn
   Py_ssize_t __pyx_t_2;
   Py_ssize_t __pyx_t_3;
 
-  /* "cpunorm/_front.pyx":462
+  /* "cpunorm/_front.pyx":464
  *                real* mean, real* rstd) noexcept nogil:
  *     cdef Py_ssize_t c
  *     for c in range(C):             # <<<<<<<<<<<<<<
@@ -13126,7 +13158,7 @@ static void __pyx_fuse_1__pyx_f_7cpunorm_6_front_take(double const *__pyx_v_runn
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_c = __pyx_t_3;
 
-    /* "cpunorm/_front.pyx":463
+    /* "cpunorm/_front.pyx":465
  *     cdef Py_ssize_t c
  *     for c in range(C):
  *         mean[c] = running_mean[c]             # <<<<<<<<<<<<<<
@@ -13135,7 +13167,7 @@ static void __pyx_fuse_1__pyx_f_7cpunorm_6_front_take(double const *__pyx_v_runn
 */
     (__pyx_v_mean[__pyx_v_c]) = (__pyx_v_running_mean[__pyx_v_c]);
 
-    /* "cpunorm/_front.pyx":464
+    /* "cpunorm/_front.pyx":466
  *     for c in range(C):
  *         mean[c] = running_mean[c]
  *         rstd[c] = <real> (1 / sqrt(running_var[c] + eps))             # <<<<<<<<<<<<<<
@@ -13146,7 +13178,7 @@ static void __pyx_fuse_1__pyx_f_7cpunorm_6_front_take(double const *__pyx_v_runn
   }
 
 
-  /* "cpunorm/_front.pyx":459
+  /* "cpunorm/_front.pyx":461
  * 
  * 
  * cdef void take(const real* running_mean, const real* running_var, double eps, Py_ssize_t C,             # <<<<<<<<<<<<<<
@@ -13158,7 +13190,7 @@ static void __pyx_fuse_1__pyx_f_7cpunorm_6_front_take(double const *__pyx_v_runn
 
 }
 
-/* "cpunorm/_front.pyx":467
+/* "cpunorm/_front.pyx":469
  * 
  * 
  * cdef void take_running(int kind, object running_mean, object running_var, double eps,             # <<<<<<<<<<<<<<
@@ -13169,7 +13201,7 @@ static void __pyx_fuse_1__pyx_f_7cpunorm_6_front_take(double const *__pyx_v_runn
 static void __pyx_f_7cpunorm_6_front_take_running(int __pyx_v_kind, PyObject *__pyx_v_running_mean, PyObject *__pyx_v_running_var, double __pyx_v_eps, Py_ssize_t __pyx_v_C, void *__pyx_v_mean, void *__pyx_v_rstd) {
   int __pyx_t_1;
 
-  /* "cpunorm/_front.pyx":469
+  /* "cpunorm/_front.pyx":471
  * cdef void take_running(int kind, object running_mean, object running_var, double eps,
  *                        Py_ssize_t C, void* mean, void* rstd):
  *     if kind == FLOAT64:             # <<<<<<<<<<<<<<
@@ -13181,7 +13213,7 @@ static void __pyx_f_7cpunorm_6_front_take_running(int __pyx_v_kind, PyObject *__
   if (__pyx_t_1) {
 
 
-    /* "cpunorm/_front.pyx":470
+    /* "cpunorm/_front.pyx":472
  *                        Py_ssize_t C, void* mean, void* rstd):
  *     if kind == FLOAT64:
  *         take[double](<double*> data(running_mean), <double*> data(running_var), eps, C,             # <<<<<<<<<<<<<<
@@ -13190,7 +13222,7 @@ static void __pyx_f_7cpunorm_6_front_take_running(int __pyx_v_kind, PyObject *__
 */
     __pyx_fuse_1__pyx_f_7cpunorm_6_front_take(((double *)__pyx_f_7cpunorm_6_front_data(__pyx_v_running_mean)), ((double *)__pyx_f_7cpunorm_6_front_data(__pyx_v_running_var)), __pyx_v_eps, __pyx_v_C, ((double *)__pyx_v_mean), ((double *)__pyx_v_rstd));
 
-    /* "cpunorm/_front.pyx":469
+    /* "cpunorm/_front.pyx":471
  * cdef void take_running(int kind, object running_mean, object running_var, double eps,
  *                        Py_ssize_t C, void* mean, void* rstd):
  *     if kind == FLOAT64:             # <<<<<<<<<<<<<<
@@ -13200,7 +13232,7 @@ static void __pyx_f_7cpunorm_6_front_take_running(int __pyx_v_kind, PyObject *__
     goto __pyx_L3;
   }
 
-  /* "cpunorm/_front.pyx":473
+  /* "cpunorm/_front.pyx":475
  *                      <double*> mean, <double*> rstd)
  *     else:
  *         take[float](<float*> data(running_mean), <float*> data(running_var), eps, C,             # <<<<<<<<<<<<<<
@@ -13209,7 +13241,7 @@ static void __pyx_f_7cpunorm_6_front_take_running(int __pyx_v_kind, PyObject *__
 */
   /*else*/ {
 
-    /* "cpunorm/_front.pyx":474
+    /* "cpunorm/_front.pyx":476
  *     else:
  *         take[float](<float*> data(running_mean), <float*> data(running_var), eps, C,
  *                     <float*> mean, <float*> rstd)             # <<<<<<<<<<<<<<
@@ -13220,7 +13252,7 @@ static void __pyx_f_7cpunorm_6_front_take_running(int __pyx_v_kind, PyObject *__
   }
   __pyx_L3:;
 
-  /* "cpunorm/_front.pyx":467
+  /* "cpunorm/_front.pyx":469
  * 
  * 
  * cdef void take_running(int kind, object running_mean, object running_var, double eps,             # <<<<<<<<<<<<<<
@@ -13232,7 +13264,7 @@ static void __pyx_f_7cpunorm_6_front_take_running(int __pyx_v_kind, PyObject *__
 
 }
 
-/* "cpunorm/_front.pyx":477
+/* "cpunorm/_front.pyx":479
  * 
  * 
  * cdef void update(real* running, const real* new, Py_ssize_t B, Py_ssize_t G, double factor,             # <<<<<<<<<<<<<<
@@ -13251,7 +13283,7 @@ static void __pyx_fuse_0__pyx_f_7cpunorm_6_front_update(float *__pyx_v_running, 
   Py_ssize_t __pyx_t_5;
   Py_ssize_t __pyx_t_6;
 
-  /* "cpunorm/_front.pyx":482
+  /* "cpunorm/_front.pyx":484
  *     cdef Py_ssize_t b, g
  *     cdef double mean
  *     for g in range(G):             # <<<<<<<<<<<<<<
@@ -13265,7 +13297,7 @@ static void __pyx_fuse_0__pyx_f_7cpunorm_6_front_update(float *__pyx_v_running, 
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_g = __pyx_t_3;
 
-    /* "cpunorm/_front.pyx":483
+    /* "cpunorm/_front.pyx":485
  *     cdef double mean
  *     for g in range(G):
  *         mean = 0             # <<<<<<<<<<<<<<
@@ -13274,7 +13306,7 @@ static void __pyx_fuse_0__pyx_f_7cpunorm_6_front_update(float *__pyx_v_running, 
 */
     __pyx_v_mean = 0.0;
 
-    /* "cpunorm/_front.pyx":484
+    /* "cpunorm/_front.pyx":486
  *     for g in range(G):
  *         mean = 0
  *         for b in range(B):             # <<<<<<<<<<<<<<
@@ -13288,7 +13320,7 @@ static void __pyx_fuse_0__pyx_f_7cpunorm_6_front_update(float *__pyx_v_running, 
     for (__pyx_t_6 = 0; __pyx_t_6 < __pyx_t_5; __pyx_t_6+=1) {
       __pyx_v_b = __pyx_t_6;
 
-      /* "cpunorm/_front.pyx":485
+      /* "cpunorm/_front.pyx":487
  *         mean = 0
  *         for b in range(B):
  *             mean += new[b * G + g]             # <<<<<<<<<<<<<<
@@ -13299,7 +13331,7 @@ static void __pyx_fuse_0__pyx_f_7cpunorm_6_front_update(float *__pyx_v_running, 
     }
 
 
-    /* "cpunorm/_front.pyx":486
+    /* "cpunorm/_front.pyx":488
  *         for b in range(B):
  *             mean += new[b * G + g]
  *         running[g] = <real> ((1 - momentum) * running[g] + momentum * (mean / B * factor))             # <<<<<<<<<<<<<<
@@ -13310,7 +13342,7 @@ static void __pyx_fuse_0__pyx_f_7cpunorm_6_front_update(float *__pyx_v_running, 
   }
 
 
-  /* "cpunorm/_front.pyx":477
+  /* "cpunorm/_front.pyx":479
  * 
  * 
  * cdef void update(real* running, const real* new, Py_ssize_t B, Py_ssize_t G, double factor,             # <<<<<<<<<<<<<<
@@ -13335,7 +13367,7 @@ static void __pyx_fuse_1__pyx_f_7cpunorm_6_front_update(double *__pyx_v_running,
   Py_ssize_t __pyx_t_5;
   Py_ssize_t __pyx_t_6;
 
-  /* "cpunorm/_front.pyx":482
+  /* "cpunorm/_front.pyx":484
  *     cdef Py_ssize_t b, g
  *     cdef double mean
  *     for g in range(G):             # <<<<<<<<<<<<<<
@@ -13349,7 +13381,7 @@ static void __pyx_fuse_1__pyx_f_7cpunorm_6_front_update(double *__pyx_v_running,
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_g = __pyx_t_3;
 
-    /* "cpunorm/_front.pyx":483
+    /* "cpunorm/_front.pyx":485
  *     cdef double mean
  *     for g in range(G):
  *         mean = 0             # <<<<<<<<<<<<<<
@@ -13358,7 +13390,7 @@ static void __pyx_fuse_1__pyx_f_7cpunorm_6_front_update(double *__pyx_v_running,
 */
     __pyx_v_mean = 0.0;
 
-    /* "cpunorm/_front.pyx":484
+    /* "cpunorm/_front.pyx":486
  *     for g in range(G):
  *         mean = 0
  *         for b in range(B):             # <<<<<<<<<<<<<<
@@ -13372,7 +13404,7 @@ static void __pyx_fuse_1__pyx_f_7cpunorm_6_front_update(double *__pyx_v_running,
     for (__pyx_t_6 = 0; __pyx_t_6 < __pyx_t_5; __pyx_t_6+=1) {
       __pyx_v_b = __pyx_t_6;
 
-      /* "cpunorm/_front.pyx":485
+      /* "cpunorm/_front.pyx":487
  *         mean = 0
  *         for b in range(B):
  *             mean += new[b * G + g]             # <<<<<<<<<<<<<<
@@ -13383,7 +13415,7 @@ static void __pyx_fuse_1__pyx_f_7cpunorm_6_front_update(double *__pyx_v_running,
     }
 
 
-    /* "cpunorm/_front.pyx":486
+    /* "cpunorm/_front.pyx":488
  *         for b in range(B):
  *             mean += new[b * G + g]
  *         running[g] = <real> ((1 - momentum) * running[g] + momentum * (mean / B * factor))             # <<<<<<<<<<<<<<
@@ -13394,7 +13426,7 @@ static void __pyx_fuse_1__pyx_f_7cpunorm_6_front_update(double *__pyx_v_running,
   }
 
 
-  /* "cpunorm/_front.pyx":477
+  /* "cpunorm/_front.pyx":479
  * 
  * 
  * cdef void update(real* running, const real* new, Py_ssize_t B, Py_ssize_t G, double factor,             # <<<<<<<<<<<<<<
@@ -13408,7 +13440,7 @@ static void __pyx_fuse_1__pyx_f_7cpunorm_6_front_update(double *__pyx_v_running,
 
 }
 
-/* "cpunorm/_front.pyx":489
+/* "cpunorm/_front.pyx":491
  * 
  * 
  * cdef void update_running(int kind, object running_mean, object running_var, const Call* call,             # <<<<<<<<<<<<<<
@@ -13420,7 +13452,7 @@ static void __pyx_f_7cpunorm_6_front_update_running(int __pyx_v_kind, PyObject *
   double __pyx_v_unbiased;
   int __pyx_t_1;
 
-  /* "cpunorm/_front.pyx":491
+  /* "cpunorm/_front.pyx":493
  * cdef void update_running(int kind, object running_mean, object running_var, const Call* call,
  *                          double momentum, Py_ssize_t count):
  *     cdef double unbiased = <double> count / (count - 1)             # <<<<<<<<<<<<<<
@@ -13429,7 +13461,7 @@ static void __pyx_f_7cpunorm_6_front_update_running(int __pyx_v_kind, PyObject *
 */
   __pyx_v_unbiased = (((double)__pyx_v_count) / ((double)(__pyx_v_count - 1)));
 
-  /* "cpunorm/_front.pyx":492
+  /* "cpunorm/_front.pyx":494
  *                          double momentum, Py_ssize_t count):
  *     cdef double unbiased = <double> count / (count - 1)
  *     if kind == FLOAT64:             # <<<<<<<<<<<<<<
@@ -13441,7 +13473,7 @@ static void __pyx_f_7cpunorm_6_front_update_running(int __pyx_v_kind, PyObject *
   if (__pyx_t_1) {
 
 
-    /* "cpunorm/_front.pyx":493
+    /* "cpunorm/_front.pyx":495
  *     cdef double unbiased = <double> count / (count - 1)
  *     if kind == FLOAT64:
  *         update[double](<double*> data(running_mean), <double*> call.mean, call.B, call.G, 1,             # <<<<<<<<<<<<<<
@@ -13450,7 +13482,7 @@ static void __pyx_f_7cpunorm_6_front_update_running(int __pyx_v_kind, PyObject *
 */
     __pyx_fuse_1__pyx_f_7cpunorm_6_front_update(((double *)__pyx_f_7cpunorm_6_front_data(__pyx_v_running_mean)), ((double *)__pyx_v_call->mean), __pyx_v_call->B, __pyx_v_call->G, 1.0, __pyx_v_momentum);
 
-    /* "cpunorm/_front.pyx":495
+    /* "cpunorm/_front.pyx":497
  *         update[double](<double*> data(running_mean), <double*> call.mean, call.B, call.G, 1,
  *                        momentum)
  *         update[double](<double*> data(running_var), <double*> call.var, call.B, call.G, unbiased,             # <<<<<<<<<<<<<<
@@ -13459,7 +13491,7 @@ static void __pyx_f_7cpunorm_6_front_update_running(int __pyx_v_kind, PyObject *
 */
     __pyx_fuse_1__pyx_f_7cpunorm_6_front_update(((double *)__pyx_f_7cpunorm_6_front_data(__pyx_v_running_var)), ((double *)__pyx_v_call->var), __pyx_v_call->B, __pyx_v_call->G, __pyx_v_unbiased, __pyx_v_momentum);
 
-    /* "cpunorm/_front.pyx":492
+    /* "cpunorm/_front.pyx":494
  *                          double momentum, Py_ssize_t count):
  *     cdef double unbiased = <double> count / (count - 1)
  *     if kind == FLOAT64:             # <<<<<<<<<<<<<<
@@ -13469,7 +13501,7 @@ static void __pyx_f_7cpunorm_6_front_update_running(int __pyx_v_kind, PyObject *
     goto __pyx_L3;
   }
 
-  /* "cpunorm/_front.pyx":498
+  /* "cpunorm/_front.pyx":500
  *                        momentum)
  *     else:
  *         update[float](<float*> data(running_mean), <float*> call.mean, call.B, call.G, 1,             # <<<<<<<<<<<<<<
@@ -13478,7 +13510,7 @@ static void __pyx_f_7cpunorm_6_front_update_running(int __pyx_v_kind, PyObject *
 */
   /*else*/ {
 
-    /* "cpunorm/_front.pyx":499
+    /* "cpunorm/_front.pyx":501
  *     else:
  *         update[float](<float*> data(running_mean), <float*> call.mean, call.B, call.G, 1,
  *                       momentum)             # <<<<<<<<<<<<<<
@@ -13487,7 +13519,7 @@ static void __pyx_f_7cpunorm_6_front_update_running(int __pyx_v_kind, PyObject *
 */
     __pyx_fuse_0__pyx_f_7cpunorm_6_front_update(((float *)__pyx_f_7cpunorm_6_front_data(__pyx_v_running_mean)), ((float *)__pyx_v_call->mean), __pyx_v_call->B, __pyx_v_call->G, 1.0, __pyx_v_momentum);
 
-    /* "cpunorm/_front.pyx":500
+    /* "cpunorm/_front.pyx":502
  *         update[float](<float*> data(running_mean), <float*> call.mean, call.B, call.G, 1,
  *                       momentum)
  *         update[float](<float*> data(running_var), <float*> call.var, call.B, call.G, unbiased,             # <<<<<<<<<<<<<<
@@ -13498,7 +13530,7 @@ static void __pyx_f_7cpunorm_6_front_update_running(int __pyx_v_kind, PyObject *
   }
   __pyx_L3:;
 
-  /* "cpunorm/_front.pyx":489
+  /* "cpunorm/_front.pyx":491
  * 
  * 
  * cdef void update_running(int kind, object running_mean, object running_var, const Call* call,             # <<<<<<<<<<<<<<
@@ -13511,7 +13543,7 @@ static void __pyx_f_7cpunorm_6_front_update_running(int __pyx_v_kind, PyObject *
 
 }
 
-/* "cpunorm/_front.pyx":504
+/* "cpunorm/_front.pyx":506
  * 
  * 
  * def batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, layout,             # <<<<<<<<<<<<<<
@@ -13571,104 +13603,104 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_x,&__pyx_mstate_global->__pyx_n_u_running_mean,&__pyx_mstate_global->__pyx_n_u_running_var,&__pyx_mstate_global->__pyx_n_u_weight,&__pyx_mstate_global->__pyx_n_u_bias,&__pyx_mstate_global->__pyx_n_u_training,&__pyx_mstate_global->__pyx_n_u_momentum,&__pyx_mstate_global->__pyx_n_u_eps,&__pyx_mstate_global->__pyx_n_u_layout,&__pyx_mstate_global->__pyx_n_u_activation,&__pyx_mstate_global->__pyx_n_u_residual,&__pyx_mstate_global->__pyx_n_u_out,&__pyx_mstate_global->__pyx_n_u_return_stats,&__pyx_mstate_global->__pyx_n_u_backend,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 504, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 506, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case 14:
         values[13] = __Pyx_ArgRef_FASTCALL(__pyx_args, 13);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[13])) __PYX_ERR(0, 504, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[13])) __PYX_ERR(0, 506, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case 13:
         values[12] = __Pyx_ArgRef_FASTCALL(__pyx_args, 12);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[12])) __PYX_ERR(0, 504, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[12])) __PYX_ERR(0, 506, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case 12:
         values[11] = __Pyx_ArgRef_FASTCALL(__pyx_args, 11);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[11])) __PYX_ERR(0, 504, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[11])) __PYX_ERR(0, 506, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case 11:
         values[10] = __Pyx_ArgRef_FASTCALL(__pyx_args, 10);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[10])) __PYX_ERR(0, 504, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[10])) __PYX_ERR(0, 506, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case 10:
         values[9] = __Pyx_ArgRef_FASTCALL(__pyx_args, 9);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[9])) __PYX_ERR(0, 504, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[9])) __PYX_ERR(0, 506, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  9:
         values[8] = __Pyx_ArgRef_FASTCALL(__pyx_args, 8);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[8])) __PYX_ERR(0, 504, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[8])) __PYX_ERR(0, 506, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  8:
         values[7] = __Pyx_ArgRef_FASTCALL(__pyx_args, 7);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 504, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 506, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  7:
         values[6] = __Pyx_ArgRef_FASTCALL(__pyx_args, 6);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 504, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 506, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  6:
         values[5] = __Pyx_ArgRef_FASTCALL(__pyx_args, 5);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 504, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 506, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  5:
         values[4] = __Pyx_ArgRef_FASTCALL(__pyx_args, 4);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 504, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 506, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  4:
         values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 504, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 506, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 504, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 506, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 504, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 506, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 504, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 506, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "batch_norm", 0) < (0)) __PYX_ERR(0, 504, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "batch_norm", 0) < (0)) __PYX_ERR(0, 506, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 14; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("batch_norm", 1, 14, 14, i); __PYX_ERR(0, 504, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("batch_norm", 1, 14, 14, i); __PYX_ERR(0, 506, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 14)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 504, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 506, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 504, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 506, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 504, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 506, __pyx_L3_error)
       values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 504, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 506, __pyx_L3_error)
       values[4] = __Pyx_ArgRef_FASTCALL(__pyx_args, 4);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 504, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 506, __pyx_L3_error)
       values[5] = __Pyx_ArgRef_FASTCALL(__pyx_args, 5);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 504, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 506, __pyx_L3_error)
       values[6] = __Pyx_ArgRef_FASTCALL(__pyx_args, 6);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 504, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 506, __pyx_L3_error)
       values[7] = __Pyx_ArgRef_FASTCALL(__pyx_args, 7);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 504, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 506, __pyx_L3_error)
       values[8] = __Pyx_ArgRef_FASTCALL(__pyx_args, 8);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[8])) __PYX_ERR(0, 504, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[8])) __PYX_ERR(0, 506, __pyx_L3_error)
       values[9] = __Pyx_ArgRef_FASTCALL(__pyx_args, 9);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[9])) __PYX_ERR(0, 504, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[9])) __PYX_ERR(0, 506, __pyx_L3_error)
       values[10] = __Pyx_ArgRef_FASTCALL(__pyx_args, 10);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[10])) __PYX_ERR(0, 504, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[10])) __PYX_ERR(0, 506, __pyx_L3_error)
       values[11] = __Pyx_ArgRef_FASTCALL(__pyx_args, 11);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[11])) __PYX_ERR(0, 504, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[11])) __PYX_ERR(0, 506, __pyx_L3_error)
       values[12] = __Pyx_ArgRef_FASTCALL(__pyx_args, 12);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[12])) __PYX_ERR(0, 504, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[12])) __PYX_ERR(0, 506, __pyx_L3_error)
       values[13] = __Pyx_ArgRef_FASTCALL(__pyx_args, 13);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[13])) __PYX_ERR(0, 504, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[13])) __PYX_ERR(0, 506, __pyx_L3_error)
     }
     __pyx_v_x = values[0];
     __pyx_v_running_mean = values[1];
@@ -13687,7 +13719,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("batch_norm", 1, 14, 14, __pyx_nargs); __PYX_ERR(0, 504, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("batch_norm", 1, 14, 14, __pyx_nargs); __PYX_ERR(0, 506, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13718,7 +13750,7 @@ static PyObject *__pyx_pf_7cpunorm_6_front_12batch_norm(CYTHON_UNUSED PyObject *
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("batch_norm", 0);
 
-  /* "cpunorm/_front.pyx":506
+  /* "cpunorm/_front.pyx":508
  * def batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, layout,
  *                activation, residual, out, return_stats, backend):
  *     if not true_or_false(training):             # <<<<<<<<<<<<<<
@@ -13730,7 +13762,7 @@ static PyObject *__pyx_pf_7cpunorm_6_front_12batch_norm(CYTHON_UNUSED PyObject *
   if (__pyx_t_1) {
 
 
-    /* "cpunorm/_front.pyx":507
+    /* "cpunorm/_front.pyx":509
  *                activation, residual, out, return_stats, backend):
  *     if not true_or_false(training):
  *         return None             # <<<<<<<<<<<<<<
@@ -13747,7 +13779,7 @@ static PyObject *__pyx_pf_7cpunorm_6_front_12batch_norm(CYTHON_UNUSED PyObject *
     }
     goto __pyx_L0;
 
-    /* "cpunorm/_front.pyx":506
+    /* "cpunorm/_front.pyx":508
  * def batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, layout,
  *                activation, residual, out, return_stats, backend):
  *     if not true_or_false(training):             # <<<<<<<<<<<<<<
@@ -13756,7 +13788,7 @@ static PyObject *__pyx_pf_7cpunorm_6_front_12batch_norm(CYTHON_UNUSED PyObject *
 */
   }
 
-  /* "cpunorm/_front.pyx":509
+  /* "cpunorm/_front.pyx":511
  *         return None
  *     return channel_norm(x, running_mean, running_var, weight, bias, eps, False, 0, True,
  *                         training is False, momentum, layout, activation, residual, out,             # <<<<<<<<<<<<<<
@@ -13765,14 +13797,14 @@ static PyObject *__pyx_pf_7cpunorm_6_front_12batch_norm(CYTHON_UNUSED PyObject *
 */
   __pyx_t_1 = (__pyx_v_training == Py_False);
 
-  /* "cpunorm/_front.pyx":508
+  /* "cpunorm/_front.pyx":510
  *     if not true_or_false(training):
  *         return None
  *     return channel_norm(x, running_mean, running_var, weight, bias, eps, False, 0, True,             # <<<<<<<<<<<<<<
  *                         training is False, momentum, layout, activation, residual, out,
  *                         return_stats, backend)
 */
-  __pyx_t_2 = __pyx_f_7cpunorm_6_front_channel_norm(__pyx_v_x, __pyx_v_running_mean, __pyx_v_running_var, __pyx_v_weight, __pyx_v_bias, __pyx_v_eps, 0, 0, 1, __pyx_t_1, __pyx_v_momentum, __pyx_v_layout, __pyx_v_activation, __pyx_v_residual, __pyx_v_out, __pyx_v_return_stats, __pyx_v_backend); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 508, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7cpunorm_6_front_channel_norm(__pyx_v_x, __pyx_v_running_mean, __pyx_v_running_var, __pyx_v_weight, __pyx_v_bias, __pyx_v_eps, 0, 0, 1, __pyx_t_1, __pyx_v_momentum, __pyx_v_layout, __pyx_v_activation, __pyx_v_residual, __pyx_v_out, __pyx_v_return_stats, __pyx_v_backend); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 510, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
   {
@@ -13786,7 +13818,7 @@ static PyObject *__pyx_pf_7cpunorm_6_front_12batch_norm(CYTHON_UNUSED PyObject *
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "cpunorm/_front.pyx":504
+  /* "cpunorm/_front.pyx":506
  * 
  * 
  * def batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, layout,             # <<<<<<<<<<<<<<
@@ -13805,7 +13837,7 @@ static PyObject *__pyx_pf_7cpunorm_6_front_12batch_norm(CYTHON_UNUSED PyObject *
   return __pyx_r;
 }
 
-/* "cpunorm/_front.pyx":513
+/* "cpunorm/_front.pyx":515
  * 
  * 
  * def instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps,             # <<<<<<<<<<<<<<
@@ -13865,104 +13897,104 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_x,&__pyx_mstate_global->__pyx_n_u_running_mean,&__pyx_mstate_global->__pyx_n_u_running_var,&__pyx_mstate_global->__pyx_n_u_weight,&__pyx_mstate_global->__pyx_n_u_bias,&__pyx_mstate_global->__pyx_n_u_use_input_stats,&__pyx_mstate_global->__pyx_n_u_momentum,&__pyx_mstate_global->__pyx_n_u_eps,&__pyx_mstate_global->__pyx_n_u_layout,&__pyx_mstate_global->__pyx_n_u_activation,&__pyx_mstate_global->__pyx_n_u_residual,&__pyx_mstate_global->__pyx_n_u_out,&__pyx_mstate_global->__pyx_n_u_return_stats,&__pyx_mstate_global->__pyx_n_u_backend,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 513, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 515, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case 14:
         values[13] = __Pyx_ArgRef_FASTCALL(__pyx_args, 13);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[13])) __PYX_ERR(0, 513, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[13])) __PYX_ERR(0, 515, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case 13:
         values[12] = __Pyx_ArgRef_FASTCALL(__pyx_args, 12);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[12])) __PYX_ERR(0, 513, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[12])) __PYX_ERR(0, 515, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case 12:
         values[11] = __Pyx_ArgRef_FASTCALL(__pyx_args, 11);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[11])) __PYX_ERR(0, 513, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[11])) __PYX_ERR(0, 515, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case 11:
         values[10] = __Pyx_ArgRef_FASTCALL(__pyx_args, 10);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[10])) __PYX_ERR(0, 513, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[10])) __PYX_ERR(0, 515, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case 10:
         values[9] = __Pyx_ArgRef_FASTCALL(__pyx_args, 9);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[9])) __PYX_ERR(0, 513, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[9])) __PYX_ERR(0, 515, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  9:
         values[8] = __Pyx_ArgRef_FASTCALL(__pyx_args, 8);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[8])) __PYX_ERR(0, 513, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[8])) __PYX_ERR(0, 515, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  8:
         values[7] = __Pyx_ArgRef_FASTCALL(__pyx_args, 7);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 513, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 515, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  7:
         values[6] = __Pyx_ArgRef_FASTCALL(__pyx_args, 6);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 513, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 515, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  6:
         values[5] = __Pyx_ArgRef_FASTCALL(__pyx_args, 5);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 513, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 515, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  5:
         values[4] = __Pyx_ArgRef_FASTCALL(__pyx_args, 4);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 513, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 515, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  4:
         values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 513, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 515, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 513, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 515, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 513, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 515, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 513, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 515, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "instance_norm", 0) < (0)) __PYX_ERR(0, 513, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "instance_norm", 0) < (0)) __PYX_ERR(0, 515, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 14; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("instance_norm", 1, 14, 14, i); __PYX_ERR(0, 513, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("instance_norm", 1, 14, 14, i); __PYX_ERR(0, 515, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 14)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 513, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 515, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 513, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 515, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 513, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 515, __pyx_L3_error)
       values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 513, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 515, __pyx_L3_error)
       values[4] = __Pyx_ArgRef_FASTCALL(__pyx_args, 4);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 513, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 515, __pyx_L3_error)
       values[5] = __Pyx_ArgRef_FASTCALL(__pyx_args, 5);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 513, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 515, __pyx_L3_error)
       values[6] = __Pyx_ArgRef_FASTCALL(__pyx_args, 6);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 513, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 515, __pyx_L3_error)
       values[7] = __Pyx_ArgRef_FASTCALL(__pyx_args, 7);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 513, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 515, __pyx_L3_error)
       values[8] = __Pyx_ArgRef_FASTCALL(__pyx_args, 8);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[8])) __PYX_ERR(0, 513, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[8])) __PYX_ERR(0, 515, __pyx_L3_error)
       values[9] = __Pyx_ArgRef_FASTCALL(__pyx_args, 9);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[9])) __PYX_ERR(0, 513, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[9])) __PYX_ERR(0, 515, __pyx_L3_error)
       values[10] = __Pyx_ArgRef_FASTCALL(__pyx_args, 10);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[10])) __PYX_ERR(0, 513, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[10])) __PYX_ERR(0, 515, __pyx_L3_error)
       values[11] = __Pyx_ArgRef_FASTCALL(__pyx_args, 11);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[11])) __PYX_ERR(0, 513, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[11])) __PYX_ERR(0, 515, __pyx_L3_error)
       values[12] = __Pyx_ArgRef_FASTCALL(__pyx_args, 12);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[12])) __PYX_ERR(0, 513, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[12])) __PYX_ERR(0, 515, __pyx_L3_error)
       values[13] = __Pyx_ArgRef_FASTCALL(__pyx_args, 13);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[13])) __PYX_ERR(0, 513, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[13])) __PYX_ERR(0, 515, __pyx_L3_error)
     }
     __pyx_v_x = values[0];
     __pyx_v_running_mean = values[1];
@@ -13981,7 +14013,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("instance_norm", 1, 14, 14, __pyx_nargs); __PYX_ERR(0, 513, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("instance_norm", 1, 14, 14, __pyx_nargs); __PYX_ERR(0, 515, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -14013,7 +14045,7 @@ static PyObject *__pyx_pf_7cpunorm_6_front_14instance_norm(CYTHON_UNUSED PyObjec
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("instance_norm", 0);
 
-  /* "cpunorm/_front.pyx":515
+  /* "cpunorm/_front.pyx":517
  * def instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps,
  *                   layout, activation, residual, out, return_stats, backend):
  *     if not true_or_false(use_input_stats):             # <<<<<<<<<<<<<<
@@ -14025,7 +14057,7 @@ static PyObject *__pyx_pf_7cpunorm_6_front_14instance_norm(CYTHON_UNUSED PyObjec
   if (__pyx_t_1) {
 
 
-    /* "cpunorm/_front.pyx":516
+    /* "cpunorm/_front.pyx":518
  *                   layout, activation, residual, out, return_stats, backend):
  *     if not true_or_false(use_input_stats):
  *         return None             # <<<<<<<<<<<<<<
@@ -14042,7 +14074,7 @@ static PyObject *__pyx_pf_7cpunorm_6_front_14instance_norm(CYTHON_UNUSED PyObjec
     }
     goto __pyx_L0;
 
-    /* "cpunorm/_front.pyx":515
+    /* "cpunorm/_front.pyx":517
  * def instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps,
  *                   layout, activation, residual, out, return_stats, backend):
  *     if not true_or_false(use_input_stats):             # <<<<<<<<<<<<<<
@@ -14051,7 +14083,7 @@ static PyObject *__pyx_pf_7cpunorm_6_front_14instance_norm(CYTHON_UNUSED PyObjec
 */
   }
 
-  /* "cpunorm/_front.pyx":517
+  /* "cpunorm/_front.pyx":519
  *     if not true_or_false(use_input_stats):
  *         return None
  *     cdef bint frozen = use_input_stats is False             # <<<<<<<<<<<<<<
@@ -14061,14 +14093,14 @@ static PyObject *__pyx_pf_7cpunorm_6_front_14instance_norm(CYTHON_UNUSED PyObjec
   __pyx_t_1 = (__pyx_v_use_input_stats == Py_False);
   __pyx_v_frozen = __pyx_t_1;
 
-  /* "cpunorm/_front.pyx":518
+  /* "cpunorm/_front.pyx":520
  *         return None
  *     cdef bint frozen = use_input_stats is False
  *     return channel_norm(x, running_mean, running_var, weight, bias, eps, not frozen, 0, False,             # <<<<<<<<<<<<<<
  *                         frozen, momentum, layout, activation, residual, out, return_stats, backend)
  * 
 */
-  __pyx_t_2 = __pyx_f_7cpunorm_6_front_channel_norm(__pyx_v_x, __pyx_v_running_mean, __pyx_v_running_var, __pyx_v_weight, __pyx_v_bias, __pyx_v_eps, (!__pyx_v_frozen), 0, 0, __pyx_v_frozen, __pyx_v_momentum, __pyx_v_layout, __pyx_v_activation, __pyx_v_residual, __pyx_v_out, __pyx_v_return_stats, __pyx_v_backend); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 518, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7cpunorm_6_front_channel_norm(__pyx_v_x, __pyx_v_running_mean, __pyx_v_running_var, __pyx_v_weight, __pyx_v_bias, __pyx_v_eps, (!__pyx_v_frozen), 0, 0, __pyx_v_frozen, __pyx_v_momentum, __pyx_v_layout, __pyx_v_activation, __pyx_v_residual, __pyx_v_out, __pyx_v_return_stats, __pyx_v_backend); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 520, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject *__pyx_temp;
@@ -14081,7 +14113,7 @@ static PyObject *__pyx_pf_7cpunorm_6_front_14instance_norm(CYTHON_UNUSED PyObjec
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "cpunorm/_front.pyx":513
+  /* "cpunorm/_front.pyx":515
  * 
  * 
  * def instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps,             # <<<<<<<<<<<<<<
@@ -14101,7 +14133,7 @@ static PyObject *__pyx_pf_7cpunorm_6_front_14instance_norm(CYTHON_UNUSED PyObjec
   return __pyx_r;
 }
 
-/* "cpunorm/_front.pyx":522
+/* "cpunorm/_front.pyx":524
  * 
  * 
  * cdef inline Py_ssize_t groups_of(object num_groups) noexcept:             # <<<<<<<<<<<<<<
@@ -14124,7 +14156,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7cpunorm_6_front_groups_of(PyObject *__p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("groups_of", 0);
 
-  /* "cpunorm/_front.pyx":525
+  /* "cpunorm/_front.pyx":527
  *     """The number of groups, or -1 for what is not common."""
  *     cdef Py_ssize_t groups
  *     if not PyLong_CheckExact(num_groups):             # <<<<<<<<<<<<<<
@@ -14136,7 +14168,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7cpunorm_6_front_groups_of(PyObject *__p
   if (__pyx_t_1) {
 
 
-    /* "cpunorm/_front.pyx":526
+    /* "cpunorm/_front.pyx":528
  *     cdef Py_ssize_t groups
  *     if not PyLong_CheckExact(num_groups):
  *         return -1             # <<<<<<<<<<<<<<
@@ -14149,7 +14181,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7cpunorm_6_front_groups_of(PyObject *__p
     }
     goto __pyx_L0;
 
-    /* "cpunorm/_front.pyx":525
+    /* "cpunorm/_front.pyx":527
  *     """The number of groups, or -1 for what is not common."""
  *     cdef Py_ssize_t groups
  *     if not PyLong_CheckExact(num_groups):             # <<<<<<<<<<<<<<
@@ -14158,7 +14190,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7cpunorm_6_front_groups_of(PyObject *__p
 */
   }
 
-  /* "cpunorm/_front.pyx":527
+  /* "cpunorm/_front.pyx":529
  *     if not PyLong_CheckExact(num_groups):
  *         return -1
  *     try:             # <<<<<<<<<<<<<<
@@ -14174,17 +14206,17 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7cpunorm_6_front_groups_of(PyObject *__p
     __Pyx_XGOTREF(__pyx_t_4);
     /*try:*/ {
 
-      /* "cpunorm/_front.pyx":528
+      /* "cpunorm/_front.pyx":530
  *         return -1
  *     try:
  *         groups = PyLong_AsSsize_t(num_groups)             # <<<<<<<<<<<<<<
  *     except OverflowError:
  *         return -1
 */
-      __pyx_t_5 = PyLong_AsSsize_t(__pyx_v_num_groups); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 528, __pyx_L4_error)
+      __pyx_t_5 = PyLong_AsSsize_t(__pyx_v_num_groups); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 530, __pyx_L4_error)
       __pyx_v_groups = __pyx_t_5;
 
-      /* "cpunorm/_front.pyx":527
+      /* "cpunorm/_front.pyx":529
  *     if not PyLong_CheckExact(num_groups):
  *         return -1
  *     try:             # <<<<<<<<<<<<<<
@@ -14198,7 +14230,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7cpunorm_6_front_groups_of(PyObject *__p
     goto __pyx_L9_try_end;
     __pyx_L4_error:;
 
-    /* "cpunorm/_front.pyx":529
+    /* "cpunorm/_front.pyx":531
  *     try:
  *         groups = PyLong_AsSsize_t(num_groups)
  *     except OverflowError:             # <<<<<<<<<<<<<<
@@ -14209,7 +14241,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7cpunorm_6_front_groups_of(PyObject *__p
     if (__pyx_t_6) {
       __Pyx_ErrRestore(0,0,0);
 
-      /* "cpunorm/_front.pyx":530
+      /* "cpunorm/_front.pyx":532
  *         groups = PyLong_AsSsize_t(num_groups)
  *     except OverflowError:
  *         return -1             # <<<<<<<<<<<<<<
@@ -14224,7 +14256,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7cpunorm_6_front_groups_of(PyObject *__p
     }
     goto __pyx_L6_except_error;
 
-    /* "cpunorm/_front.pyx":527
+    /* "cpunorm/_front.pyx":529
  *     if not PyLong_CheckExact(num_groups):
  *         return -1
  *     try:             # <<<<<<<<<<<<<<
@@ -14246,7 +14278,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7cpunorm_6_front_groups_of(PyObject *__p
     __pyx_L9_try_end:;
   }
 
-  /* "cpunorm/_front.pyx":531
+  /* "cpunorm/_front.pyx":533
  *     except OverflowError:
  *         return -1
  *     return groups if groups > 0 else -1             # <<<<<<<<<<<<<<
@@ -14268,7 +14300,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7cpunorm_6_front_groups_of(PyObject *__p
   }
   goto __pyx_L0;
 
-  /* "cpunorm/_front.pyx":522
+  /* "cpunorm/_front.pyx":524
  * 
  * 
  * cdef inline Py_ssize_t groups_of(object num_groups) noexcept:             # <<<<<<<<<<<<<<
@@ -14287,7 +14319,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7cpunorm_6_front_groups_of(PyObject *__p
   return __pyx_r;
 }
 
-/* "cpunorm/_front.pyx":534
+/* "cpunorm/_front.pyx":536
  * 
  * 
  * def group_norm(x, num_groups, weight, bias, eps, layout, activation, residual, out, return_stats,             # <<<<<<<<<<<<<<
@@ -14344,86 +14376,86 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_x,&__pyx_mstate_global->__pyx_n_u_num_groups,&__pyx_mstate_global->__pyx_n_u_weight,&__pyx_mstate_global->__pyx_n_u_bias,&__pyx_mstate_global->__pyx_n_u_eps,&__pyx_mstate_global->__pyx_n_u_layout,&__pyx_mstate_global->__pyx_n_u_activation,&__pyx_mstate_global->__pyx_n_u_residual,&__pyx_mstate_global->__pyx_n_u_out,&__pyx_mstate_global->__pyx_n_u_return_stats,&__pyx_mstate_global->__pyx_n_u_backend,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 534, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 536, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case 11:
         values[10] = __Pyx_ArgRef_FASTCALL(__pyx_args, 10);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[10])) __PYX_ERR(0, 534, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[10])) __PYX_ERR(0, 536, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case 10:
         values[9] = __Pyx_ArgRef_FASTCALL(__pyx_args, 9);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[9])) __PYX_ERR(0, 534, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[9])) __PYX_ERR(0, 536, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  9:
         values[8] = __Pyx_ArgRef_FASTCALL(__pyx_args, 8);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[8])) __PYX_ERR(0, 534, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[8])) __PYX_ERR(0, 536, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  8:
         values[7] = __Pyx_ArgRef_FASTCALL(__pyx_args, 7);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 534, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 536, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  7:
         values[6] = __Pyx_ArgRef_FASTCALL(__pyx_args, 6);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 534, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 536, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  6:
         values[5] = __Pyx_ArgRef_FASTCALL(__pyx_args, 5);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 534, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 536, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  5:
         values[4] = __Pyx_ArgRef_FASTCALL(__pyx_args, 4);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 534, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 536, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  4:
         values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 534, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 536, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 534, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 536, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 534, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 536, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 534, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 536, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "group_norm", 0) < (0)) __PYX_ERR(0, 534, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "group_norm", 0) < (0)) __PYX_ERR(0, 536, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 11; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("group_norm", 1, 11, 11, i); __PYX_ERR(0, 534, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("group_norm", 1, 11, 11, i); __PYX_ERR(0, 536, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 11)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 534, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 536, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 534, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 536, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 534, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 536, __pyx_L3_error)
       values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 534, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 536, __pyx_L3_error)
       values[4] = __Pyx_ArgRef_FASTCALL(__pyx_args, 4);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 534, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 536, __pyx_L3_error)
       values[5] = __Pyx_ArgRef_FASTCALL(__pyx_args, 5);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 534, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 536, __pyx_L3_error)
       values[6] = __Pyx_ArgRef_FASTCALL(__pyx_args, 6);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 534, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 536, __pyx_L3_error)
       values[7] = __Pyx_ArgRef_FASTCALL(__pyx_args, 7);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 534, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 536, __pyx_L3_error)
       values[8] = __Pyx_ArgRef_FASTCALL(__pyx_args, 8);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[8])) __PYX_ERR(0, 534, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[8])) __PYX_ERR(0, 536, __pyx_L3_error)
       values[9] = __Pyx_ArgRef_FASTCALL(__pyx_args, 9);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[9])) __PYX_ERR(0, 534, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[9])) __PYX_ERR(0, 536, __pyx_L3_error)
       values[10] = __Pyx_ArgRef_FASTCALL(__pyx_args, 10);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[10])) __PYX_ERR(0, 534, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[10])) __PYX_ERR(0, 536, __pyx_L3_error)
     }
     __pyx_v_x = values[0];
     __pyx_v_num_groups = values[1];
@@ -14439,7 +14471,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("group_norm", 1, 11, 11, __pyx_nargs); __PYX_ERR(0, 534, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("group_norm", 1, 11, 11, __pyx_nargs); __PYX_ERR(0, 536, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -14471,7 +14503,7 @@ static PyObject *__pyx_pf_7cpunorm_6_front_16group_norm(CYTHON_UNUSED PyObject *
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("group_norm", 0);
 
-  /* "cpunorm/_front.pyx":536
+  /* "cpunorm/_front.pyx":538
  * def group_norm(x, num_groups, weight, bias, eps, layout, activation, residual, out, return_stats,
  *                backend):
  *     cdef Py_ssize_t groups = groups_of(num_groups)             # <<<<<<<<<<<<<<
@@ -14480,7 +14512,7 @@ static PyObject *__pyx_pf_7cpunorm_6_front_16group_norm(CYTHON_UNUSED PyObject *
 */
   __pyx_v_groups = __pyx_f_7cpunorm_6_front_groups_of(__pyx_v_num_groups);
 
-  /* "cpunorm/_front.pyx":537
+  /* "cpunorm/_front.pyx":539
  *                backend):
  *     cdef Py_ssize_t groups = groups_of(num_groups)
  *     if groups < 0:             # <<<<<<<<<<<<<<
@@ -14492,7 +14524,7 @@ static PyObject *__pyx_pf_7cpunorm_6_front_16group_norm(CYTHON_UNUSED PyObject *
   if (__pyx_t_1) {
 
 
-    /* "cpunorm/_front.pyx":538
+    /* "cpunorm/_front.pyx":540
  *     cdef Py_ssize_t groups = groups_of(num_groups)
  *     if groups < 0:
  *         return None             # <<<<<<<<<<<<<<
@@ -14509,7 +14541,7 @@ static PyObject *__pyx_pf_7cpunorm_6_front_16group_norm(CYTHON_UNUSED PyObject *
     }
     goto __pyx_L0;
 
-    /* "cpunorm/_front.pyx":537
+    /* "cpunorm/_front.pyx":539
  *                backend):
  *     cdef Py_ssize_t groups = groups_of(num_groups)
  *     if groups < 0:             # <<<<<<<<<<<<<<
@@ -14518,14 +14550,14 @@ static PyObject *__pyx_pf_7cpunorm_6_front_16group_norm(CYTHON_UNUSED PyObject *
 */
   }
 
-  /* "cpunorm/_front.pyx":539
+  /* "cpunorm/_front.pyx":541
  *     if groups < 0:
  *         return None
  *     return channel_norm(x, None, None, weight, bias, eps, True, groups, False, False, 0.0, layout,             # <<<<<<<<<<<<<<
  *                         activation, residual, out, return_stats, backend)
  * 
 */
-  __pyx_t_2 = __pyx_f_7cpunorm_6_front_channel_norm(__pyx_v_x, Py_None, Py_None, __pyx_v_weight, __pyx_v_bias, __pyx_v_eps, 1, __pyx_v_groups, 0, 0, __pyx_mstate_global->__pyx_float_0_0, __pyx_v_layout, __pyx_v_activation, __pyx_v_residual, __pyx_v_out, __pyx_v_return_stats, __pyx_v_backend); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 539, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7cpunorm_6_front_channel_norm(__pyx_v_x, Py_None, Py_None, __pyx_v_weight, __pyx_v_bias, __pyx_v_eps, 1, __pyx_v_groups, 0, 0, __pyx_mstate_global->__pyx_float_0_0, __pyx_v_layout, __pyx_v_activation, __pyx_v_residual, __pyx_v_out, __pyx_v_return_stats, __pyx_v_backend); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 541, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject *__pyx_temp;
@@ -14538,7 +14570,7 @@ static PyObject *__pyx_pf_7cpunorm_6_front_16group_norm(CYTHON_UNUSED PyObject *
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "cpunorm/_front.pyx":534
+  /* "cpunorm/_front.pyx":536
  * 
  * 
  * def group_norm(x, num_groups, weight, bias, eps, layout, activation, residual, out, return_stats,             # <<<<<<<<<<<<<<
@@ -14558,7 +14590,7 @@ static PyObject *__pyx_pf_7cpunorm_6_front_16group_norm(CYTHON_UNUSED PyObject *
   return __pyx_r;
 }
 
-/* "cpunorm/_front.pyx":543
+/* "cpunorm/_front.pyx":545
  * 
  * 
  * cdef object channel_norm_backward(object grad_y, object x_, object stats, object weight,             # <<<<<<<<<<<<<<
@@ -14604,14 +14636,14 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm_backward(PyObject *__pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("channel_norm_backward", 0);
 
-  /* "cpunorm/_front.pyx":547
+  /* "cpunorm/_front.pyx":549
  *                                   object need, object backend):
  *     cdef:
  *         int kind = kind_of(x_), ndim = 2 if per_image else 1             # <<<<<<<<<<<<<<
  *         cnp.ndarray x
  *         object mean, rstd, grad_x = None, grad_weight = None, grad_bias = None
 */
-  __pyx_t_1 = __pyx_f_7cpunorm_6_front_kind_of(__pyx_v_x_); if (unlikely(__pyx_t_1 == ((int)-1) && PyErr_Occurred())) __PYX_ERR(0, 547, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7cpunorm_6_front_kind_of(__pyx_v_x_); if (unlikely(__pyx_t_1 == ((int)-1) && PyErr_Occurred())) __PYX_ERR(0, 549, __pyx_L1_error)
   __pyx_v_kind = __pyx_t_1;
   if (__pyx_v_per_image) {
 
@@ -14622,7 +14654,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm_backward(PyObject *__pyx_
   }
   __pyx_v_ndim = __pyx_t_1;
 
-  /* "cpunorm/_front.pyx":549
+  /* "cpunorm/_front.pyx":551
  *         int kind = kind_of(x_), ndim = 2 if per_image else 1
  *         cnp.ndarray x
  *         object mean, rstd, grad_x = None, grad_weight = None, grad_bias = None             # <<<<<<<<<<<<<<
@@ -14636,7 +14668,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm_backward(PyObject *__pyx_
   __Pyx_INCREF(Py_None);
   __pyx_v_grad_bias = Py_None;
 
-  /* "cpunorm/_front.pyx":554
+  /* "cpunorm/_front.pyx":556
  *         Table* table
  *         Call call
  *     if kind < 0 or type(stats) is not Stats or not common_need(need):             # <<<<<<<<<<<<<<
@@ -14653,7 +14685,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm_backward(PyObject *__pyx_
 
     goto __pyx_L4_bool_binop_done;
   }
-  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_Stats); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 554, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_Stats); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 556, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __pyx_t_3 = (((PyObject *)Py_TYPE(__pyx_v_stats)) != __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
@@ -14674,7 +14706,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm_backward(PyObject *__pyx_
   if (__pyx_t_2) {
 
 
-    /* "cpunorm/_front.pyx":555
+    /* "cpunorm/_front.pyx":557
  *         Call call
  *     if kind < 0 or type(stats) is not Stats or not common_need(need):
  *         return None             # <<<<<<<<<<<<<<
@@ -14691,7 +14723,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm_backward(PyObject *__pyx_
     }
     goto __pyx_L0;
 
-    /* "cpunorm/_front.pyx":554
+    /* "cpunorm/_front.pyx":556
  *         Table* table
  *         Call call
  *     if kind < 0 or type(stats) is not Stats or not common_need(need):             # <<<<<<<<<<<<<<
@@ -14700,7 +14732,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm_backward(PyObject *__pyx_
 */
   }
 
-  /* "cpunorm/_front.pyx":556
+  /* "cpunorm/_front.pyx":558
  *     if kind < 0 or type(stats) is not Stats or not common_need(need):
  *         return None
  *     x = x_             # <<<<<<<<<<<<<<
@@ -14709,18 +14741,18 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm_backward(PyObject *__pyx_
 */
   __pyx_t_4 = __pyx_v_x_;
   __Pyx_INCREF(__pyx_t_4);
-  if (!(likely(((__pyx_t_4) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_4, __pyx_mstate_global->__pyx_ptype_5numpy_ndarray))))) __PYX_ERR(0, 556, __pyx_L1_error)
+  if (!(likely(((__pyx_t_4) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_4, __pyx_mstate_global->__pyx_ptype_5numpy_ndarray))))) __PYX_ERR(0, 558, __pyx_L1_error)
   __pyx_v_x = ((PyArrayObject *)__pyx_t_4);
   __pyx_t_4 = 0;
 
-  /* "cpunorm/_front.pyx":557
+  /* "cpunorm/_front.pyx":559
  *         return None
  *     x = x_
  *     if not channels_of(x, layout, per_image, groups, &c) or not compiled(backend):             # <<<<<<<<<<<<<<
  *         return None
  *     shape = &c.stats[0] if per_image else &c.stats[1]
 */
-  __pyx_t_3 = __pyx_f_7cpunorm_6_front_channels_of(__pyx_v_x, __pyx_v_layout, __pyx_v_per_image, __pyx_v_groups, (&__pyx_v_c)); if (unlikely(__pyx_t_3 == ((int)-1) && PyErr_Occurred())) __PYX_ERR(0, 557, __pyx_L1_error)
+  __pyx_t_3 = __pyx_f_7cpunorm_6_front_channels_of(__pyx_v_x, __pyx_v_layout, __pyx_v_per_image, __pyx_v_groups, (&__pyx_v_c)); if (unlikely(__pyx_t_3 == ((int)-1) && PyErr_Occurred())) __PYX_ERR(0, 559, __pyx_L1_error)
   __pyx_t_5 = (!__pyx_t_3);
 
 
@@ -14732,7 +14764,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm_backward(PyObject *__pyx_
 
     goto __pyx_L8_bool_binop_done;
   }
-  __pyx_t_5 = __pyx_f_7cpunorm_6_front_compiled(__pyx_v_backend); if (unlikely(__pyx_t_5 == ((int)-1) && PyErr_Occurred())) __PYX_ERR(0, 557, __pyx_L1_error)
+  __pyx_t_5 = __pyx_f_7cpunorm_6_front_compiled(__pyx_v_backend); if (unlikely(__pyx_t_5 == ((int)-1) && PyErr_Occurred())) __PYX_ERR(0, 559, __pyx_L1_error)
   __pyx_t_3 = (!__pyx_t_5);
 
 
@@ -14743,7 +14775,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm_backward(PyObject *__pyx_
   if (__pyx_t_2) {
 
 
-    /* "cpunorm/_front.pyx":558
+    /* "cpunorm/_front.pyx":560
  *     x = x_
  *     if not channels_of(x, layout, per_image, groups, &c) or not compiled(backend):
  *         return None             # <<<<<<<<<<<<<<
@@ -14760,7 +14792,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm_backward(PyObject *__pyx_
     }
     goto __pyx_L0;
 
-    /* "cpunorm/_front.pyx":557
+    /* "cpunorm/_front.pyx":559
  *         return None
  *     x = x_
  *     if not channels_of(x, layout, per_image, groups, &c) or not compiled(backend):             # <<<<<<<<<<<<<<
@@ -14769,7 +14801,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm_backward(PyObject *__pyx_
 */
   }
 
-  /* "cpunorm/_front.pyx":559
+  /* "cpunorm/_front.pyx":561
  *     if not channels_of(x, layout, per_image, groups, &c) or not compiled(backend):
  *         return None
  *     shape = &c.stats[0] if per_image else &c.stats[1]             # <<<<<<<<<<<<<<
@@ -14785,7 +14817,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm_backward(PyObject *__pyx_
   }
   __pyx_v_shape = __pyx_t_6;
 
-  /* "cpunorm/_front.pyx":560
+  /* "cpunorm/_front.pyx":562
  *         return None
  *     shape = &c.stats[0] if per_image else &c.stats[1]
  *     mean, rstd = <object> (<tuple> stats)[0], <object> (<tuple> stats)[1]             # <<<<<<<<<<<<<<
@@ -14794,13 +14826,13 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm_backward(PyObject *__pyx_
 */
   if (unlikely(__pyx_v_stats == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 560, __pyx_L1_error)
+    __PYX_ERR(0, 562, __pyx_L1_error)
   }
   __pyx_t_4 = __Pyx_PyTuple_GET_ITEM(((PyObject*)__pyx_v_stats), 0);
   __Pyx_INCREF(__pyx_t_4);
   if (unlikely(__pyx_v_stats == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 560, __pyx_L1_error)
+    __PYX_ERR(0, 562, __pyx_L1_error)
   }
   __pyx_t_7 = __Pyx_PyTuple_GET_ITEM(((PyObject*)__pyx_v_stats), 1);
   __Pyx_INCREF(__pyx_t_7);
@@ -14809,7 +14841,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm_backward(PyObject *__pyx_
   __pyx_v_rstd = __pyx_t_7;
   __pyx_t_7 = 0;
 
-  /* "cpunorm/_front.pyx":561
+  /* "cpunorm/_front.pyx":563
  *     shape = &c.stats[0] if per_image else &c.stats[1]
  *     mean, rstd = <object> (<tuple> stats)[0], <object> (<tuple> stats)[1]
  *     if (not like(grad_y, x) or not parameter(weight, kind, &c.C, 1)             # <<<<<<<<<<<<<<
@@ -14827,7 +14859,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm_backward(PyObject *__pyx_
     goto __pyx_L11_bool_binop_done;
   }
 
-  /* "cpunorm/_front.pyx":562
+  /* "cpunorm/_front.pyx":564
  *     mean, rstd = <object> (<tuple> stats)[0], <object> (<tuple> stats)[1]
  *     if (not like(grad_y, x) or not parameter(weight, kind, &c.C, 1)
  *             or mean is None or not parameter(mean, kind, shape, ndim)             # <<<<<<<<<<<<<<
@@ -14854,7 +14886,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm_backward(PyObject *__pyx_
     goto __pyx_L11_bool_binop_done;
   }
 
-  /* "cpunorm/_front.pyx":563
+  /* "cpunorm/_front.pyx":565
  *     if (not like(grad_y, x) or not parameter(weight, kind, &c.C, 1)
  *             or mean is None or not parameter(mean, kind, shape, ndim)
  *             or rstd is None or not parameter(rstd, kind, shape, ndim)):             # <<<<<<<<<<<<<<
@@ -14887,7 +14919,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm_backward(PyObject *__pyx_
 
   __pyx_L11_bool_binop_done:;
 
-  /* "cpunorm/_front.pyx":561
+  /* "cpunorm/_front.pyx":563
  *     shape = &c.stats[0] if per_image else &c.stats[1]
  *     mean, rstd = <object> (<tuple> stats)[0], <object> (<tuple> stats)[1]
  *     if (not like(grad_y, x) or not parameter(weight, kind, &c.C, 1)             # <<<<<<<<<<<<<<
@@ -14897,7 +14929,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm_backward(PyObject *__pyx_
   if (__pyx_t_2) {
 
 
-    /* "cpunorm/_front.pyx":564
+    /* "cpunorm/_front.pyx":566
  *             or mean is None or not parameter(mean, kind, shape, ndim)
  *             or rstd is None or not parameter(rstd, kind, shape, ndim)):
  *         return None             # <<<<<<<<<<<<<<
@@ -14914,7 +14946,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm_backward(PyObject *__pyx_
     }
     goto __pyx_L0;
 
-    /* "cpunorm/_front.pyx":561
+    /* "cpunorm/_front.pyx":563
  *     shape = &c.stats[0] if per_image else &c.stats[1]
  *     mean, rstd = <object> (<tuple> stats)[0], <object> (<tuple> stats)[1]
  *     if (not like(grad_y, x) or not parameter(weight, kind, &c.C, 1)             # <<<<<<<<<<<<<<
@@ -14923,7 +14955,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm_backward(PyObject *__pyx_
 */
   }
 
-  /* "cpunorm/_front.pyx":566
+  /* "cpunorm/_front.pyx":568
  *         return None
  * 
  *     table = tables[kind]             # <<<<<<<<<<<<<<
@@ -14932,7 +14964,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm_backward(PyObject *__pyx_
 */
   __pyx_v_table = (__pyx_v_7cpunorm_8backends_6cython_5verbs_tables[__pyx_v_kind]);
 
-  /* "cpunorm/_front.pyx":567
+  /* "cpunorm/_front.pyx":569
  * 
  *     table = tables[kind]
  *     if (<tuple> need)[0] is True:             # <<<<<<<<<<<<<<
@@ -14941,25 +14973,25 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm_backward(PyObject *__pyx_
 */
   if (unlikely(__pyx_v_need == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 567, __pyx_L1_error)
+    __PYX_ERR(0, 569, __pyx_L1_error)
   }
   __pyx_t_2 = (__Pyx_PyTuple_GET_ITEM(((PyObject*)__pyx_v_need), 0) == Py_True);
   if (__pyx_t_2) {
 
 
-    /* "cpunorm/_front.pyx":568
+    /* "cpunorm/_front.pyx":570
  *     table = tables[kind]
  *     if (<tuple> need)[0] is True:
  *         grad_x = empty_as(x)             # <<<<<<<<<<<<<<
  *     if (<tuple> need)[1] is True:
  *         grad_weight = empty(reals(kind), 1, &c.C)
 */
-    __pyx_t_7 = ((PyObject *)__pyx_f_7cpunorm_7_memory_empty_as(__pyx_v_x)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 568, __pyx_L1_error)
+    __pyx_t_7 = ((PyObject *)__pyx_f_7cpunorm_7_memory_empty_as(__pyx_v_x)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 570, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF_SET(__pyx_v_grad_x, __pyx_t_7);
     __pyx_t_7 = 0;
 
-    /* "cpunorm/_front.pyx":567
+    /* "cpunorm/_front.pyx":569
  * 
  *     table = tables[kind]
  *     if (<tuple> need)[0] is True:             # <<<<<<<<<<<<<<
@@ -14968,7 +15000,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm_backward(PyObject *__pyx_
 */
   }
 
-  /* "cpunorm/_front.pyx":569
+  /* "cpunorm/_front.pyx":571
  *     if (<tuple> need)[0] is True:
  *         grad_x = empty_as(x)
  *     if (<tuple> need)[1] is True:             # <<<<<<<<<<<<<<
@@ -14977,28 +15009,28 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm_backward(PyObject *__pyx_
 */
   if (unlikely(__pyx_v_need == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 569, __pyx_L1_error)
+    __PYX_ERR(0, 571, __pyx_L1_error)
   }
   __pyx_t_2 = (__Pyx_PyTuple_GET_ITEM(((PyObject*)__pyx_v_need), 1) == Py_True);
   if (__pyx_t_2) {
 
 
-    /* "cpunorm/_front.pyx":570
+    /* "cpunorm/_front.pyx":572
  *         grad_x = empty_as(x)
  *     if (<tuple> need)[1] is True:
  *         grad_weight = empty(reals(kind), 1, &c.C)             # <<<<<<<<<<<<<<
  *     if (<tuple> need)[2] is True:
  *         grad_bias = empty(reals(kind), 1, &c.C)
 */
-    __pyx_t_7 = ((PyObject *)__pyx_f_7cpunorm_6_front_reals(__pyx_v_kind)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 570, __pyx_L1_error)
+    __pyx_t_7 = ((PyObject *)__pyx_f_7cpunorm_6_front_reals(__pyx_v_kind)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 572, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_4 = ((PyObject *)__pyx_f_7cpunorm_7_memory_empty(((PyArray_Descr *)__pyx_t_7), 1, (&__pyx_v_c.C))); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 570, __pyx_L1_error)
+    __pyx_t_4 = ((PyObject *)__pyx_f_7cpunorm_7_memory_empty(((PyArray_Descr *)__pyx_t_7), 1, (&__pyx_v_c.C))); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 572, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __Pyx_DECREF_SET(__pyx_v_grad_weight, __pyx_t_4);
     __pyx_t_4 = 0;
 
-    /* "cpunorm/_front.pyx":569
+    /* "cpunorm/_front.pyx":571
  *     if (<tuple> need)[0] is True:
  *         grad_x = empty_as(x)
  *     if (<tuple> need)[1] is True:             # <<<<<<<<<<<<<<
@@ -15007,7 +15039,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm_backward(PyObject *__pyx_
 */
   }
 
-  /* "cpunorm/_front.pyx":571
+  /* "cpunorm/_front.pyx":573
  *     if (<tuple> need)[1] is True:
  *         grad_weight = empty(reals(kind), 1, &c.C)
  *     if (<tuple> need)[2] is True:             # <<<<<<<<<<<<<<
@@ -15016,28 +15048,28 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm_backward(PyObject *__pyx_
 */
   if (unlikely(__pyx_v_need == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 571, __pyx_L1_error)
+    __PYX_ERR(0, 573, __pyx_L1_error)
   }
   __pyx_t_2 = (__Pyx_PyTuple_GET_ITEM(((PyObject*)__pyx_v_need), 2) == Py_True);
   if (__pyx_t_2) {
 
 
-    /* "cpunorm/_front.pyx":572
+    /* "cpunorm/_front.pyx":574
  *         grad_weight = empty(reals(kind), 1, &c.C)
  *     if (<tuple> need)[2] is True:
  *         grad_bias = empty(reals(kind), 1, &c.C)             # <<<<<<<<<<<<<<
  *     call = call_for(x, None)
  *     call.N, call.C, call.S, call.B, call.G = c.N, c.C, c.S, c.stats[0], c.stats[1]
 */
-    __pyx_t_4 = ((PyObject *)__pyx_f_7cpunorm_6_front_reals(__pyx_v_kind)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 572, __pyx_L1_error)
+    __pyx_t_4 = ((PyObject *)__pyx_f_7cpunorm_6_front_reals(__pyx_v_kind)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 574, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_7 = ((PyObject *)__pyx_f_7cpunorm_7_memory_empty(((PyArray_Descr *)__pyx_t_4), 1, (&__pyx_v_c.C))); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 572, __pyx_L1_error)
+    __pyx_t_7 = ((PyObject *)__pyx_f_7cpunorm_7_memory_empty(((PyArray_Descr *)__pyx_t_4), 1, (&__pyx_v_c.C))); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 574, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF_SET(__pyx_v_grad_bias, __pyx_t_7);
     __pyx_t_7 = 0;
 
-    /* "cpunorm/_front.pyx":571
+    /* "cpunorm/_front.pyx":573
  *     if (<tuple> need)[1] is True:
  *         grad_weight = empty(reals(kind), 1, &c.C)
  *     if (<tuple> need)[2] is True:             # <<<<<<<<<<<<<<
@@ -15046,17 +15078,17 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm_backward(PyObject *__pyx_
 */
   }
 
-  /* "cpunorm/_front.pyx":573
+  /* "cpunorm/_front.pyx":575
  *     if (<tuple> need)[2] is True:
  *         grad_bias = empty(reals(kind), 1, &c.C)
  *     call = call_for(x, None)             # <<<<<<<<<<<<<<
  *     call.N, call.C, call.S, call.B, call.G = c.N, c.C, c.S, c.stats[0], c.stats[1]
  *     call.grad_y, call.mean, call.rstd = data(grad_y), data(mean), data(rstd)
 */
-  __pyx_t_8 = __pyx_f_7cpunorm_6_front_call_for(__pyx_v_x, Py_None); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 573, __pyx_L1_error)
+  __pyx_t_8 = __pyx_f_7cpunorm_6_front_call_for(__pyx_v_x, Py_None); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 575, __pyx_L1_error)
   __pyx_v_call = __pyx_t_8;
 
-  /* "cpunorm/_front.pyx":574
+  /* "cpunorm/_front.pyx":576
  *         grad_bias = empty(reals(kind), 1, &c.C)
  *     call = call_for(x, None)
  *     call.N, call.C, call.S, call.B, call.G = c.N, c.C, c.S, c.stats[0], c.stats[1]             # <<<<<<<<<<<<<<
@@ -15079,7 +15111,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm_backward(PyObject *__pyx_
   __pyx_v_call.B = __pyx_t_12;
   __pyx_v_call.G = __pyx_t_13;
 
-  /* "cpunorm/_front.pyx":575
+  /* "cpunorm/_front.pyx":577
  *     call = call_for(x, None)
  *     call.N, call.C, call.S, call.B, call.G = c.N, c.C, c.S, c.stats[0], c.stats[1]
  *     call.grad_y, call.mean, call.rstd = data(grad_y), data(mean), data(rstd)             # <<<<<<<<<<<<<<
@@ -15096,7 +15128,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm_backward(PyObject *__pyx_
   __pyx_v_call.mean = __pyx_t_15;
   __pyx_v_call.rstd = __pyx_t_16;
 
-  /* "cpunorm/_front.pyx":576
+  /* "cpunorm/_front.pyx":578
  *     call.N, call.C, call.S, call.B, call.G = c.N, c.C, c.S, c.stats[0], c.stats[1]
  *     call.grad_y, call.mean, call.rstd = data(grad_y), data(mean), data(rstd)
  *     call.weight = data(weight)             # <<<<<<<<<<<<<<
@@ -15105,7 +15137,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm_backward(PyObject *__pyx_
 */
   __pyx_v_call.weight = __pyx_f_7cpunorm_6_front_data(__pyx_v_weight);
 
-  /* "cpunorm/_front.pyx":577
+  /* "cpunorm/_front.pyx":579
  *     call.grad_y, call.mean, call.rstd = data(grad_y), data(mean), data(rstd)
  *     call.weight = data(weight)
  *     call.grad_x, call.grad_weight, call.grad_bias = data(grad_x), data(grad_weight), data(grad_bias)             # <<<<<<<<<<<<<<
@@ -15122,7 +15154,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm_backward(PyObject *__pyx_
   __pyx_v_call.grad_weight = __pyx_t_15;
   __pyx_v_call.grad_bias = __pyx_t_14;
 
-  /* "cpunorm/_front.pyx":578
+  /* "cpunorm/_front.pyx":580
  *     call.weight = data(weight)
  *     call.grad_x, call.grad_weight, call.grad_bias = data(grad_x), data(grad_weight), data(grad_bias)
  *     if frozen:             # <<<<<<<<<<<<<<
@@ -15131,7 +15163,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm_backward(PyObject *__pyx_
 */
   if (__pyx_v_frozen) {
 
-    /* "cpunorm/_front.pyx":579
+    /* "cpunorm/_front.pyx":581
  *     call.grad_x, call.grad_weight, call.grad_bias = data(grad_x), data(grad_weight), data(grad_bias)
  *     if frozen:
  *         run(table.last_backward_apply if c.last else table.first_backward_apply, &call)             # <<<<<<<<<<<<<<
@@ -15145,11 +15177,11 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm_backward(PyObject *__pyx_
 
       __pyx_t_17 = __pyx_v_table->first_backward_apply;
     }
-    __pyx_t_1 = __pyx_f_7cpunorm_8backends_6cython_5verbs_run(__pyx_t_17, (&__pyx_v_call)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 579, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7cpunorm_8backends_6cython_5verbs_run(__pyx_t_17, (&__pyx_v_call)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 581, __pyx_L1_error)
 
 
 
-    /* "cpunorm/_front.pyx":578
+    /* "cpunorm/_front.pyx":580
  *     call.weight = data(weight)
  *     call.grad_x, call.grad_weight, call.grad_bias = data(grad_x), data(grad_weight), data(grad_bias)
  *     if frozen:             # <<<<<<<<<<<<<<
@@ -15159,7 +15191,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm_backward(PyObject *__pyx_
     goto __pyx_L20;
   }
 
-  /* "cpunorm/_front.pyx":581
+  /* "cpunorm/_front.pyx":583
  *         run(table.last_backward_apply if c.last else table.first_backward_apply, &call)
  *     else:
  *         run(table.last_backward if c.last else table.first_backward, &call)             # <<<<<<<<<<<<<<
@@ -15174,33 +15206,33 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm_backward(PyObject *__pyx_
 
       __pyx_t_17 = __pyx_v_table->first_backward;
     }
-    __pyx_t_1 = __pyx_f_7cpunorm_8backends_6cython_5verbs_run(__pyx_t_17, (&__pyx_v_call)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 581, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7cpunorm_8backends_6cython_5verbs_run(__pyx_t_17, (&__pyx_v_call)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 583, __pyx_L1_error)
 
 
   }
   __pyx_L20:;
 
-  /* "cpunorm/_front.pyx":582
+  /* "cpunorm/_front.pyx":584
  *     else:
  *         run(table.last_backward if c.last else table.first_backward, &call)
  *     return named(Gradients, (grad_x, grad_weight, grad_bias))             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_Gradients); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 582, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_Gradients); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 584, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
-  __pyx_t_4 = PyTuple_New(3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 582, __pyx_L1_error)
+  __pyx_t_4 = PyTuple_New(3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 584, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_INCREF(__pyx_v_grad_x);
   __Pyx_GIVEREF(__pyx_v_grad_x);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_4, 0, __pyx_v_grad_x) != (0)) __PYX_ERR(0, 582, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_4, 0, __pyx_v_grad_x) != (0)) __PYX_ERR(0, 584, __pyx_L1_error);
   __Pyx_INCREF(__pyx_v_grad_weight);
   __Pyx_GIVEREF(__pyx_v_grad_weight);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_4, 1, __pyx_v_grad_weight) != (0)) __PYX_ERR(0, 582, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_4, 1, __pyx_v_grad_weight) != (0)) __PYX_ERR(0, 584, __pyx_L1_error);
   __Pyx_INCREF(__pyx_v_grad_bias);
   __Pyx_GIVEREF(__pyx_v_grad_bias);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_4, 2, __pyx_v_grad_bias) != (0)) __PYX_ERR(0, 582, __pyx_L1_error);
-  __pyx_t_18 = __pyx_f_7cpunorm_6_front_named(__pyx_t_7, ((PyObject*)__pyx_t_4)); if (unlikely(!__pyx_t_18)) __PYX_ERR(0, 582, __pyx_L1_error)
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_4, 2, __pyx_v_grad_bias) != (0)) __PYX_ERR(0, 584, __pyx_L1_error);
+  __pyx_t_18 = __pyx_f_7cpunorm_6_front_named(__pyx_t_7, ((PyObject*)__pyx_t_4)); if (unlikely(!__pyx_t_18)) __PYX_ERR(0, 584, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_18);
   __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
@@ -15215,7 +15247,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm_backward(PyObject *__pyx_
   __pyx_t_18 = 0;
   goto __pyx_L0;
 
-  /* "cpunorm/_front.pyx":543
+  /* "cpunorm/_front.pyx":545
  * 
  * 
  * cdef object channel_norm_backward(object grad_y, object x_, object stats, object weight,             # <<<<<<<<<<<<<<
@@ -15248,7 +15280,7 @@ static PyObject *__pyx_f_7cpunorm_6_front_channel_norm_backward(PyObject *__pyx_
   return __pyx_r;
 }
 
-/* "cpunorm/_front.pyx":585
+/* "cpunorm/_front.pyx":587
  * 
  * 
  * def batch_norm_backward(grad_y, x, stats, weight, training, layout, need, backend):             # <<<<<<<<<<<<<<
@@ -15302,68 +15334,68 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_grad_y,&__pyx_mstate_global->__pyx_n_u_x,&__pyx_mstate_global->__pyx_n_u_stats,&__pyx_mstate_global->__pyx_n_u_weight,&__pyx_mstate_global->__pyx_n_u_training,&__pyx_mstate_global->__pyx_n_u_layout,&__pyx_mstate_global->__pyx_n_u_need,&__pyx_mstate_global->__pyx_n_u_backend,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 585, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 587, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  8:
         values[7] = __Pyx_ArgRef_FASTCALL(__pyx_args, 7);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 585, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 587, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  7:
         values[6] = __Pyx_ArgRef_FASTCALL(__pyx_args, 6);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 585, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 587, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  6:
         values[5] = __Pyx_ArgRef_FASTCALL(__pyx_args, 5);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 585, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 587, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  5:
         values[4] = __Pyx_ArgRef_FASTCALL(__pyx_args, 4);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 585, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 587, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  4:
         values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 585, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 587, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 585, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 587, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 585, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 587, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 585, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 587, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "batch_norm_backward", 0) < (0)) __PYX_ERR(0, 585, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "batch_norm_backward", 0) < (0)) __PYX_ERR(0, 587, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 8; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("batch_norm_backward", 1, 8, 8, i); __PYX_ERR(0, 585, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("batch_norm_backward", 1, 8, 8, i); __PYX_ERR(0, 587, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 8)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 585, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 587, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 585, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 587, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 585, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 587, __pyx_L3_error)
       values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 585, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 587, __pyx_L3_error)
       values[4] = __Pyx_ArgRef_FASTCALL(__pyx_args, 4);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 585, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 587, __pyx_L3_error)
       values[5] = __Pyx_ArgRef_FASTCALL(__pyx_args, 5);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 585, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 587, __pyx_L3_error)
       values[6] = __Pyx_ArgRef_FASTCALL(__pyx_args, 6);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 585, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 587, __pyx_L3_error)
       values[7] = __Pyx_ArgRef_FASTCALL(__pyx_args, 7);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 585, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 587, __pyx_L3_error)
     }
     __pyx_v_grad_y = values[0];
     __pyx_v_x = values[1];
@@ -15376,7 +15408,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("batch_norm_backward", 1, 8, 8, __pyx_nargs); __PYX_ERR(0, 585, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("batch_norm_backward", 1, 8, 8, __pyx_nargs); __PYX_ERR(0, 587, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15407,7 +15439,7 @@ static PyObject *__pyx_pf_7cpunorm_6_front_18batch_norm_backward(CYTHON_UNUSED P
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("batch_norm_backward", 0);
 
-  /* "cpunorm/_front.pyx":586
+  /* "cpunorm/_front.pyx":588
  * 
  * def batch_norm_backward(grad_y, x, stats, weight, training, layout, need, backend):
  *     if not true_or_false(training):             # <<<<<<<<<<<<<<
@@ -15419,7 +15451,7 @@ static PyObject *__pyx_pf_7cpunorm_6_front_18batch_norm_backward(CYTHON_UNUSED P
   if (__pyx_t_1) {
 
 
-    /* "cpunorm/_front.pyx":587
+    /* "cpunorm/_front.pyx":589
  * def batch_norm_backward(grad_y, x, stats, weight, training, layout, need, backend):
  *     if not true_or_false(training):
  *         return None             # <<<<<<<<<<<<<<
@@ -15436,7 +15468,7 @@ static PyObject *__pyx_pf_7cpunorm_6_front_18batch_norm_backward(CYTHON_UNUSED P
     }
     goto __pyx_L0;
 
-    /* "cpunorm/_front.pyx":586
+    /* "cpunorm/_front.pyx":588
  * 
  * def batch_norm_backward(grad_y, x, stats, weight, training, layout, need, backend):
  *     if not true_or_false(training):             # <<<<<<<<<<<<<<
@@ -15445,7 +15477,7 @@ static PyObject *__pyx_pf_7cpunorm_6_front_18batch_norm_backward(CYTHON_UNUSED P
 */
   }
 
-  /* "cpunorm/_front.pyx":588
+  /* "cpunorm/_front.pyx":590
  *     if not true_or_false(training):
  *         return None
  *     return channel_norm_backward(grad_y, x, stats, weight, False, 0, training is False, layout,             # <<<<<<<<<<<<<<
@@ -15454,14 +15486,14 @@ static PyObject *__pyx_pf_7cpunorm_6_front_18batch_norm_backward(CYTHON_UNUSED P
 */
   __pyx_t_1 = (__pyx_v_training == Py_False);
 
-  /* "cpunorm/_front.pyx":589
+  /* "cpunorm/_front.pyx":591
  *         return None
  *     return channel_norm_backward(grad_y, x, stats, weight, False, 0, training is False, layout,
  *                                  need, backend)             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_2 = __pyx_f_7cpunorm_6_front_channel_norm_backward(__pyx_v_grad_y, __pyx_v_x, __pyx_v_stats, __pyx_v_weight, 0, 0, __pyx_t_1, __pyx_v_layout, __pyx_v_need, __pyx_v_backend); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 588, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7cpunorm_6_front_channel_norm_backward(__pyx_v_grad_y, __pyx_v_x, __pyx_v_stats, __pyx_v_weight, 0, 0, __pyx_t_1, __pyx_v_layout, __pyx_v_need, __pyx_v_backend); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 590, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
   {
@@ -15475,7 +15507,7 @@ static PyObject *__pyx_pf_7cpunorm_6_front_18batch_norm_backward(CYTHON_UNUSED P
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "cpunorm/_front.pyx":585
+  /* "cpunorm/_front.pyx":587
  * 
  * 
  * def batch_norm_backward(grad_y, x, stats, weight, training, layout, need, backend):             # <<<<<<<<<<<<<<
@@ -15494,7 +15526,7 @@ static PyObject *__pyx_pf_7cpunorm_6_front_18batch_norm_backward(CYTHON_UNUSED P
   return __pyx_r;
 }
 
-/* "cpunorm/_front.pyx":592
+/* "cpunorm/_front.pyx":594
  * 
  * 
  * def instance_norm_backward(grad_y, x, stats, weight, use_input_stats, layout, need, backend):             # <<<<<<<<<<<<<<
@@ -15548,68 +15580,68 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_grad_y,&__pyx_mstate_global->__pyx_n_u_x,&__pyx_mstate_global->__pyx_n_u_stats,&__pyx_mstate_global->__pyx_n_u_weight,&__pyx_mstate_global->__pyx_n_u_use_input_stats,&__pyx_mstate_global->__pyx_n_u_layout,&__pyx_mstate_global->__pyx_n_u_need,&__pyx_mstate_global->__pyx_n_u_backend,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 592, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 594, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  8:
         values[7] = __Pyx_ArgRef_FASTCALL(__pyx_args, 7);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 592, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 594, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  7:
         values[6] = __Pyx_ArgRef_FASTCALL(__pyx_args, 6);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 592, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 594, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  6:
         values[5] = __Pyx_ArgRef_FASTCALL(__pyx_args, 5);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 592, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 594, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  5:
         values[4] = __Pyx_ArgRef_FASTCALL(__pyx_args, 4);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 592, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 594, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  4:
         values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 592, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 594, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 592, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 594, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 592, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 594, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 592, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 594, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "instance_norm_backward", 0) < (0)) __PYX_ERR(0, 592, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "instance_norm_backward", 0) < (0)) __PYX_ERR(0, 594, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 8; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("instance_norm_backward", 1, 8, 8, i); __PYX_ERR(0, 592, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("instance_norm_backward", 1, 8, 8, i); __PYX_ERR(0, 594, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 8)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 592, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 594, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 592, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 594, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 592, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 594, __pyx_L3_error)
       values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 592, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 594, __pyx_L3_error)
       values[4] = __Pyx_ArgRef_FASTCALL(__pyx_args, 4);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 592, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 594, __pyx_L3_error)
       values[5] = __Pyx_ArgRef_FASTCALL(__pyx_args, 5);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 592, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 594, __pyx_L3_error)
       values[6] = __Pyx_ArgRef_FASTCALL(__pyx_args, 6);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 592, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 594, __pyx_L3_error)
       values[7] = __Pyx_ArgRef_FASTCALL(__pyx_args, 7);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 592, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 594, __pyx_L3_error)
     }
     __pyx_v_grad_y = values[0];
     __pyx_v_x = values[1];
@@ -15622,7 +15654,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("instance_norm_backward", 1, 8, 8, __pyx_nargs); __PYX_ERR(0, 592, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("instance_norm_backward", 1, 8, 8, __pyx_nargs); __PYX_ERR(0, 594, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15654,7 +15686,7 @@ static PyObject *__pyx_pf_7cpunorm_6_front_20instance_norm_backward(CYTHON_UNUSE
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("instance_norm_backward", 0);
 
-  /* "cpunorm/_front.pyx":593
+  /* "cpunorm/_front.pyx":595
  * 
  * def instance_norm_backward(grad_y, x, stats, weight, use_input_stats, layout, need, backend):
  *     if not true_or_false(use_input_stats):             # <<<<<<<<<<<<<<
@@ -15666,7 +15698,7 @@ static PyObject *__pyx_pf_7cpunorm_6_front_20instance_norm_backward(CYTHON_UNUSE
   if (__pyx_t_1) {
 
 
-    /* "cpunorm/_front.pyx":594
+    /* "cpunorm/_front.pyx":596
  * def instance_norm_backward(grad_y, x, stats, weight, use_input_stats, layout, need, backend):
  *     if not true_or_false(use_input_stats):
  *         return None             # <<<<<<<<<<<<<<
@@ -15683,7 +15715,7 @@ static PyObject *__pyx_pf_7cpunorm_6_front_20instance_norm_backward(CYTHON_UNUSE
     }
     goto __pyx_L0;
 
-    /* "cpunorm/_front.pyx":593
+    /* "cpunorm/_front.pyx":595
  * 
  * def instance_norm_backward(grad_y, x, stats, weight, use_input_stats, layout, need, backend):
  *     if not true_or_false(use_input_stats):             # <<<<<<<<<<<<<<
@@ -15692,7 +15724,7 @@ static PyObject *__pyx_pf_7cpunorm_6_front_20instance_norm_backward(CYTHON_UNUSE
 */
   }
 
-  /* "cpunorm/_front.pyx":595
+  /* "cpunorm/_front.pyx":597
  *     if not true_or_false(use_input_stats):
  *         return None
  *     cdef bint frozen = use_input_stats is False             # <<<<<<<<<<<<<<
@@ -15702,14 +15734,14 @@ static PyObject *__pyx_pf_7cpunorm_6_front_20instance_norm_backward(CYTHON_UNUSE
   __pyx_t_1 = (__pyx_v_use_input_stats == Py_False);
   __pyx_v_frozen = __pyx_t_1;
 
-  /* "cpunorm/_front.pyx":596
+  /* "cpunorm/_front.pyx":598
  *         return None
  *     cdef bint frozen = use_input_stats is False
  *     return channel_norm_backward(grad_y, x, stats, weight, not frozen, 0, frozen, layout, need,             # <<<<<<<<<<<<<<
  *                                  backend)
  * 
 */
-  __pyx_t_2 = __pyx_f_7cpunorm_6_front_channel_norm_backward(__pyx_v_grad_y, __pyx_v_x, __pyx_v_stats, __pyx_v_weight, (!__pyx_v_frozen), 0, __pyx_v_frozen, __pyx_v_layout, __pyx_v_need, __pyx_v_backend); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 596, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7cpunorm_6_front_channel_norm_backward(__pyx_v_grad_y, __pyx_v_x, __pyx_v_stats, __pyx_v_weight, (!__pyx_v_frozen), 0, __pyx_v_frozen, __pyx_v_layout, __pyx_v_need, __pyx_v_backend); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 598, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject *__pyx_temp;
@@ -15722,7 +15754,7 @@ static PyObject *__pyx_pf_7cpunorm_6_front_20instance_norm_backward(CYTHON_UNUSE
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "cpunorm/_front.pyx":592
+  /* "cpunorm/_front.pyx":594
  * 
  * 
  * def instance_norm_backward(grad_y, x, stats, weight, use_input_stats, layout, need, backend):             # <<<<<<<<<<<<<<
@@ -15742,7 +15774,7 @@ static PyObject *__pyx_pf_7cpunorm_6_front_20instance_norm_backward(CYTHON_UNUSE
   return __pyx_r;
 }
 
-/* "cpunorm/_front.pyx":600
+/* "cpunorm/_front.pyx":602
  * 
  * 
  * def group_norm_backward(grad_y, x, num_groups, stats, weight, layout, need, backend):             # <<<<<<<<<<<<<<
@@ -15796,68 +15828,68 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_grad_y,&__pyx_mstate_global->__pyx_n_u_x,&__pyx_mstate_global->__pyx_n_u_num_groups,&__pyx_mstate_global->__pyx_n_u_stats,&__pyx_mstate_global->__pyx_n_u_weight,&__pyx_mstate_global->__pyx_n_u_layout,&__pyx_mstate_global->__pyx_n_u_need,&__pyx_mstate_global->__pyx_n_u_backend,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 600, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 602, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  8:
         values[7] = __Pyx_ArgRef_FASTCALL(__pyx_args, 7);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 600, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 602, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  7:
         values[6] = __Pyx_ArgRef_FASTCALL(__pyx_args, 6);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 600, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 602, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  6:
         values[5] = __Pyx_ArgRef_FASTCALL(__pyx_args, 5);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 600, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 602, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  5:
         values[4] = __Pyx_ArgRef_FASTCALL(__pyx_args, 4);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 600, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 602, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  4:
         values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 600, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 602, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 600, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 602, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 600, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 602, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 600, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 602, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "group_norm_backward", 0) < (0)) __PYX_ERR(0, 600, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "group_norm_backward", 0) < (0)) __PYX_ERR(0, 602, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 8; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("group_norm_backward", 1, 8, 8, i); __PYX_ERR(0, 600, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("group_norm_backward", 1, 8, 8, i); __PYX_ERR(0, 602, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 8)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 600, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 602, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 600, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 602, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 600, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 602, __pyx_L3_error)
       values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 600, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 602, __pyx_L3_error)
       values[4] = __Pyx_ArgRef_FASTCALL(__pyx_args, 4);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 600, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 602, __pyx_L3_error)
       values[5] = __Pyx_ArgRef_FASTCALL(__pyx_args, 5);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 600, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 602, __pyx_L3_error)
       values[6] = __Pyx_ArgRef_FASTCALL(__pyx_args, 6);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 600, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 602, __pyx_L3_error)
       values[7] = __Pyx_ArgRef_FASTCALL(__pyx_args, 7);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 600, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 602, __pyx_L3_error)
     }
     __pyx_v_grad_y = values[0];
     __pyx_v_x = values[1];
@@ -15870,7 +15902,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("group_norm_backward", 1, 8, 8, __pyx_nargs); __PYX_ERR(0, 600, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("group_norm_backward", 1, 8, 8, __pyx_nargs); __PYX_ERR(0, 602, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15902,7 +15934,7 @@ static PyObject *__pyx_pf_7cpunorm_6_front_22group_norm_backward(CYTHON_UNUSED P
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("group_norm_backward", 0);
 
-  /* "cpunorm/_front.pyx":601
+  /* "cpunorm/_front.pyx":603
  * 
  * def group_norm_backward(grad_y, x, num_groups, stats, weight, layout, need, backend):
  *     cdef Py_ssize_t groups = groups_of(num_groups)             # <<<<<<<<<<<<<<
@@ -15911,7 +15943,7 @@ static PyObject *__pyx_pf_7cpunorm_6_front_22group_norm_backward(CYTHON_UNUSED P
 */
   __pyx_v_groups = __pyx_f_7cpunorm_6_front_groups_of(__pyx_v_num_groups);
 
-  /* "cpunorm/_front.pyx":602
+  /* "cpunorm/_front.pyx":604
  * def group_norm_backward(grad_y, x, num_groups, stats, weight, layout, need, backend):
  *     cdef Py_ssize_t groups = groups_of(num_groups)
  *     if groups < 0:             # <<<<<<<<<<<<<<
@@ -15923,7 +15955,7 @@ static PyObject *__pyx_pf_7cpunorm_6_front_22group_norm_backward(CYTHON_UNUSED P
   if (__pyx_t_1) {
 
 
-    /* "cpunorm/_front.pyx":603
+    /* "cpunorm/_front.pyx":605
  *     cdef Py_ssize_t groups = groups_of(num_groups)
  *     if groups < 0:
  *         return None             # <<<<<<<<<<<<<<
@@ -15940,7 +15972,7 @@ static PyObject *__pyx_pf_7cpunorm_6_front_22group_norm_backward(CYTHON_UNUSED P
     }
     goto __pyx_L0;
 
-    /* "cpunorm/_front.pyx":602
+    /* "cpunorm/_front.pyx":604
  * def group_norm_backward(grad_y, x, num_groups, stats, weight, layout, need, backend):
  *     cdef Py_ssize_t groups = groups_of(num_groups)
  *     if groups < 0:             # <<<<<<<<<<<<<<
@@ -15949,13 +15981,13 @@ static PyObject *__pyx_pf_7cpunorm_6_front_22group_norm_backward(CYTHON_UNUSED P
 */
   }
 
-  /* "cpunorm/_front.pyx":604
+  /* "cpunorm/_front.pyx":606
  *     if groups < 0:
  *         return None
  *     return channel_norm_backward(grad_y, x, stats, weight, True, groups, False, layout, need,             # <<<<<<<<<<<<<<
  *                                  backend)
 */
-  __pyx_t_2 = __pyx_f_7cpunorm_6_front_channel_norm_backward(__pyx_v_grad_y, __pyx_v_x, __pyx_v_stats, __pyx_v_weight, 1, __pyx_v_groups, 0, __pyx_v_layout, __pyx_v_need, __pyx_v_backend); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 604, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7cpunorm_6_front_channel_norm_backward(__pyx_v_grad_y, __pyx_v_x, __pyx_v_stats, __pyx_v_weight, 1, __pyx_v_groups, 0, __pyx_v_layout, __pyx_v_need, __pyx_v_backend); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 606, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject *__pyx_temp;
@@ -15968,7 +16000,7 @@ static PyObject *__pyx_pf_7cpunorm_6_front_22group_norm_backward(CYTHON_UNUSED P
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "cpunorm/_front.pyx":600
+  /* "cpunorm/_front.pyx":602
  * 
  * 
  * def group_norm_backward(grad_y, x, num_groups, stats, weight, layout, need, backend):             # <<<<<<<<<<<<<<
@@ -16959,94 +16991,94 @@ __Pyx_RefNannySetupContext("PyInit__front", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_rms_norm_backward, __pyx_t_2) < (0)) __PYX_ERR(0, 326, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "cpunorm/_front.pyx":504
+  /* "cpunorm/_front.pyx":506
  * 
  * 
  * def batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, layout,             # <<<<<<<<<<<<<<
  *                activation, residual, out, return_stats, backend):
  *     if not true_or_false(training):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7cpunorm_6_front_13batch_norm, 0, __pyx_mstate_global->__pyx_n_u_batch_norm, NULL, __pyx_mstate_global->__pyx_n_u_cpunorm__front, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 504, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7cpunorm_6_front_13batch_norm, 0, __pyx_mstate_global->__pyx_n_u_batch_norm, NULL, __pyx_mstate_global->__pyx_n_u_cpunorm__front, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 506, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_batch_norm, __pyx_t_2) < (0)) __PYX_ERR(0, 504, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_batch_norm, __pyx_t_2) < (0)) __PYX_ERR(0, 506, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "cpunorm/_front.pyx":513
+  /* "cpunorm/_front.pyx":515
  * 
  * 
  * def instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps,             # <<<<<<<<<<<<<<
  *                   layout, activation, residual, out, return_stats, backend):
  *     if not true_or_false(use_input_stats):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7cpunorm_6_front_15instance_norm, 0, __pyx_mstate_global->__pyx_n_u_instance_norm, NULL, __pyx_mstate_global->__pyx_n_u_cpunorm__front, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 513, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7cpunorm_6_front_15instance_norm, 0, __pyx_mstate_global->__pyx_n_u_instance_norm, NULL, __pyx_mstate_global->__pyx_n_u_cpunorm__front, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 515, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_instance_norm, __pyx_t_2) < (0)) __PYX_ERR(0, 513, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_instance_norm, __pyx_t_2) < (0)) __PYX_ERR(0, 515, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "cpunorm/_front.pyx":534
+  /* "cpunorm/_front.pyx":536
  * 
  * 
  * def group_norm(x, num_groups, weight, bias, eps, layout, activation, residual, out, return_stats,             # <<<<<<<<<<<<<<
  *                backend):
  *     cdef Py_ssize_t groups = groups_of(num_groups)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7cpunorm_6_front_17group_norm, 0, __pyx_mstate_global->__pyx_n_u_group_norm, NULL, __pyx_mstate_global->__pyx_n_u_cpunorm__front, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 534, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7cpunorm_6_front_17group_norm, 0, __pyx_mstate_global->__pyx_n_u_group_norm, NULL, __pyx_mstate_global->__pyx_n_u_cpunorm__front, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 536, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_group_norm, __pyx_t_2) < (0)) __PYX_ERR(0, 534, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_group_norm, __pyx_t_2) < (0)) __PYX_ERR(0, 536, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "cpunorm/_front.pyx":585
+  /* "cpunorm/_front.pyx":587
  * 
  * 
  * def batch_norm_backward(grad_y, x, stats, weight, training, layout, need, backend):             # <<<<<<<<<<<<<<
  *     if not true_or_false(training):
  *         return None
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7cpunorm_6_front_19batch_norm_backward, 0, __pyx_mstate_global->__pyx_n_u_batch_norm_backward, NULL, __pyx_mstate_global->__pyx_n_u_cpunorm__front, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 585, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7cpunorm_6_front_19batch_norm_backward, 0, __pyx_mstate_global->__pyx_n_u_batch_norm_backward, NULL, __pyx_mstate_global->__pyx_n_u_cpunorm__front, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 587, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_batch_norm_backward, __pyx_t_2) < (0)) __PYX_ERR(0, 585, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_batch_norm_backward, __pyx_t_2) < (0)) __PYX_ERR(0, 587, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "cpunorm/_front.pyx":592
+  /* "cpunorm/_front.pyx":594
  * 
  * 
  * def instance_norm_backward(grad_y, x, stats, weight, use_input_stats, layout, need, backend):             # <<<<<<<<<<<<<<
  *     if not true_or_false(use_input_stats):
  *         return None
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7cpunorm_6_front_21instance_norm_backward, 0, __pyx_mstate_global->__pyx_n_u_instance_norm_backward, NULL, __pyx_mstate_global->__pyx_n_u_cpunorm__front, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 592, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7cpunorm_6_front_21instance_norm_backward, 0, __pyx_mstate_global->__pyx_n_u_instance_norm_backward, NULL, __pyx_mstate_global->__pyx_n_u_cpunorm__front, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 594, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_instance_norm_backward, __pyx_t_2) < (0)) __PYX_ERR(0, 592, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_instance_norm_backward, __pyx_t_2) < (0)) __PYX_ERR(0, 594, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "cpunorm/_front.pyx":600
+  /* "cpunorm/_front.pyx":602
  * 
  * 
  * def group_norm_backward(grad_y, x, num_groups, stats, weight, layout, need, backend):             # <<<<<<<<<<<<<<
  *     cdef Py_ssize_t groups = groups_of(num_groups)
  *     if groups < 0:
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7cpunorm_6_front_23group_norm_backward, 0, __pyx_mstate_global->__pyx_n_u_group_norm_backward, NULL, __pyx_mstate_global->__pyx_n_u_cpunorm__front, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 600, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7cpunorm_6_front_23group_norm_backward, 0, __pyx_mstate_global->__pyx_n_u_group_norm_backward, NULL, __pyx_mstate_global->__pyx_n_u_cpunorm__front, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 602, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_group_norm_backward, __pyx_t_2) < (0)) __PYX_ERR(0, 600, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_group_norm_backward, __pyx_t_2) < (0)) __PYX_ERR(0, 602, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "cpunorm/_front.pyx":1
@@ -17318,32 +17350,32 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_cpunorm__front_pyx, __pyx_mstate->__pyx_n_u_rms_norm_backward, __pyx_mstate->__pyx_kp_b_iso88591_Qhc_7_QWWX_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {14, 0, 0, 14, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 504};
+    const __Pyx_PyCode_New_function_description descr = {14, 0, 0, 14, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 506};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_x, __pyx_mstate->__pyx_n_u_running_mean, __pyx_mstate->__pyx_n_u_running_var, __pyx_mstate->__pyx_n_u_weight, __pyx_mstate->__pyx_n_u_bias, __pyx_mstate->__pyx_n_u_training, __pyx_mstate->__pyx_n_u_momentum, __pyx_mstate->__pyx_n_u_eps, __pyx_mstate->__pyx_n_u_layout, __pyx_mstate->__pyx_n_u_activation, __pyx_mstate->__pyx_n_u_residual, __pyx_mstate->__pyx_n_u_out, __pyx_mstate->__pyx_n_u_return_stats, __pyx_mstate->__pyx_n_u_backend};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_cpunorm__front_pyx, __pyx_mstate->__pyx_n_u_batch_norm, __pyx_mstate->__pyx_kp_b_iso88591_t_q_q_hfE_PSST_G_X_ST_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {14, 0, 0, 15, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 513};
+    const __Pyx_PyCode_New_function_description descr = {14, 0, 0, 15, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 515};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_x, __pyx_mstate->__pyx_n_u_running_mean, __pyx_mstate->__pyx_n_u_running_var, __pyx_mstate->__pyx_n_u_weight, __pyx_mstate->__pyx_n_u_bias, __pyx_mstate->__pyx_n_u_use_input_stats, __pyx_mstate->__pyx_n_u_momentum, __pyx_mstate->__pyx_n_u_eps, __pyx_mstate->__pyx_n_u_layout, __pyx_mstate->__pyx_n_u_activation, __pyx_mstate->__pyx_n_u_residual, __pyx_mstate->__pyx_n_u_out, __pyx_mstate->__pyx_n_u_return_stats, __pyx_mstate->__pyx_n_u_backend, __pyx_mstate->__pyx_n_u_frozen};
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_cpunorm__front_pyx, __pyx_mstate->__pyx_n_u_instance_norm, __pyx_mstate->__pyx_kp_b_iso88591_t_q_s_q_hfE_XUXXY_j, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {11, 0, 0, 12, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 534};
+    const __Pyx_PyCode_New_function_description descr = {11, 0, 0, 12, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 536};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_x, __pyx_mstate->__pyx_n_u_num_groups, __pyx_mstate->__pyx_n_u_weight, __pyx_mstate->__pyx_n_u_bias, __pyx_mstate->__pyx_n_u_eps, __pyx_mstate->__pyx_n_u_layout, __pyx_mstate->__pyx_n_u_activation, __pyx_mstate->__pyx_n_u_residual, __pyx_mstate->__pyx_n_u_out, __pyx_mstate->__pyx_n_u_return_stats, __pyx_mstate->__pyx_n_u_backend, __pyx_mstate->__pyx_n_u_groups};
     __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_cpunorm__front_pyx, __pyx_mstate->__pyx_n_u_group_norm, __pyx_mstate->__pyx_kp_b_iso88591_Yaq_wb_q_q_6_xvU_wV_Je, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {8, 0, 0, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 585};
+    const __Pyx_PyCode_New_function_description descr = {8, 0, 0, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 587};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_grad_y, __pyx_mstate->__pyx_n_u_x, __pyx_mstate->__pyx_n_u_stats, __pyx_mstate->__pyx_n_u_weight, __pyx_mstate->__pyx_n_u_training, __pyx_mstate->__pyx_n_u_layout, __pyx_mstate->__pyx_n_u_need, __pyx_mstate->__pyx_n_u_backend};
     __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_cpunorm__front_pyx, __pyx_mstate->__pyx_n_u_batch_norm_backward, __pyx_mstate->__pyx_kp_b_iso88591_t_q_G87_YcQXXY_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {8, 0, 0, 9, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 592};
+    const __Pyx_PyCode_New_function_description descr = {8, 0, 0, 9, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 594};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_grad_y, __pyx_mstate->__pyx_n_u_x, __pyx_mstate->__pyx_n_u_stats, __pyx_mstate->__pyx_n_u_weight, __pyx_mstate->__pyx_n_u_use_input_stats, __pyx_mstate->__pyx_n_u_layout, __pyx_mstate->__pyx_n_u_need, __pyx_mstate->__pyx_n_u_backend, __pyx_mstate->__pyx_n_u_frozen};
     __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_cpunorm__front_pyx, __pyx_mstate->__pyx_n_u_instance_norm_backward, __pyx_mstate->__pyx_kp_b_iso88591_t_q_s_G84xs_RZZ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {8, 0, 0, 9, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 600};
+    const __Pyx_PyCode_New_function_description descr = {8, 0, 0, 9, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 602};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_grad_y, __pyx_mstate->__pyx_n_u_x, __pyx_mstate->__pyx_n_u_num_groups, __pyx_mstate->__pyx_n_u_stats, __pyx_mstate->__pyx_n_u_weight, __pyx_mstate->__pyx_n_u_layout, __pyx_mstate->__pyx_n_u_need, __pyx_mstate->__pyx_n_u_backend, __pyx_mstate->__pyx_n_u_groups};
     __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_cpunorm__front_pyx, __pyx_mstate->__pyx_n_u_group_norm_backward, __pyx_mstate->__pyx_kp_b_iso88591_Yaq_wb_q_G86_PXXY, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }

@@ -356,9 +356,11 @@ cdef bint channels_of(cnp.ndarray x, object layout, bint per_image, Py_ssize_t g
     if c.C % groups:
         return False
     c.stats[0], c.stats[1] = c.N if per_image else 1, groups
+    # Where one of them is 1, it does not matter what lies inside what.
     if c.S == 1:
-        # One position to a channel: it does not matter what lies inside what.
         c.last = not per_image
+    elif c.C == 1:
+        c.last = False
     if c.last and not per_image:
         c.N, c.S = 1, c.N * c.S
     return True
