@@ -7078,16 +7078,18 @@ static CYTHON_INLINE void *__pyx_f_7cpunorm_6_front_data(PyObject *__pyx_v_a) {
  * 
  * 
  * cdef inline Call call_for(cnp.ndarray x, object y):             # <<<<<<<<<<<<<<
- *     cdef Call call = new_call(cnp.PyArray_NBYTES(x), threads_of(x))
+ *     cdef Call call = new_call((3 if y is None else 2) * cnp.PyArray_NBYTES(x), threads_of(x))
  *     call.x, call.y = data(x), data(y)
 */
 
 static CYTHON_INLINE struct __pyx_t_7cpunorm_8backends_6cython_4call_Call __pyx_f_7cpunorm_6_front_call_for(PyArrayObject *__pyx_v_x, PyObject *__pyx_v_y) {
   struct __pyx_t_7cpunorm_8backends_6cython_4call_Call __pyx_v_call;
   struct __pyx_t_7cpunorm_8backends_6cython_4call_Call __pyx_r;
-  int __pyx_t_1;
-  void *__pyx_t_2;
-  void *__pyx_t_3;
+  npy_intp __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_t_3;
+  void *__pyx_t_4;
+  void *__pyx_t_5;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -7095,30 +7097,40 @@ static CYTHON_INLINE struct __pyx_t_7cpunorm_8backends_6cython_4call_Call __pyx_
   /* "cpunorm/_front.pyx":145
  * 
  * cdef inline Call call_for(cnp.ndarray x, object y):
- *     cdef Call call = new_call(cnp.PyArray_NBYTES(x), threads_of(x))             # <<<<<<<<<<<<<<
+ *     cdef Call call = new_call((3 if y is None else 2) * cnp.PyArray_NBYTES(x), threads_of(x))             # <<<<<<<<<<<<<<
  *     call.x, call.y = data(x), data(y)
  *     return call
 */
-  __pyx_t_1 = __pyx_f_7cpunorm_6_front_threads_of(__pyx_v_x); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 145, __pyx_L1_error)
-  __pyx_v_call = __pyx_f_7cpunorm_8backends_6cython_5verbs_new_call(PyArray_NBYTES(__pyx_v_x), __pyx_t_1);
+  __pyx_t_2 = (__pyx_v_y == Py_None);
+  if (__pyx_t_2) {
+
+    __pyx_t_1 = 3;
+  } else {
+
+    __pyx_t_1 = 2;
+  }
+
+  __pyx_t_3 = __pyx_f_7cpunorm_6_front_threads_of(__pyx_v_x); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 145, __pyx_L1_error)
+  __pyx_v_call = __pyx_f_7cpunorm_8backends_6cython_5verbs_new_call((__pyx_t_1 * PyArray_NBYTES(__pyx_v_x)), __pyx_t_3);
+
 
 
   /* "cpunorm/_front.pyx":146
  * cdef inline Call call_for(cnp.ndarray x, object y):
- *     cdef Call call = new_call(cnp.PyArray_NBYTES(x), threads_of(x))
+ *     cdef Call call = new_call((3 if y is None else 2) * cnp.PyArray_NBYTES(x), threads_of(x))
  *     call.x, call.y = data(x), data(y)             # <<<<<<<<<<<<<<
  *     return call
  * 
 */
-  __pyx_t_2 = __pyx_f_7cpunorm_6_front_data(((PyObject *)__pyx_v_x));
+  __pyx_t_4 = __pyx_f_7cpunorm_6_front_data(((PyObject *)__pyx_v_x));
 
-  __pyx_t_3 = __pyx_f_7cpunorm_6_front_data(__pyx_v_y);
+  __pyx_t_5 = __pyx_f_7cpunorm_6_front_data(__pyx_v_y);
 
-  __pyx_v_call.x = __pyx_t_2;
-  __pyx_v_call.y = __pyx_t_3;
+  __pyx_v_call.x = __pyx_t_4;
+  __pyx_v_call.y = __pyx_t_5;
 
   /* "cpunorm/_front.pyx":147
- *     cdef Call call = new_call(cnp.PyArray_NBYTES(x), threads_of(x))
+ *     cdef Call call = new_call((3 if y is None else 2) * cnp.PyArray_NBYTES(x), threads_of(x))
  *     call.x, call.y = data(x), data(y)
  *     return call             # <<<<<<<<<<<<<<
  * 
@@ -7134,7 +7146,7 @@ static CYTHON_INLINE struct __pyx_t_7cpunorm_8backends_6cython_4call_Call __pyx_
  * 
  * 
  * cdef inline Call call_for(cnp.ndarray x, object y):             # <<<<<<<<<<<<<<
- *     cdef Call call = new_call(cnp.PyArray_NBYTES(x), threads_of(x))
+ *     cdef Call call = new_call((3 if y is None else 2) * cnp.PyArray_NBYTES(x), threads_of(x))
  *     call.x, call.y = data(x), data(y)
 */
 

@@ -142,7 +142,7 @@ cdef inline void* data(object a) noexcept:
 
 
 cdef inline Call call_for(cnp.ndarray x, object y):
-    cdef Call call = new_call(cnp.PyArray_NBYTES(x), threads_of(x))
+    cdef Call call = new_call((3 if y is None else 2) * cnp.PyArray_NBYTES(x), threads_of(x))
     call.x, call.y = data(x), data(y)
     return call
 

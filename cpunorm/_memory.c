@@ -1928,24 +1928,24 @@ struct __pyx_t_7cpunorm_7_memory_Block;
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
  *     LINE = 64
- *     LARGE = 1 << 20
+ *     LARGE = 1 << 16
 */
 enum  {
 
   /* "cpunorm/_memory.pyx":79
  * cdef enum:
  *     LINE = 64
- *     LARGE = 1 << 20             # <<<<<<<<<<<<<<
- *     PLACES = 16
+ *     LARGE = 1 << 16             # <<<<<<<<<<<<<<
+ *     PLACES = 32
  * 
 */
   __pyx_e_7cpunorm_7_memory_LINE = 64,
-  __pyx_e_7cpunorm_7_memory_LARGE = (1 << 20),
-  __pyx_e_7cpunorm_7_memory_PLACES = 16
+  __pyx_e_7cpunorm_7_memory_LARGE = (1 << 16),
+  __pyx_e_7cpunorm_7_memory_PLACES = 32
 };
 
 /* "cpunorm/_memory.pyx":82
- *     PLACES = 16
+ *     PLACES = 32
  * 
  * cdef struct Block:             # <<<<<<<<<<<<<<
  *     void* data

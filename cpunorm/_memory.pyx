@@ -76,8 +76,8 @@ cdef extern from "numpy/arrayobject.h":
 
 cdef enum:
     LINE = 64
-    LARGE = 1 << 20
-    PLACES = 16
+    LARGE = 1 << 16
+    PLACES = 32
 
 cdef struct Block:
     void* data

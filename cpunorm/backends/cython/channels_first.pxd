@@ -1,10 +1,10 @@
 # channels_first: (N, C, S), groups of C // G channels, affine along C.
 #
 # A unit is what one statistic covers: for instance and group norm the K planes of a group of one
-# image, which lie side by side; for batch norm the N planes of a channel, C * S apart. Units are
-# swept in chunks (some planes, or a piece of one). Many units are dealt to the team, so that each
-# stays in its member's L2 between two sweeps; few are cut, their chunks dealt to the team. The
-# bits are the same either way.
+# image, which lie side by side; for batch norm the N planes of a channel, C * S apart. A slab is a
+# few neighbouring units, enough for long runs of memory. Many slabs are dealt to the team, so that
+# each stays in its member's L2 between two sweeps; where there are few, the chunks of one unit
+# after the other (some planes, or a piece of one) are. The bits are the same either way.
 #
 # Planes too short for vectors of their own belong to wider problems: a batch is then a matrix of N
 # rows whose S neighbouring columns make a channel (strips.pxd), a group a stretch of K * S elements
@@ -17,13 +17,15 @@ from .call cimport Call
 from .stretches cimport Stretches, backward_stretches, normalize_stretches
 from .strips cimport Images, apply_images, backward_images, images_of, normalize_images
 from .sweeps cimport (
-    affine, at, backward_affine, backward_sums, element, merge_moments, real, rstd_of, share,
-    stream_fence, sum_parts, team, team_barrier, variance,
+    UNITS, affine, at, backward_affine, element, merge_moments, own_lines,
+    plane_backward_sums, plane_moments, real, rstd_of, share, stream_fence, stretch_backward_sums, stretch_moments,
+    sum_parts, team, team_barrier, variance,
 )
-from .sweeps cimport moments as stretch_moments
 
 cdef enum:
     CHUNK = 1 << 14         # elements, a multiple of the block of sweeps.h
+    RUN = 1 << 12           # bytes of a slab that should lie side by side
+    SMALL = 1 << 14         # bytes of a slab of groups that stay in L1
     PARTS = 32              # at most, of the images in backward
     SHORT = 8               # elements of a plane that is too short
 
@@ -31,11 +33,11 @@ cdef enum:
 cdef struct Units:
     const Call* call
     Py_ssize_t K
-    Py_ssize_t units
     Py_ssize_t planes, stride               # of a unit, from one to the next
     Py_ssize_t planes_per_chunk, pieces     # one of the two is 1; pieces of a plane
     Py_ssize_t chunks                       # of a unit
     bint batch
+    Py_ssize_t some, slabs                  # units in a slab, slabs of an image
     # Scratch; of the whole team where units are cut, else a part for each member.
     double* scratch
     Py_ssize_t size
@@ -52,23 +54,32 @@ cdef struct Chunk:
 
 
 cdef inline Units units_of(const Call* call) noexcept nogil:
-    cdef Units u
+    cdef:
+        Units u
+        Py_ssize_t unit_bytes, tasks = 8 * call.threads
     memset(&u, 0, sizeof(u))
     u.call = call
     u.K = call.C // call.G
-    u.units = call.B * call.G
     u.batch = call.B < call.N
     u.planes = call.N // call.B * u.K
     u.stride = call.C * call.S if u.batch else call.S
     u.planes_per_chunk = max(1, CHUNK // call.S)
     u.pieces = (call.S + CHUNK - 1) // CHUNK
     u.chunks = (u.planes + u.planes_per_chunk - 1) // u.planes_per_chunk * u.pieces
+    unit_bytes = u.planes * call.S * sizeof(element)
+    if u.batch:
+        u.some = min(RUN // (call.S * <Py_ssize_t> sizeof(element)), call.slab // unit_bytes)
+    else:
+        u.some = SMALL // unit_bytes
+    u.some = max(1, min(min(u.some, <Py_ssize_t> UNITS),
+                        (call.B * call.G + tasks - 1) // tasks))
+    u.slabs = (call.G + u.some - 1) // u.some
     return u
 
 
 cdef inline bint worth_dealing(Py_ssize_t tasks, int threads) noexcept nogil:
     """Whether no member of the team would have much less to do than the others."""
-    return threads == 1 or tasks % threads == 0 or tasks >= 8 * threads
+    return threads == 1 or tasks % threads == 0 or tasks >= 4 * threads
 
 
 cdef inline Py_ssize_t unit_at(const Units* u, Py_ssize_t unit) noexcept nogil:
@@ -89,18 +100,17 @@ cdef inline Chunk chunk_of(const Units* u, Py_ssize_t index) noexcept nogil:
 # -------------------------------------------------------------------------------------- forward
 
 
-cdef inline Py_ssize_t measure_chunk(const Units* u, Py_ssize_t unit, Py_ssize_t index,
-                                     double* mean, double* m2) noexcept nogil:
-    """Return how many values there are."""
+cdef inline Py_ssize_t measure_chunk(const Units* u, Py_ssize_t unit, Py_ssize_t count,
+                                     Py_ssize_t index, double* mean, double* m2) noexcept nogil:
+    """The moments of a chunk of `count` units. Return how many values each has."""
     cdef:
         Chunk chunk = chunk_of(u, index)
         const element* x = <const element*> u.call.x + unit_at(u, unit) + chunk.offset
-        Py_ssize_t count = chunk.planes * chunk.length
     if u.batch:
-        stretch_moments(x, chunk.planes, u.stride, chunk.length, mean, m2)
+        plane_moments(x, chunk.planes, u.stride, count, chunk.length, mean, m2)
     else:
-        stretch_moments(x, 1, 0, count, mean, m2)
-    return count
+        stretch_moments(x, count, chunk.planes * chunk.length, mean, m2)
+    return chunk.planes * chunk.length
 
 
 cdef inline void finish(const Units* u, Py_ssize_t unit, double mu, double m2,
@@ -113,35 +123,67 @@ cdef inline void finish(const Units* u, Py_ssize_t unit, double mu, double m2,
         (<real*> u.call.rstd)[unit] = <real> r[0]
 
 
-cdef inline void transform_chunk(const Units* u, Py_ssize_t unit, Py_ssize_t index, double mean,
-                                 double rstd) noexcept nogil:
-    cdef:
-        const Call* call = u.call
-        Chunk chunk = chunk_of(u, index)
-        Py_ssize_t here = unit_at(u, unit) + chunk.offset
-        Py_ssize_t c = unit % call.G * u.K + (0 if u.batch else chunk.first)
+cdef inline void transform_planes(
+    const Units* u, Py_ssize_t here, Py_ssize_t planes, Py_ssize_t length, Py_ssize_t c,
+    const double* mean, const double* rstd, Py_ssize_t statistic_step, Py_ssize_t ahead,
+) noexcept nogil:
+    """Planes side by side, of channels from c on."""
+    cdef const Call* call = u.call
     affine(<const element*> call.x + here, at(<const element*> call.residual, here),
-           <element*> call.y + here, chunk.planes, u.stride, chunk.length, &mean, &rstd, 0,
-           at(<const real*> call.weight, c), at(<const real*> call.bias, c),
-           0 if u.batch else 1, call.activation, call.streaming)
+           <element*> call.y + here, planes, call.S, length, mean, rstd, statistic_step,
+           at(<const real*> call.weight, c), at(<const real*> call.bias, c), 1, call.activation,
+           call.streaming, ahead)
+
+
+cdef inline void transform_chunk(const Units* u, Py_ssize_t unit, Py_ssize_t count,
+                                 Py_ssize_t index, const double* mean,
+                                 const double* rstd) noexcept nogil:
+    """A chunk of `count` units; what comes next is the same of the units after them."""
+    cdef:
+        Chunk chunk = chunk_of(u, index)
+        Py_ssize_t here = unit_at(u, unit) + chunk.offset, c = unit % u.call.G * u.K, p
+        Py_ssize_t ahead = unit_at(u, count)
+    if u.batch:
+        for p in range(chunk.planes - 1, -1, -1):
+            transform_planes(u, here + p * u.stride, count, chunk.length, c, mean, rstd, 1, ahead)
+    elif u.K == 1:
+        transform_planes(u, here, count, chunk.length, c, mean, rstd, 1, ahead)
+    else:
+        for p in range(count):
+            transform_planes(u, here + unit_at(u, p), chunk.planes, chunk.length,
+                             c + p * u.K + chunk.first, mean + p, rstd + p, 0, ahead)
+
+
+cdef inline void normalize_slab(const Units* u, Py_ssize_t unit,
+                                Py_ssize_t count) noexcept nogil:
+    cdef:
+        double mean[UNITS]
+        double m2[UNITS]
+        double rstd[UNITS]
+        double chunk_mean[UNITS]
+        double chunk_m2[UNITS]
+        Py_ssize_t q, k, n, more
+    n = measure_chunk(u, unit, count, 0, mean, m2)
+    for q in range(1, u.chunks):
+        more = measure_chunk(u, unit, count, q, chunk_mean, chunk_m2)
+        for k in range(count):
+            merge_moments(n, mean + k, m2 + k, more, chunk_mean[k], chunk_m2[k])
+        n += more
+    for k in range(count):
+        finish(u, unit + k, mean[k], m2[k], rstd + k)
+    if u.call.y is not NULL:
+        # Backwards, to meet what the first sweep left in the cache.
+        for q in range(u.chunks - 1, -1, -1):
+            transform_chunk(u, unit, count, q, mean, rstd)
 
 
 cdef inline void _normalize_dealt(void* work, int member, int members) noexcept nogil:
     cdef:
         const Units* u = <const Units*> work
-        Py_ssize_t unit, q, n, count
-        double mean, m2, r, chunk_mean, chunk_m2
-    for unit in range(share(u.units, member, members), share(u.units, member + 1, members)):
-        n = measure_chunk(u, unit, 0, &mean, &m2)
-        for q in range(1, u.chunks):
-            count = measure_chunk(u, unit, q, &chunk_mean, &chunk_m2)
-            merge_moments(n, &mean, &m2, count, chunk_mean, chunk_m2)
-            n += count
-        finish(u, unit, mean, m2, &r)
-        if u.call.y is not NULL:
-            # Backwards, to meet what the first sweep left in the cache.
-            for q in range(u.chunks - 1, -1, -1):
-                transform_chunk(u, unit, q, mean, r)
+        Py_ssize_t tasks = u.call.B * u.slabs, task, g
+    for task in range(share(tasks, member, members), share(tasks, member + 1, members)):
+        g = task % u.slabs * u.some
+        normalize_slab(u, task // u.slabs * u.call.G + g, min(u.some, u.call.G - g))
     if u.call.streaming:
         stream_fence()
 
@@ -155,12 +197,12 @@ cdef inline void _normalize_cut(void* work, int member, int members) noexcept no
         double* chunk_m2
         double mean, m2, r
         Chunk chunk
-    for unit in range(u.units):
+    for unit in range(u.call.B * u.call.G):
         # By turns, so that nobody has to wait before the next unit.
         chunk_mean = u.scratch + (unit % 2) * 2 * u.chunks
         chunk_m2 = chunk_mean + u.chunks
         for q in range(first, last):
-            measure_chunk(u, unit, q, chunk_mean + q, chunk_m2 + q)
+            measure_chunk(u, unit, 1, q, chunk_mean + q, chunk_m2 + q)
         team_barrier(members)
         mean, m2, n = chunk_mean[0], chunk_m2[0], 0
         for q in range(u.chunks):
@@ -172,7 +214,7 @@ cdef inline void _normalize_cut(void* work, int member, int members) noexcept no
         finish(u, unit, mean, m2, &r)
         if u.call.y is not NULL:
             for q in range(last - 1, first - 1, -1):
-                transform_chunk(u, unit, q, mean, r)
+                transform_chunk(u, unit, 1, q, &mean, &r)
     if u.call.streaming:
         stream_fence()
 
@@ -182,7 +224,7 @@ cdef inline Stretches _stretches(const Units* u) noexcept nogil:
         const Call* call = u.call
         Stretches s
     memset(&s, 0, sizeof(s))
-    s.M, s.D, s.period = u.units, u.K * call.S, call.G
+    s.M, s.D, s.period = call.B * call.G, u.K * call.S, call.G
     s.x, s.y = <const element*> call.x, <element*> call.y
     s.residual = <const element*> call.residual
     s.weight, s.bias = <const real*> call.weight, <const real*> call.bias
@@ -228,7 +270,7 @@ cdef inline int normalize(const Call* call) noexcept nogil:
         return normalize_images(&images)
     if call.S <= SHORT and call.y is not NULL:
         return _normalize_short(&u)
-    if worth_dealing(u.units, call.threads):
+    if worth_dealing(call.B * u.slabs, call.threads):
         team(_normalize_dealt, &u, call.threads)
         return 0
     u.scratch = <double*> malloc(4 * u.chunks * sizeof(double))
@@ -249,25 +291,22 @@ cdef inline void _apply(void* work, int member, int members) noexcept nogil:
     cdef:
         const Units* u = <const Units*> work
         const Call* call = u.call
-        Py_ssize_t C = call.C, S = call.S, planes = call.N * C, plane, last, c, run, unit, here, start
-        Py_ssize_t pieces = 1 if planes >= 8 * members else u.pieces, q
+        Py_ssize_t C = call.C, S = call.S, planes = call.N * C, plane, c, run, unit, start
+        Py_ssize_t pieces = 1 if planes >= 8 * members else u.pieces
+        Py_ssize_t q = share(planes * pieces, member, members)
+        Py_ssize_t last = share(planes * pieces, member + 1, members)
         const double* mean = u.scratch
-        const double* rstd = mean + u.units
-    q = share(planes * pieces, member, members)
-    last = share(planes * pieces, member + 1, members)
+        const double* rstd = mean + call.B * call.G
     while q < last:
         plane = q // pieces
         c = plane % C
         # Neighbouring planes of one image that have a statistic each, or share one.
         run = 1 if pieces > 1 else min(last - q, C - c if u.K == 1 else u.K - c % u.K)
         start = 0 if pieces == 1 else q % pieces * CHUNK
-        here = plane * S + start
         unit = c // u.K if u.batch else plane // u.K
-        affine(<const element*> call.x + here, at(<const element*> call.residual, here),
-               <element*> call.y + here, run, S,
-               S if pieces == 1 else min(<Py_ssize_t> CHUNK, S - start), mean + unit, rstd + unit,
-               1 if u.K == 1 else 0, at(<const real*> call.weight, c),
-               at(<const real*> call.bias, c), 1, call.activation, call.streaming)
+        transform_planes(u, plane * S + start, run,
+                         S if pieces == 1 else min(<Py_ssize_t> CHUNK, S - start), c, mean + unit,
+                         rstd + unit, 1 if u.K == 1 else 0, 0)
         q += run
     if call.streaming:
         stream_fence()
@@ -277,16 +316,16 @@ cdef inline int apply(const Call* call) noexcept nogil:
     cdef:
         Units u = units_of(call)
         Images images
-        Py_ssize_t i
+        Py_ssize_t units = call.B * call.G, i
     if call.S <= SHORT and call.B == 1 and u.K == 1:
         images = images_of(call, 1, call.N, call.S)
         return apply_images(&images)
-    u.scratch = <double*> malloc(2 * u.units * sizeof(double))
+    u.scratch = <double*> malloc(2 * units * sizeof(double))
     if u.scratch is NULL:
         return -1
-    for i in range(u.units):
+    for i in range(units):
         u.scratch[i] = (<const real*> call.mean)[i]
-        u.scratch[u.units + i] = (<const real*> call.rstd)[i]
+        u.scratch[units + i] = (<const real*> call.rstd)[i]
     team(_apply, &u, call.threads)
     free(u.scratch)
     return 0
@@ -295,96 +334,150 @@ cdef inline int apply(const Call* call) noexcept nogil:
 # ------------------------------------------------------------------------------------- backward
 
 
-cdef inline void sum_chunk(const Units* u, Py_ssize_t unit, Py_ssize_t index,
-                           double* sums) noexcept nogil:
-    """The backward sums of a chunk of a batch, or of every plane or piece of one of a group."""
-    cdef:
-        Chunk chunk = chunk_of(u, index)
-        Py_ssize_t here = unit_at(u, unit) + chunk.offset
-        Py_ssize_t entry = index if u.batch else chunk.first * u.pieces + index % u.pieces
-    backward_sums(<const element*> u.call.grad_y + here, <const element*> u.call.x + here,
-                  <const real*> NULL, chunk.planes, u.stride, chunk.length,
-                  (<const real*> u.call.mean)[unit], sums + 3 * entry, 0 if u.batch else 3)
+cdef struct Terms:
+    double mean[UNITS]
+    double rstd[UNITS]
+    double b[UNITS]
+    double c[UNITS]
 
 
-cdef inline void differentiate_chunk(const Units* u, Py_ssize_t unit, Py_ssize_t index, double b,
-                                     double c) noexcept nogil:
+cdef inline void take_statistics(const Units* u, Py_ssize_t unit, Py_ssize_t count,
+                                 Terms* terms) noexcept nogil:
+    cdef Py_ssize_t k
+    for k in range(count):
+        terms.mean[k] = (<const real*> u.call.mean)[unit + k]
+        terms.rstd[k] = (<const real*> u.call.rstd)[unit + k]
+
+
+cdef inline void sum_chunk(const Units* u, Py_ssize_t unit, Py_ssize_t count, Py_ssize_t index,
+                           const Terms* terms, double* sums) noexcept nogil:
+    """The backward sums of a chunk; sums is (chunks, count, 3) for a batch, else (count, planes,
+    pieces, 3)."""
     cdef:
-        const Call* call = u.call
         Chunk chunk = chunk_of(u, index)
-        Py_ssize_t here = unit_at(u, unit) + chunk.offset
-        Py_ssize_t channel = unit % call.G * u.K + (0 if u.batch else chunk.first)
+        Py_ssize_t here = unit_at(u, unit) + chunk.offset, k
+        const element* grad_y = <const element*> u.call.grad_y + here
+        const element* x = <const element*> u.call.x + here
+    if u.batch:
+        plane_backward_sums(grad_y, x, chunk.planes, u.stride, count, chunk.length, terms.mean,
+                            sums + 3 * count * index)
+    elif u.K == 1 and u.pieces == 1:
+        stretch_backward_sums(grad_y, x, <const real*> NULL, count, chunk.length, terms.mean, 1,
+                              sums)
+    else:
+        sums += 3 * (chunk.first * u.pieces + index % u.pieces)
+        for k in range(count):
+            here = unit_at(u, k)
+            stretch_backward_sums(grad_y + here, x + here, <const real*> NULL, chunk.planes,
+                                  chunk.length, terms.mean + k, 0, sums + 3 * k * u.entries)
+
+
+cdef inline void differentiate_planes(
+    const Units* u, Py_ssize_t here, Py_ssize_t planes, Py_ssize_t length, Py_ssize_t c,
+    const Terms* terms, Py_ssize_t k, Py_ssize_t statistic_step, Py_ssize_t ahead,
+) noexcept nogil:
+    """Planes side by side, of channels from c on, statistics from the k-th on."""
+    cdef const Call* call = u.call
     backward_affine(<const element*> call.grad_y + here,
                     NULL if u.frozen else <const element*> call.x + here,
-                    <element*> call.grad_x + here, chunk.planes, u.stride, chunk.length,
-                    (<const real*> call.mean)[unit], (<const real*> call.rstd)[unit],
-                    at(<const real*> call.weight, channel), 0 if u.batch else 1, b, c,
-                    call.streaming)
+                    <element*> call.grad_x + here, planes, call.S, length, terms.mean + k,
+                    terms.rstd + k, terms.b + k, terms.c + k, statistic_step,
+                    at(<const real*> call.weight, c), 1, call.streaming, ahead)
 
 
-cdef inline void first_sweep(const Units* u, Py_ssize_t unit, Py_ssize_t first, Py_ssize_t last,
-                             double* sums) noexcept nogil:
+cdef inline void differentiate_chunk(const Units* u, Py_ssize_t unit, Py_ssize_t count,
+                                     Py_ssize_t index, const Terms* terms) noexcept nogil:
+    cdef:
+        Chunk chunk = chunk_of(u, index)
+        Py_ssize_t here = unit_at(u, unit) + chunk.offset, c = unit % u.call.G * u.K, p
+        Py_ssize_t ahead = unit_at(u, count)
+    if u.batch:
+        for p in range(chunk.planes - 1, -1, -1):
+            differentiate_planes(u, here + p * u.stride, count, chunk.length, c, terms, 0, 1,
+                                 ahead)
+    elif u.K == 1:
+        differentiate_planes(u, here, count, chunk.length, c, terms, 0, 1, ahead)
+    else:
+        for p in range(count):
+            differentiate_planes(u, here + unit_at(u, p), chunk.planes, chunk.length,
+                                 c + p * u.K + chunk.first, terms, p, 0, ahead)
+
+
+cdef inline void first_sweep(const Units* u, Py_ssize_t unit, Py_ssize_t count, Py_ssize_t first,
+                             Py_ssize_t last, const Terms* terms, double* sums) noexcept nogil:
     """The sums of some chunks; past constant statistics it is the only sweep."""
     cdef Py_ssize_t q
     for q in range(first, last):
         if not u.frozen or u.sums is not NULL:
-            sum_chunk(u, unit, q, sums)
+            sum_chunk(u, unit, count, q, terms, sums)
         if u.frozen and u.call.grad_x is not NULL:
-            differentiate_chunk(u, unit, q, 0, 0)
+            differentiate_chunk(u, unit, count, q, terms)
 
 
-cdef inline void combine(const Units* u, Py_ssize_t unit, const double* sums, double* grad_weight,
-                         double* grad_bias, double* b, double* c) noexcept nogil:
-    """b and c from the sums of a unit; adds to grad_weight and grad_bias, unless NULL."""
+cdef inline void combine(const Units* u, Py_ssize_t unit, Py_ssize_t k, const double* sums,
+                         Py_ssize_t step, Terms* terms, double* grad_weight,
+                         double* grad_bias) noexcept nogil:
+    """b and c from the sums of the k-th unit of a slab, entries `step` apart; adds to grad_weight
+    and grad_bias, unless NULL."""
     cdef:
         const Call* call = u.call
-        const real* weight = at(<const real*> call.weight, unit % call.G * u.K)
+        Py_ssize_t channel = (unit + k) % call.G * u.K, c, i
+        const real* weight = at(<const real*> call.weight, channel)
         double n = u.planes * call.S, rest = 0, g_sum = 0, gx_sum = 0, g, gx, w
-        double rstd = (<const real*> call.rstd)[unit]
-        Py_ssize_t i, k
+        double rstd = terms.rstd[k]
     if not u.frozen:
         # The mean arrives rounded: what was rounded away is the mean of what is left.
         for i in range(u.entries):
-            rest += sums[3 * i + 2] / n
+            rest += sums[step * i + 2] / n
     for i in range(u.entries):
-        k = 0 if u.batch else i // u.pieces
-        w = 1 if weight is NULL else weight[k]
-        g, gx = sums[3 * i], sums[3 * i + 1] - rest * sums[3 * i]
+        c = 0 if u.batch else i // u.pieces
+        w = 1 if weight is NULL else weight[c]
+        g, gx = sums[step * i], sums[step * i + 1] - rest * sums[step * i]
         g_sum += w * g
         gx_sum += w * gx
         if grad_weight is not NULL:
-            grad_weight[k] += rstd * gx
-            grad_bias[k] += g
-    b[0] = -rstd * rstd * gx_sum / n
-    c[0] = -g_sum / n - b[0] * rest
+            grad_weight[channel + c] += rstd * gx
+            grad_bias[channel + c] += g
+    terms.b[k] = -rstd * rstd * gx_sum / n
+    terms.c[k] = -g_sum / n - terms.b[k] * rest
+
+
+cdef inline void backward_slab(const Units* u, Py_ssize_t unit, Py_ssize_t count, double* sums,
+                               double* grad_weight, double* grad_bias) noexcept nogil:
+    cdef:
+        Terms terms
+        Py_ssize_t k, q
+    take_statistics(u, unit, count, &terms)
+    memset(sums, 0, 3 * u.entries * count * sizeof(double))
+    first_sweep(u, unit, count, 0, u.chunks, &terms, sums)
+    for k in range(count):
+        if u.batch:
+            combine(u, unit, k, sums + 3 * k, 3 * count, &terms, grad_weight, grad_bias)
+        else:
+            combine(u, unit, k, sums + 3 * k * u.entries, 3, &terms, grad_weight, grad_bias)
+    if not u.frozen and u.call.grad_x is not NULL:
+        for q in range(u.chunks - 1, -1, -1):
+            differentiate_chunk(u, unit, count, q, &terms)
 
 
 cdef inline void _backward_dealt(void* work, int member, int members) noexcept nogil:
-    """A task is one group of a part of the images."""
+    """A task is one slab of each of a part of the images."""
     cdef:
         const Units* u = <const Units*> work
         const Call* call = u.call
         double* sums = u.scratch + member * u.size
-        Py_ssize_t tasks = u.parts * call.G, task, part, g, image, unit, q
-        double b, c
+        Py_ssize_t tasks = u.parts * u.slabs, C = call.C, task, part, g, image
     for task in range(share(tasks, member, members), share(tasks, member + 1, members)):
-        part, g = task // call.G, task % call.G
+        part, g = task // u.slabs, task % u.slabs * u.some
         for image in range(call.B * part // u.parts, call.B * (part + 1) // u.parts):
-            unit = image * call.G + g
-            memset(sums, 0, u.size * sizeof(double))
-            first_sweep(u, unit, 0, u.chunks, sums)
-            combine(u, unit, sums, at(u.sums, 2 * part * call.C + g * u.K),
-                    at(u.sums, (2 * part + 1) * call.C + g * u.K), &b, &c)
-            if not u.frozen and call.grad_x is not NULL:
-                for q in range(u.chunks - 1, -1, -1):
-                    differentiate_chunk(u, unit, q, b, c)
+            backward_slab(u, image * call.G + g, min(u.some, call.G - g), sums,
+                          at(u.sums, 2 * part * C), at(u.sums, (2 * part + 1) * C))
     if call.streaming:
         stream_fence()
     if u.sums is not NULL:
         team_barrier(members)
-        sum_parts(u.sums, u.parts, call.C, share(call.C, member, members),
-                  share(call.C, member + 1, members), <real*> call.grad_weight,
-                  <real*> call.grad_bias)
+        sum_parts(u.sums, u.parts, C, share(C, member, members), share(C, member + 1, members),
+                  <real*> call.grad_weight, <real*> call.grad_bias)
 
 
 cdef inline void _backward_cut(void* work, int member, int members) noexcept nogil:
@@ -392,33 +485,30 @@ cdef inline void _backward_cut(void* work, int member, int members) noexcept nog
         const Units* u = <const Units*> work
         const Call* call = u.call
         Py_ssize_t first = share(u.chunks, member, members)
-        Py_ssize_t last = share(u.chunks, member + 1, members), part, image, g, unit, q
+        Py_ssize_t last = share(u.chunks, member + 1, members), C = call.C, unit, part, q
         double* sums
-        double* kept
-        double b, c
-    for part in range(u.parts):
-        for image in range(call.B * part // u.parts, call.B * (part + 1) // u.parts):
-            for g in range(call.G):
-                unit = image * call.G + g
-                # By turns, so that nobody has to wait before the next unit.
-                sums = u.scratch + (unit % 2) * u.size
-                if member == 0 and unit >= 2:
-                    memset(sums, 0, u.size * sizeof(double))
-                if unit >= 2:
-                    team_barrier(members)
-                first_sweep(u, unit, first, last, sums)
-                team_barrier(members)
-                kept = u.sums if member == 0 else NULL
-                combine(u, unit, sums, at(kept, 2 * part * call.C + g * u.K),
-                        at(kept, (2 * part + 1) * call.C + g * u.K), &b, &c)
-                if not u.frozen and call.grad_x is not NULL:
-                    for q in range(last - 1, first - 1, -1):
-                        differentiate_chunk(u, unit, q, b, c)
+        double* kept = u.sums if member == 0 else NULL
+        Terms terms
+    for unit in range(call.B * call.G):
+        # The part whose images end after this one.
+        part = ((unit // call.G + 1) * u.parts - 1) // call.B
+        # By turns, so that nobody has to wait for those who still read.
+        sums = u.scratch + (unit % 2) * u.size
+        take_statistics(u, unit, 1, &terms)
+        if unit >= 2:
+            if member == 0:
+                memset(sums, 0, u.size * sizeof(double))
+            team_barrier(members)
+        first_sweep(u, unit, 1, first, last, &terms, sums)
+        team_barrier(members)
+        combine(u, unit, 0, sums, 3, &terms, at(kept, 2 * part * C), at(kept, (2 * part + 1) * C))
+        if not u.frozen and call.grad_x is not NULL:
+            for q in range(last - 1, first - 1, -1):
+                differentiate_chunk(u, unit, 1, q, &terms)
     if call.streaming:
         stream_fence()
     if u.sums is not NULL and member == 0:
-        sum_parts(u.sums, u.parts, call.C, 0, call.C, <real*> call.grad_weight,
-                  <real*> call.grad_bias)
+        sum_parts(u.sums, u.parts, C, 0, C, <real*> call.grad_weight, <real*> call.grad_bias)
 
 
 cdef inline int _backward_short(const Units* u) noexcept nogil:
@@ -464,8 +554,8 @@ cdef inline int _backward(const Call* call, bint frozen) noexcept nogil:
     u.frozen = frozen
     u.parts = min(call.B, <Py_ssize_t> PARTS)
     u.entries = u.chunks if u.batch else u.planes * u.pieces
-    u.size = 3 * u.entries
-    dealt = worth_dealing(u.parts * call.G, call.threads)
+    dealt = worth_dealing(u.parts * u.slabs, call.threads)
+    u.size = own_lines(3 * u.entries * (u.some if dealt else 1))
     u.scratch = <double*> calloc(u.size * (call.threads if dealt else 2), sizeof(double))
     if u.scratch is NULL:
         return -1

@@ -13,9 +13,10 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
 
 from .sweeps cimport (
-    BLOCK, LANES, SHORT_VECTORS, TOGETHER, add, affine_along, at, backward_affine_along,
-    backward_sums, element, merge_moments, moments, normalize_short, real, rstd_of, share,
-    stream_fence, sum_of_squares, sum_parts, team, team_barrier, variance,
+    BLOCK, LANES, SHORT_VECTORS, TOGETHER, UNITS, add, affine_along, at, backward_affine_along,
+    element, merge_moments, normalize_short, own_lines, real, rstd_of, share, stream_fence,
+    stretch_backward_sums, stretch_moments, stretch_squares, sum_parts, team, team_barrier,
+    variance,
 )
 
 cdef enum:
@@ -65,37 +66,51 @@ cdef inline void _finish(const Stretches* s, Py_ssize_t m, double mu, double m2,
         s.var[m] = <real> v
 
 
-cdef inline void _measure(const Stretches* s, Py_ssize_t start, Py_ssize_t n, double* mu,
-                          double* m2) noexcept nogil:
+cdef inline void _measure(const Stretches* s, Py_ssize_t start, Py_ssize_t count, Py_ssize_t n,
+                          double* mu, double* m2) noexcept nogil:
+    """`count` stretches of n elements."""
     cdef const element* x = s.x + start
+    cdef Py_ssize_t k
     if s.addend is not NULL:
-        add(x, s.addend + start, s.total + start, n)
+        add(x, s.addend + start, s.total + start, count * n)
         x = s.total + start
     if s.mean is not NULL:
-        moments(x, 1, 0, n, mu, m2)
+        stretch_moments(x, count, n, mu, m2)
     else:
-        mu[0] = 0
-        m2[0] = sum_of_squares(x, n)
+        stretch_squares(x, count, n, m2)
+        for k in range(count):
+            mu[k] = 0
 
 
-cdef inline void _transform(const Stretches* s, Py_ssize_t m, Py_ssize_t start, Py_ssize_t n,
-                            double mu, double r) noexcept nogil:
+cdef inline void _transform(const Stretches* s, Py_ssize_t m, Py_ssize_t start, Py_ssize_t count,
+                            Py_ssize_t n, const double* mu, const double* r) noexcept nogil:
+    """`count` stretches, or from `start` on n elements of one."""
     cdef Py_ssize_t here = m * s.D + start, along = (m % s.period) * s.D + start
     affine_along((s.x if s.total is NULL else s.total) + here, at(s.weight, along),
-                 at(s.bias, along), at(s.residual, here), s.y + here, n, mu, r, s.activation,
-                 s.streaming)
+                 at(s.bias, along), at(s.residual, here), s.y + here, count, n, mu, r,
+                 s.activation, s.streaming)
 
 
 cdef inline void _normalize_whole(void* work, int member, int members) noexcept nogil:
+    """A few stretches at a time: many sums are under way at once, and all is still in L1."""
     cdef:
         const Stretches* s = <const Stretches*> work
-        Py_ssize_t first = share(s.M, member, members), last = share(s.M, member + 1, members)
-        Py_ssize_t m
-        double mu, m2, r
-    for m in range(first, last):
-        _measure(s, m * s.D, s.D, &mu, &m2)
-        _finish(s, m, mu, m2, &r)
-        _transform(s, m, 0, s.D, mu, r)
+        Py_ssize_t m = share(s.M, member, members), last = share(s.M, member + 1, members)
+        Py_ssize_t some = max(1, min(<Py_ssize_t> UNITS, BLOCK // s.D)), count, k
+        double mu[UNITS]
+        double m2[UNITS]
+        double r[UNITS]
+    while m < last:
+        count = min(some, last - m)
+        _measure(s, m * s.D, count, s.D, mu, m2)
+        for k in range(count):
+            _finish(s, m + k, mu[k], m2[k], r + k)
+        if s.period == 1:
+            _transform(s, m, 0, count, s.D, mu, r)
+        else:
+            for k in range(count):
+                _transform(s, m + k, 0, 1, s.D, mu + k, r + k)
+        m += count
     if s.streaming:
         stream_fence()
 
@@ -133,7 +148,7 @@ cdef inline void _normalize_pieces(void* work, int member, int members) noexcept
         piece_mu = s.wide + (m % 2) * 2 * PIECES
         piece_m2 = piece_mu + PIECES
         for p in range(first, last):
-            _measure(s, m * s.D + p * s.piece, min(s.piece, s.D - p * s.piece), piece_mu + p,
+            _measure(s, m * s.D + p * s.piece, 1, min(s.piece, s.D - p * s.piece), piece_mu + p,
                      piece_m2 + p)
         team_barrier(members)
         mu, m2 = piece_mu[0], piece_m2[0]
@@ -146,7 +161,7 @@ cdef inline void _normalize_pieces(void* work, int member, int members) noexcept
         _finish(s, m, mu, m2, &r)
         # Backwards, to meet what the first sweep left in the cache.
         for p in range(last - 1, first - 1, -1):
-            _transform(s, m, p * s.piece, min(s.piece, s.D - p * s.piece), mu, r)
+            _transform(s, m, p * s.piece, 1, min(s.piece, s.D - p * s.piece), &mu, &r)
     if s.streaming:
         stream_fence()
 
@@ -191,8 +206,8 @@ cdef inline void _backward_together(const Stretches* s, Py_ssize_t m, Py_ssize_t
         r[k] = s.rstd[m + k]
         mu[k] = 0 if s.mean is NULL else s.mean[m + k]
         sums[0] = sums[1] = sums[2] = 0
-        backward_sums(s.grad_y + here + k * s.D, s.x + here + k * s.D, at(s.weight, along), 1, 0,
-                      s.D, <real> mu[k], sums, 0)
+        stretch_backward_sums(s.grad_y + here + k * s.D, s.x + here + k * s.D,
+                              at(s.weight, along), 1, s.D, mu + k, 0, sums)
         _terms(sums, s.D, s.mean is not NULL, r[k], mu + k, b + k, c + k)
     backward_affine_along(s.grad_y + here, s.x + here, at(s.weight, along),
                           at(s.grad_total, here), at(s.grad_x, here), count, s.D, mu, r, b, c,
@@ -223,7 +238,7 @@ cdef inline void _backward_whole(void* work, int member, int members) noexcept n
         const Stretches* s = <const Stretches*> work
         Py_ssize_t length = s.period * s.D, p
     for p in range(share(s.parts, member, members), share(s.parts, member + 1, members)):
-        _backward_part(s, p, at(s.sums, 2 * member * length))
+        _backward_part(s, p, at(s.sums, member * own_lines(2 * length)))
     if s.streaming:
         stream_fence()
     if s.wide is not NULL:
@@ -250,8 +265,8 @@ cdef inline void _backward_pieces(void* work, int member, int members) noexcept 
             sums[3 * p] = sums[3 * p + 1] = sums[3 * p + 2] = 0
             start = p * s.piece
             here = m * s.D + start
-            backward_sums(s.grad_y + here, s.x + here, at(s.weight, start), 1, 0,
-                          min(s.piece, s.D - start), <real> mu, sums + 3 * p, 0)
+            stretch_backward_sums(s.grad_y + here, s.x + here, at(s.weight, start), 1,
+                                  min(s.piece, s.D - start), &mu, 0, sums + 3 * p)
         team_barrier(members)
         total[0] = total[1] = total[2] = 0
         for i in range(3 * pieces):
@@ -288,7 +303,7 @@ cdef inline int backward_stretches(Stretches* s, int threads) noexcept nogil:
     s.parts = max(1, min(min((s.M + 2 * s.period - 1) // (2 * s.period), <Py_ssize_t> PARTS),
                          s.M * s.D // 8192))
     if parameters:
-        s.sums = <real*> calloc(2 * length * (1 if pieces else threads), sizeof(real))
+        s.sums = <real*> calloc(own_lines(2 * length) * (1 if pieces else threads), sizeof(real))
         if s.sums is NULL:
             return -1
         if not pieces:

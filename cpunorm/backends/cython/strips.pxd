@@ -19,8 +19,8 @@ from libc.string cimport memset
 from .call cimport Call
 from .sweeps cimport (
     affine_block, at, backward_block, column_backward_sums, column_moments, element,
-    merge_columns, real, rstd_of, share, stream_fence, sum_parts, team, team_barrier,
-    variance,
+    merge_columns, own_lines, real, rstd_of, share, stream_fence, sum_parts, team,
+    team_barrier, variance,
 )
 
 cdef enum:
@@ -279,7 +279,8 @@ cdef inline int normalize_images(Images* im) noexcept nogil:
     cdef:
         bint dealt = dealt_whole(im)
         int places = im.call.threads if dealt else 1
-    im.wide_size, im.terms_size = 2 * im.chunks * im.channels, 3 * im.channels
+    im.wide_size = own_lines(2 * im.chunks * im.channels)
+    im.terms_size = own_lines(3 * im.channels)
     im.wide = <double*> malloc(places * (im.wide_size * sizeof(double)
                                          + im.terms_size * sizeof(real)))
     if im.wide is NULL:
@@ -502,7 +503,8 @@ cdef inline int backward_images(Images* im, bint frozen) noexcept nogil:
         double* scratch
     im.frozen = frozen
     im.parts = min(im.count, <Py_ssize_t> PARTS)
-    im.wide_size, im.terms_size = 3 * im.chunks * im.channels, 5 * im.channels
+    im.wide_size = own_lines(3 * im.chunks * im.channels)
+    im.terms_size = own_lines(5 * im.channels)
     scratch = <double*> malloc(
         places * (im.wide_size * sizeof(double) + im.terms_size * sizeof(real))
         + (2 * im.parts * im.channels if parameters else 0) * sizeof(double))

@@ -23,8 +23,11 @@
 #define COLUMN_VECTORS 4    /* vectors of columns measured together */
 #define COLUMN_ROWS 64      /* rows summed before the sums go to float64 */
 #define BACKWARD_ROWS 16    /* the same, where sums may nearly cancel */
+#define BACKWARD_VECTORS 16 /* and along a stretch */
 #define SHORT_VECTORS 8     /* vectors of a row that is kept in registers */
+#define ROUGH_VECTORS 8     /* vectors that a first guess of a mean is made from */
 #define TOGETHER 4          /* rows that share the loads of what runs along them */
+#define UNITS 32            /* units measured together, at most */
 
 /* Code that is inlined in two places may be rounded in two ways, and which place runs may depend on the
  * number of threads. So there is one copy of every sweep, in which sums may be reordered and multiply-adds
@@ -229,146 +232,228 @@ ALWAYS void add_one(vec t, vec *sum, vec *squares)
     *squares += t * t;
 }
 
-/* Adds x - pivot and its square to four pairs of sums. */
-ALWAYS void add_stretch(const element *x, ptrdiff_t n, real pivot, vec sum[4], vec squares[4])
+/* Adds x - pivot and its square to sum and squares; what lies `ahead` is wanted next. */
+ALWAYS void add_stretch(const element *x, ptrdiff_t n, real pivot, ptrdiff_t ahead, vec *sum, vec *squares)
 {
+    vec a = {0}, b = {0}, c = {0}, d = {0}, p = {0}, q = {0}, r = {0}, s = {0};
     ptrdiff_t i = 0;
+#define AT(k, sum, squares)                                                             \
+    prefetch(x + i + k * LANES + ahead);                                                \
+    add_one(load(x + i + k * LANES, LANES, 0) - pivot, sum, squares);
     for (; i + 4 * LANES <= n; i += 4 * LANES) {
-        add_one(load(x + i, LANES, 0) - pivot, sum, squares);
-        add_one(load(x + i + LANES, LANES, 0) - pivot, sum + 1, squares + 1);
-        add_one(load(x + i + 2 * LANES, LANES, 0) - pivot, sum + 2, squares + 2);
-        add_one(load(x + i + 3 * LANES, LANES, 0) - pivot, sum + 3, squares + 3);
+        AT(0, &a, &p)
+        AT(1, &b, &q)
+        AT(2, &c, &r)
+        AT(3, &d, &s)
+    }
+    if (i + 2 * LANES <= n) {
+        AT(0, &a, &p)
+        AT(1, &b, &q)
+        i += 2 * LANES;
     }
     if (i + LANES <= n) {
-        add_one(load(x + i, LANES, 0) - pivot, sum, squares);
+        AT(0, &c, &r)
         i += LANES;
     }
-    if (i + LANES <= n) {
-        add_one(load(x + i, LANES, 0) - pivot, sum + 1, squares + 1);
-        i += LANES;
-    }
-    if (i + LANES <= n) {
-        add_one(load(x + i, LANES, 0) - pivot, sum + 2, squares + 2);
-        i += LANES;
-    }
+#undef AT
     if (i < n)
-        add_one(load(x + i, n - i, pivot) - pivot, sum + 3, squares + 3);
+        add_one(load(x + i, n - i, pivot) - pivot, &d, &s);
+    *sum += (a + b) + (c + d);
+    *squares += (p + q) + (r + s);
 }
 
-/* About the mean of n values, and exactly it where they are equal. */
-SWEEP real rough_mean(const element *x, ptrdiff_t n)
+/* About the mean of n values, judged by the first of them, and exactly it where they are equal. */
+ALWAYS real rough_mean(const element *x, ptrdiff_t n)
 {
     const real first = load(x, 1, 0)[0];
-    vec a = {0}, b = {0}, c = {0}, d = {0};
+    const ptrdiff_t some = MIN(n, ROUGH_VECTORS * LANES);
+    vec a = {0}, b = {0};
     ptrdiff_t i = 0;
-    for (; i + 4 * LANES <= n; i += 4 * LANES) {
+    for (; i + 2 * LANES <= some; i += 2 * LANES) {
         a += load(x + i, LANES, 0) - first;
         b += load(x + i + LANES, LANES, 0) - first;
-        c += load(x + i + 2 * LANES, LANES, 0) - first;
-        d += load(x + i + 3 * LANES, LANES, 0) - first;
     }
-    for (; i + LANES <= n; i += LANES)
+    if (i + LANES <= some) {
         a += load(x + i, LANES, 0) - first;
+        i += LANES;
+    }
+    if (i < some)
+        b += load(x + i, some - i, first) - first;
+    return first + lanes_sum(a + b) / some;
+}
+
+/* Merges a block of `count` values with the `done` before it: what their sums around the pivot say. */
+ALWAYS void merge_block(double done, double *mean, double *m2, ptrdiff_t count, real pivot, vec sum, vec squares)
+{
+    const double total = lanes_sum(sum), rest = total / count;
+    const double block_m2 = lanes_sum(squares) - rest * total;
+    if (done == 0)
+        *mean = pivot + rest, *m2 = block_m2;
+    else
+        merge_moments(done, mean, m2, count, pivot + rest, block_m2);
+}
+
+/* Mean and m2 of `units` stretches of n values side by side.
+ *
+ * Sums are taken in blocks, around a pivot: first a rough mean, then the mean of all blocks before. What a
+ * pivot misses the mean by is found with the sums; where it is far off, the spread it did not see is a
+ * part of m2 just as large. Equal values have exactly their mean, and m2 = 0. */
+SWEEP void stretch_moments(const element *x, ptrdiff_t units, ptrdiff_t n, double *mean, double *m2)
+{
+    for (ptrdiff_t u = 0; u < units; u++, x += n) {
+        real pivot = rough_mean(x, n);
+        for (ptrdiff_t i = 0; i < n; i += BLOCK) {
+            const ptrdiff_t count = MIN(BLOCK, n - i);
+            vec sum = {0}, squares = {0};
+            add_stretch(x + i, count, pivot, 0, &sum, &squares);
+            merge_block(i, mean + u, m2 + u, count, pivot, sum, squares);
+            pivot = mean[u];
+        }
+    }
+}
+
+/* The same for up to UNITS units of `planes` stretches each; units lie side by side, planes `stride`
+ * apart. */
+SWEEP void plane_moments(const element *x, ptrdiff_t planes, ptrdiff_t stride, ptrdiff_t units, ptrdiff_t n,
+                         double *mean, double *m2)
+{
+    real pivot[UNITS];
+    vec sum[UNITS], squares[UNITS];
+    ptrdiff_t done = 0, count = 0, i = 0;
+    for (ptrdiff_t u = 0; u < units; u++)
+        pivot[u] = rough_mean(x + u * n, n), sum[u] = squares[u] = splat(0);
+    for (ptrdiff_t p = 0; p < planes;) {
+        const ptrdiff_t length = MIN(BLOCK, n - i);
+        for (ptrdiff_t u = 0; u < units; u++)
+            add_stretch(x + p * stride + u * n + i, length, pivot[u], stride, sum + u, squares + u);
+        count += length, i += length;
+        if (i == n)
+            i = 0, p++;
+        if (count < BLOCK && p < planes)
+            continue;
+        for (ptrdiff_t u = 0; u < units; u++) {
+            merge_block(done, mean + u, m2 + u, count, pivot[u], sum[u], squares[u]);
+            pivot[u] = mean[u], sum[u] = squares[u] = splat(0);
+        }
+        done += count, count = 0;
+    }
+}
+
+/* Sums of the squares of `units` stretches of n values side by side. */
+SWEEP void stretch_squares(const element *x, ptrdiff_t units, ptrdiff_t n, double *squares)
+{
+    for (ptrdiff_t u = 0; u < units; u++, x += n) {
+        double total = 0;
+        for (ptrdiff_t i = 0; i < n; i += BLOCK) {
+            vec sum = {0}, block = {0};
+            add_stretch(x + i, MIN(BLOCK, n - i), 0, 0, &sum, &block);
+            total += lanes_sum(block);
+        }
+        squares[u] = total;
+    }
+}
+
+/* Sums of g, of g * (x - mean) and of x - mean, where g = grad_y * weight, the weight running along. */
+typedef struct {
+    vec g, gx, x;
+} backward_vecs;
+
+typedef struct {
+    wide_vec g, gx, x;
+} backward_wides;
+
+ALWAYS void flush(backward_wides *wide, backward_vecs *sum)
+{
+    add_wide(&wide->g, sum->g), add_wide(&wide->gx, sum->gx), add_wide(&wide->x, sum->x);
+    sum->g = sum->gx = sum->x = splat(0);
+}
+
+/* Adds at most BACKWARD_VECTORS vectors. */
+ALWAYS void add_backward(const element *grad_y, const element *x, const real *weight, ptrdiff_t n, real mean,
+                         ptrdiff_t ahead, backward_vecs *sum)
+{
+    backward_vecs even = *sum, odd = {{0}, {0}, {0}};
+    ptrdiff_t i = 0;
+#define AT(k, left, sum)                                                                \
+    {                                                                                   \
+        const ptrdiff_t j = i + k * LANES;                                              \
+        prefetch(x + j + ahead), prefetch(grad_y + j + ahead);                          \
+        const vec t = load(x + j, left, mean) - mean;                                   \
+        vec g = load(grad_y + j, left, 0);                                              \
+        if (weight)                                                                     \
+            g *= load_real(weight + j, left, 0);                                        \
+        (sum)->g += g, (sum)->gx += g * t, (sum)->x += t;                               \
+    }
+    for (; i + 2 * LANES <= n; i += 2 * LANES) {
+        AT(0, LANES, &even)
+        AT(1, LANES, &odd)
+    }
+    if (i + LANES <= n) {
+        AT(0, LANES, &even)
+        i += LANES;
+    }
     if (i < n)
-        b += load(x + i, n - i, first) - first;
-    return first + lanes_sum((a + b) + (c + d)) / n;
+        AT(0, n - i, &odd)
+#undef AT
+    sum->g = even.g + odd.g, sum->gx = even.gx + odd.gx, sum->x = even.x + odd.x;
 }
 
-/* Mean and m2 of planes * n values. Sums are taken in blocks, around a pivot: first the rough mean of
- * the first stretch, then the mean of all blocks before. What a pivot misses the mean by is found with
- * the sums; however far off it is, the spread it misses is a part of m2 as large. Equal values have
- * exactly their mean, and m2 = 0. */
-SWEEP void moments(const element *x, ptrdiff_t planes, ptrdiff_t stride, ptrdiff_t n, double *mean, double *m2)
+/* Adds to sums, (units, 3), those of `units` stretches side by side, with a mean each. They may nearly
+ * cancel, and are compared with values of order 1 all the same: only BACKWARD_VECTORS vectors are added
+ * before they go to float64. */
+SWEEP void stretch_backward_sums(const element *grad_y, const element *x, const real *weight, ptrdiff_t units,
+                                 ptrdiff_t n, const double *mean, ptrdiff_t mean_step, double *sums)
 {
-    real pivot = rough_mean(x, MIN(n, BLOCK));
-    double done = 0;
-    ptrdiff_t p = 0, i = 0;
-    while (p < planes) {
-        vec sums[4] = {{0}}, squares[4] = {{0}};
-        ptrdiff_t count = 0;
-        while (p < planes && count < BLOCK) {
-            const ptrdiff_t length = MIN(BLOCK, n - i);
-            add_stretch(x + p * stride + i, length, pivot, sums, squares);
-            count += length, i += length;
-            if (i == n)
-                i = 0, p++;
+    for (ptrdiff_t u = 0; u < units; u++, grad_y += n, x += n, sums += 3) {
+        const real pivot = mean[u * mean_step];
+        backward_vecs sum = {{0}, {0}, {0}};
+        if (n <= BACKWARD_VECTORS * LANES) {
+            add_backward(grad_y, x, weight, n, pivot, 0, &sum);
+            sums[0] += lanes_sum(sum.g), sums[1] += lanes_sum(sum.gx), sums[2] += lanes_sum(sum.x);
+            continue;
         }
-        const double sum = lanes_sum((sums[0] + sums[1]) + (sums[2] + sums[3])), rest = sum / count;
-        const double block_m2 = lanes_sum((squares[0] + squares[1]) + (squares[2] + squares[3])) - rest * sum;
-        if (done == 0)
-            *mean = pivot + rest, *m2 = block_m2;
-        else
-            merge_moments(done, mean, m2, count, pivot + rest, block_m2);
-        done += count;
-        pivot = *mean;
+        backward_wides wide;
+        memset(&wide, 0, sizeof wide);
+        for (ptrdiff_t i = 0; i < n; i += BACKWARD_VECTORS * LANES) {
+            const ptrdiff_t count = MIN(BACKWARD_VECTORS * LANES, n - i);
+            if (weight)
+                add_backward(grad_y + i, x + i, weight + i, count, pivot, 0, &sum);
+            else
+                add_backward(grad_y + i, x + i, (const real *)0, count, pivot, 0, &sum);
+            flush(&wide, &sum);
+        }
+        sums[0] += wide_sum(&wide.g), sums[1] += wide_sum(&wide.gx), sums[2] += wide_sum(&wide.x);
     }
 }
 
-SWEEP double sum_of_squares(const element *x, ptrdiff_t n)
+/* The same for up to UNITS units of `planes` stretches each; units lie side by side, planes `stride`
+ * apart. */
+SWEEP void plane_backward_sums(const element *grad_y, const element *x, ptrdiff_t planes, ptrdiff_t stride,
+                               ptrdiff_t units, ptrdiff_t n, const double *mean, double *sums)
 {
-    double total = 0;
-    for (ptrdiff_t i = 0; i < n; i += BLOCK) {
-        vec sums[4] = {{0}}, squares[4] = {{0}};
-        add_stretch(x + i, MIN(BLOCK, n - i), 0, sums, squares);
-        total += lanes_sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
-    }
-    return total;
-}
-
-/* Adds to sums[0..2] of each plane, `step` apart, the sums of g, g * (x - mean) and x - mean, where g =
- * grad_y * weight, the weight running along the plane. These may nearly cancel, and are compared with
- * values of order 1 all the same: only 16 vectors are added before they go to float64. */
-SWEEP void backward_sums(const element *grad_y, const element *x, const real *weight, ptrdiff_t planes,
-                         ptrdiff_t stride, ptrdiff_t n, real mean, double *sums, ptrdiff_t step)
-{
-    wide_vec g_wide = {{0}}, gx_wide = {{0}}, x_wide = {{0}};
-    vec g_sum = {0}, gx_sum = {0}, x_sum = {0};
-    int added = 0;
-#define FLUSH()                                                                         \
-    add_wide(&g_wide, g_sum), add_wide(&gx_wide, gx_sum), add_wide(&x_wide, x_sum);     \
-    g_sum = gx_sum = x_sum = splat(0), added = 0;
-#define GRADIENT(i, left) \
-    (weight ? load(grad_y + (i), left, 0) * load_real(weight + (i), left, 0) : load(grad_y + (i), left, 0))
-#define BACKWARD_SUMS                                                                   \
-    ptrdiff_t i = 0;                                                                    \
-    for (; i + 4 * LANES <= n; i += 4 * LANES) {                                        \
-        const vec t = load(x + i, LANES, 0) - mean, u = load(x + i + LANES, LANES, 0) - mean; \
-        const vec v = load(x + i + 2 * LANES, LANES, 0) - mean, w = load(x + i + 3 * LANES, LANES, 0) - mean; \
-        const vec a = GRADIENT(i, LANES), b = GRADIENT(i + LANES, LANES);               \
-        const vec c = GRADIENT(i + 2 * LANES, LANES), d = GRADIENT(i + 3 * LANES, LANES); \
-        g_sum += (a + b) + (c + d);                                                     \
-        gx_sum += (a * t + b * u) + (c * v + d * w);                                    \
-        x_sum += (t + u) + (v + w);                                                     \
-        if ((added += 4) >= 16) {                                                       \
-            FLUSH()                                                                     \
-        }                                                                               \
-    }                                                                                   \
-    for (; i < n; i += LANES, added++) {                                                \
-        const ptrdiff_t left = MIN(LANES, n - i);                                       \
-        const vec t = load(x + i, left, mean) - mean, a = GRADIENT(i, left);            \
-        g_sum += a, gx_sum += a * t, x_sum += t;                                        \
-    }
-    for (ptrdiff_t p = 0; p < planes; p++, grad_y += stride, x += stride) {
-        if (weight) {
-            BACKWARD_SUMS
-        } else {
-#undef GRADIENT
-#define GRADIENT(i, left) load(grad_y + (i), left, 0)
-            BACKWARD_SUMS
-        }
-        if (added >= 16 || step || p == planes - 1) {
-            FLUSH()
-        }
-        if (step || p == planes - 1) {
-            sums[0] += wide_sum(&g_wide), sums[1] += wide_sum(&gx_wide), sums[2] += wide_sum(&x_wide);
-            memset(&g_wide, 0, sizeof g_wide), memset(&gx_wide, 0, sizeof gx_wide);
-            memset(&x_wide, 0, sizeof x_wide);
-            sums += step;
+    backward_wides wide[UNITS];
+    backward_vecs sum[UNITS];
+    ptrdiff_t added = 0;
+    memset(wide, 0, units * sizeof *wide), memset(sum, 0, units * sizeof *sum);
+    for (ptrdiff_t p = 0; p < planes; p++) {
+        for (ptrdiff_t i = 0; i < n; i += BACKWARD_VECTORS * LANES) {
+            const ptrdiff_t count = MIN(BACKWARD_VECTORS * LANES, n - i), vectors = (count + LANES - 1) / LANES;
+            if (added + vectors > BACKWARD_VECTORS) {
+                for (ptrdiff_t u = 0; u < units; u++)
+                    flush(wide + u, sum + u);
+                added = 0;
+            }
+            for (ptrdiff_t u = 0; u < units; u++) {
+                const ptrdiff_t here = p * stride + u * n + i;
+                add_backward(grad_y + here, x + here, (const real *)0, count, mean[u], stride, sum + u);
+            }
+            added += vectors;
         }
     }
-#undef BACKWARD_SUMS
-#undef GRADIENT
-#undef FLUSH
+    for (ptrdiff_t u = 0; u < units; u++, sums += 3) {
+        flush(wide + u, sum + u);
+        sums[0] += wide_sum(&wide[u].g), sums[1] += wide_sum(&wide[u].gx), sums[2] += wide_sum(&wide[u].x);
+    }
 }
 
 /* ------------------------------------------------------- along a stretch: element by element */
@@ -384,14 +469,17 @@ SWEEP void add(const element *x, const element *residual, element *total, ptrdif
 
 /* y = activation((x - mean) * rstd * weight + bias + residual) for planes side by side or `stride` apart;
  * a plane's mean and rstd are `statistic_step` from those of the one before, its weight and bias
- * `parameter_step`. */
+ * `parameter_step`. What lies `ahead` is wanted next. */
 SWEEP void affine(const element *x, const element *residual, element *y, ptrdiff_t planes, ptrdiff_t stride,
                   ptrdiff_t n, const double *mean, const double *rstd, ptrdiff_t statistic_step,
-                  const real *weight, const real *bias, ptrdiff_t parameter_step, int activation, int streaming)
+                  const real *weight, const real *bias, ptrdiff_t parameter_step, int activation, int streaming,
+                  ptrdiff_t ahead)
 {
     const vec floor = floor_of(activation);
-#define PLAIN(i, left) at_least((load(x + (i), left, 0) - pivot) * a + b, floor)
-#define ADDED(i, left) at_least((load(x + (i), left, 0) - pivot) * a + b + load(residual + (i), left, 0), floor)
+#define PLAIN(i, left) (prefetch(x + (i) + ahead), at_least((load(x + (i), left, 0) - pivot) * a + b, floor))
+#define ADDED(i, left) \
+    (prefetch(x + (i) + ahead), prefetch(residual + (i) + ahead), \
+     at_least((load(x + (i), left, 0) - pivot) * a + b + load(residual + (i), left, 0), floor))
     for (ptrdiff_t p = 0; p < planes; p++, x += stride, y += stride) {
         const double mu = mean[p * statistic_step], r = rstd[p * statistic_step];
         const double scale = weight ? r * weight[p * parameter_step] : r;
@@ -412,55 +500,69 @@ SWEEP void affine(const element *x, const element *residual, element *y, ptrdiff
 #undef ADDED
 }
 
-/* y = activation((x - mean) * rstd * weight + bias + residual), with weight and bias running along. */
+/* The same for `rows` rows side by side, with weight and bias running along each. */
 SWEEP void affine_along(const element *x, const real *weight, const real *bias, const element *residual,
-                        element *y, ptrdiff_t n, double mean, double rstd, int activation, int streaming)
+                        element *y, ptrdiff_t rows, ptrdiff_t n, const double *mean, const double *rstd,
+                        int activation, int streaming)
 {
-    const real pivot = mean, r = rstd, s = (pivot - mean) * rstd;
     const vec floor = floor_of(activation);
+    const ptrdiff_t ahead = rows * n;
 #define X_HAT(i, left) ((load(x + (i), left, 0) - pivot) * r + s)
+#define NEXT(i) prefetch(x + (i) + ahead)
 #define W(i, left) load_real(weight + (i), left, 0)
 #define B(i, left) load_real(bias + (i), left, 0)
-#define WEIGHTED(i, left) X_HAT(i, left) * W(i, left)
-#define SHIFTED(i, left) X_HAT(i, left) + B(i, left)
-#define BOTH(i, left) X_HAT(i, left) * W(i, left) + B(i, left)
+#define PLAIN(i, left) (NEXT(i), X_HAT(i, left))
+#define WEIGHTED(i, left) (NEXT(i), X_HAT(i, left) * W(i, left))
+#define SHIFTED(i, left) (NEXT(i), X_HAT(i, left) + B(i, left))
+#define BOTH(i, left) (NEXT(i), X_HAT(i, left) * W(i, left) + B(i, left))
 #define WITH_TAIL(i, left)                                                              \
     at_least(X_HAT(i, left) * (weight ? W(i, left) : splat(1)) + (bias ? B(i, left) : splat(0)) \
              + (residual ? load(residual + (i), left, 0) : splat(0)), floor)
-    if (residual || activation) {
-        WRITE_ACTIVATED(y, n, activation, streaming, start, WITH_TAIL)
-    } else if (weight && bias) {
-        WRITE(y, n, streaming, BOTH)
-    } else if (weight) {
-        WRITE(y, n, streaming, WEIGHTED)
-    } else if (bias) {
-        WRITE(y, n, streaming, SHIFTED)
-    } else {
-        WRITE(y, n, streaming, X_HAT)
+    for (ptrdiff_t row = 0; row < rows; row++, x += n, y += n) {
+        const real pivot = mean[row], r = rstd[row], s = (pivot - mean[row]) * rstd[row];
+        if (residual || activation) {
+            WRITE_ACTIVATED(y, n, activation, streaming, start, WITH_TAIL)
+            if (residual)
+                residual += n;
+        } else if (weight && bias) {
+            WRITE(y, n, streaming, BOTH)
+        } else if (weight) {
+            WRITE(y, n, streaming, WEIGHTED)
+        } else if (bias) {
+            WRITE(y, n, streaming, SHIFTED)
+        } else {
+            WRITE(y, n, streaming, PLAIN)
+        }
     }
 #undef X_HAT
+#undef NEXT
 #undef W
 #undef B
+#undef PLAIN
 #undef WEIGHTED
 #undef SHIFTED
 #undef BOTH
 #undef WITH_TAIL
 }
 
-/* grad_x = rstd * (grad_y * weight + b * (x - mean) + c), the weight being a plane's, `step` apart; no x:
- * statistics held constant, grad_x = rstd * grad_y * weight. Where a unit is constant the terms cancel,
- * and rstd is large: the product is rounded as in the sums, before anything is added. */
+/* grad_x = rstd * (grad_y * weight + b * (x - mean) + c) for planes side by side or `stride` apart; no x:
+ * statistics held constant, grad_x = rstd * grad_y * weight. A plane's mean, rstd, b and c are
+ * `statistic_step` from those of the one before, its weight `parameter_step`. Where a unit is constant the
+ * terms cancel, and rstd is large: the product is rounded as in the sums, before anything is added. */
 EXACT_SWEEP void backward_affine(const element *grad_y, const element *x, element *grad_x, ptrdiff_t planes,
-                                 ptrdiff_t stride, ptrdiff_t n, real mean, double rstd, const real *weight,
-                                 ptrdiff_t step, double b_, double c_, int streaming)
+                                 ptrdiff_t stride, ptrdiff_t n, const double *mean, const double *rstd,
+                                 const double *b_, const double *c_, ptrdiff_t statistic_step,
+                                 const real *weight, ptrdiff_t parameter_step, int streaming, ptrdiff_t ahead)
 {
-    const real r = rstd, b = b_, c = c_;
-#define FROZEN(i, left) (a * load(grad_y + (i), left, 0))
-#define THROUGH(i, left) \
-    (r * (load(grad_y + (i), left, 0) * w + (b * (load(x + (i), left, 0) - mean) + c)))
+#define FROZEN(i, left) (prefetch(grad_y + (i) + ahead), a * load(grad_y + (i), left, 0))
+#define THROUGH(i, left)                                                                \
+    (prefetch(grad_y + (i) + ahead), prefetch(x + (i) + ahead),                         \
+     r * (load(grad_y + (i), left, 0) * w + (b * (load(x + (i), left, 0) - pivot) + c)))
     for (ptrdiff_t p = 0; p < planes; p++, grad_y += stride, grad_x += stride) {
-        const real w = weight ? weight[p * step] : 1, a = rstd * w;
+        const ptrdiff_t u = p * statistic_step;
+        const real w = weight ? weight[p * parameter_step] : 1, r = rstd[u], a = rstd[u] * w;
         if (x) {
+            const real pivot = mean[u], b = b_[u], c = c_[u];
             WRITE(grad_x, n, streaming, THROUGH)
             x += stride;
         } else {
@@ -762,11 +864,15 @@ SWEEP void column_backward_sums(const element *grad_y, const element *x, const r
 
 /* --------------------------------------------------------- the rows of a strip: element by element */
 
-/* `at` is (k, j): the row, of TOGETHER or of one, and the column. */
+/* Rows are taken TOGETHER, column by column, where they lie close: further apart the prefetchers of the
+ * hardware lose them. */
+#define CLOSE_BYTES 1024
+
 #define FOR_BLOCK(rows, stride, width, PREPARE, AT)                                     \
     {                                                                                   \
+        const int close = TOGETHER * (stride) * (ptrdiff_t)sizeof(element) <= CLOSE_BYTES; \
         ptrdiff_t row = 0;                                                              \
-        for (; row + TOGETHER <= (rows); row += TOGETHER)                               \
+        for (; close && row + TOGETHER <= (rows); row += TOGETHER)                      \
             FOR_VECTORS(j, left, width, PREPARE(j, left)                                \
                 AT(row * (stride) + j, row, j, left)                                    \
                 AT((row + 1) * (stride) + j, row + 1, j, left)                          \
@@ -840,7 +946,8 @@ EXACT_SWEEP void backward_block(const element *grad_y, const element *x, const e
     streaming = streaming && until_aligned(y) == 0 && stride % LANES == 0;
 #define COLUMNS(j, left)                                                                \
     const vec r = load_real(rstd + j, left, 0);                                         \
-    const vec w = column_weight ? load_real(column_weight + j, left, 0) : splat(1);
+    const vec w = column_weight ? load_real(column_weight + j, left, 0) : splat(1);     \
+    (void)w;
 #define ALL_COLUMNS(j, left)                                                            \
     COLUMNS(j, left)                                                                    \
     const vec m = load_real(mean + j, left, 0), b_ = load_real(b + j, left, 0);         \

@@ -13,6 +13,7 @@ cdef extern from "sweeps.h" nogil:
         BLOCK
         TOGETHER
         SHORT_VECTORS
+        UNITS
 
     ctypedef void (*team_body)(void* work, int member, int members) noexcept nogil
     void team(team_body body, void* work, int threads) noexcept
@@ -24,25 +25,34 @@ cdef extern from "sweeps.h" nogil:
     void merge_columns(double n_a, double* mean_a, double* m2_a, double n_b, const double* mean_b,
                        const double* m2_b, Py_ssize_t count) noexcept
 
-    void moments(const element* x, Py_ssize_t planes, Py_ssize_t stride, Py_ssize_t n,
-                 double* mean, double* m2) noexcept
-    double sum_of_squares(const element* x, Py_ssize_t n) noexcept
-    void backward_sums(const element* grad_y, const element* x, const real* weight,
-                       Py_ssize_t planes, Py_ssize_t stride, Py_ssize_t n, real mean,
-                       double* sums, Py_ssize_t step) noexcept
+    void stretch_moments(const element* x, Py_ssize_t units, Py_ssize_t n, double* mean,
+                         double* m2) noexcept
+    void plane_moments(const element* x, Py_ssize_t planes, Py_ssize_t stride, Py_ssize_t units,
+                       Py_ssize_t n, double* mean, double* m2) noexcept
+    void stretch_squares(const element* x, Py_ssize_t units, Py_ssize_t n,
+                         double* squares) noexcept
+    void stretch_backward_sums(const element* grad_y, const element* x, const real* weight,
+                               Py_ssize_t units, Py_ssize_t n, const double* mean,
+                               Py_ssize_t mean_step, double* sums) noexcept
+    void plane_backward_sums(const element* grad_y, const element* x, Py_ssize_t planes,
+                             Py_ssize_t stride, Py_ssize_t units, Py_ssize_t n,
+                             const double* mean, double* sums) noexcept
 
     void add(const element* x, const element* residual, element* total, Py_ssize_t n) noexcept
     void affine(const element* x, const element* residual, element* y, Py_ssize_t planes,
                 Py_ssize_t stride, Py_ssize_t n, const double* mean, const double* rstd,
                 Py_ssize_t statistic_step, const real* weight, const real* bias,
-                Py_ssize_t parameter_step, int activation, int streaming) noexcept
+                Py_ssize_t parameter_step, int activation, int streaming,
+                Py_ssize_t ahead) noexcept
     void affine_along(const element* x, const real* weight, const real* bias,
-                      const element* residual, element* y, Py_ssize_t n, double mean, double rstd,
-                      int activation, int streaming) noexcept
+                      const element* residual, element* y, Py_ssize_t rows, Py_ssize_t n,
+                      const double* mean, const double* rstd, int activation,
+                      int streaming) noexcept
     void backward_affine(const element* grad_y, const element* x, element* grad_x,
-                         Py_ssize_t planes, Py_ssize_t stride, Py_ssize_t n, real mean,
-                         double rstd, const real* weight, Py_ssize_t step, double b, double c,
-                         int streaming) noexcept
+                         Py_ssize_t planes, Py_ssize_t stride, Py_ssize_t n, const double* mean,
+                         const double* rstd, const double* b, const double* c,
+                         Py_ssize_t statistic_step, const real* weight,
+                         Py_ssize_t parameter_step, int streaming, Py_ssize_t ahead) noexcept
     void backward_affine_along(const element* grad_y, const element* x, const real* weight,
                                const element* grad_total, element* grad_x, Py_ssize_t rows,
                                Py_ssize_t n, const double* mean, const double* rstd,
@@ -93,6 +103,11 @@ cdef inline array* at(const array* start, Py_ssize_t offset) noexcept nogil:
 cdef inline Py_ssize_t share(Py_ssize_t tasks, int member, int members) noexcept nogil:
     """The first of a member's tasks; those of the next member follow."""
     return tasks * member // members
+
+
+cdef inline Py_ssize_t own_lines(Py_ssize_t count) noexcept nogil:
+    """At least as many, so that what two members write shares no cache line (nor a pair of them)."""
+    return (count + 31) // 32 * 32
 
 
 cdef inline double rstd_of(double var, double eps) noexcept nogil:

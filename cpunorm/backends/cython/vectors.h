@@ -262,6 +262,11 @@ ALWAYS void stream(element *p, vec v)
 #endif
 }
 
+ALWAYS void prefetch(const element *p)
+{
+    __builtin_prefetch(p, 0, 3);
+}
+
 /* Streamed stores are not ordered with others: once, before a thread says that it is done. */
 ALWAYS void stream_fence(void)
 {
@@ -317,22 +322,49 @@ ALWAYS vec first_lanes(vec v, ptrdiff_t left)
 }
 
 /* A vector's worth of float64 sums. */
+typedef double doubles __attribute__((vector_size(VECTOR_BYTES)));
+
+#if defined(ELEMENT_FLOAT64)
+
 typedef struct {
-    double lanes[SOME_LANES];
+    doubles low;
 } wide_vec;
 
 ALWAYS void add_wide(wide_vec *sum, vec v)
 {
-    for (ptrdiff_t i = 0; i < LANES; i++)
-        sum->lanes[i] += v[i];
+    sum->low += v;
 }
 
 ALWAYS double wide_sum(const wide_vec *sum)
 {
+    return lanes_sum(sum->low);
+}
+
+#else
+
+typedef struct {
+    doubles low, high;
+} wide_vec;
+
+typedef float half_vec __attribute__((vector_size(VECTOR_BYTES / 2)));
+
+ALWAYS void add_wide(wide_vec *sum, vec v)
+{
+    half_vec halves[2];
+    memcpy(halves, &v, sizeof v);
+    sum->low += __builtin_convertvector(halves[0], doubles);
+    sum->high += __builtin_convertvector(halves[1], doubles);
+}
+
+ALWAYS double wide_sum(const wide_vec *sum)
+{
+    const doubles both = sum->low + sum->high;
     double total = 0;
-    for (ptrdiff_t i = 0; i < LANES; i++)
-        total += sum->lanes[i];
+    for (ptrdiff_t i = 0; i < LANES / 2; i++)
+        total += both[i];
     return total;
 }
+
+#endif
 
 #endif

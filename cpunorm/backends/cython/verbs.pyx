@@ -38,7 +38,7 @@ cdef int element_of(cnp.ndarray x) except -1:
 
 
 cdef Call new_call(Py_ssize_t nbytes, int threads) noexcept:
-    """A call for arrays of x's size; nothing is stored past the caches where `out` is x."""
+    """A call whose arrays of x's size take so many bytes together."""
     cdef Call call
     memset(&call, 0, sizeof(call))
     call.threads = threads
@@ -63,7 +63,7 @@ cdef inline void* data(object array):
 
 cdef Call normalize_call(cnp.ndarray x, residual, weight, bias, double eps, int activation, y,
                          total, mean, var, rstd, int threads):
-    cdef Call call = new_call(cnp.PyArray_NBYTES(x), threads)
+    cdef Call call = new_call(2 * cnp.PyArray_NBYTES(x), threads)
     call.x, call.residual, call.y, call.total = data(x), data(residual), data(y), data(total)
     call.weight, call.bias = data(weight), data(bias)
     call.mean, call.var, call.rstd = data(mean), data(var), data(rstd)
@@ -75,7 +75,7 @@ cdef Call normalize_call(cnp.ndarray x, residual, weight, bias, double eps, int 
 
 cdef Call backward_call(grad_y, cnp.ndarray x, mean, rstd, weight, grad_total, grad_x,
                         grad_weight, grad_bias, int threads):
-    cdef Call call = new_call(cnp.PyArray_NBYTES(x), threads)
+    cdef Call call = new_call(3 * cnp.PyArray_NBYTES(x), threads)
     call.grad_y, call.x, call.grad_total = data(grad_y), data(x), data(grad_total)
     call.mean, call.rstd, call.weight = data(mean), data(rstd), data(weight)
     call.grad_x, call.grad_weight, call.grad_bias = data(grad_x), data(grad_weight), data(grad_bias)
@@ -223,13 +223,13 @@ def last_backward_apply(grad_y, cnp.ndarray x, mean, rstd, weight, grad_x, grad_
 
 def copy(cnp.ndarray x, cnp.ndarray y, int threads):
     """y = x, with the stores the kernels would use."""
-    cdef Call call = new_call(cnp.PyArray_NBYTES(x), threads)
+    cdef Call call = new_call(2 * cnp.PyArray_NBYTES(x), threads)
     call.M, call.x, call.y = cnp.PyArray_SIZE(x), data(x), data(y)
     run(tables[element_of(x)].copy, &call)
 
 
 def triad(cnp.ndarray grad_y, cnp.ndarray x, cnp.ndarray grad_x, int threads):
     """grad_x = grad_y - x, with the stores the kernels would use."""
-    cdef Call call = new_call(cnp.PyArray_NBYTES(x), threads)
+    cdef Call call = new_call(3 * cnp.PyArray_NBYTES(x), threads)
     call.M, call.grad_y, call.x, call.grad_x = cnp.PyArray_SIZE(x), data(grad_y), data(x), data(grad_x)
     run(tables[element_of(x)].triad, &call)
