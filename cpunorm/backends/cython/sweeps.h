@@ -293,11 +293,19 @@ ALWAYS void merge_block(double done, double *mean, double *m2, ptrdiff_t count, 
         merge_moments(done, mean, m2, count, pivot + rest, block_m2);
 }
 
+/* Whether the mean is more than a quarter of the deviation from the pivot of these sums. */
+ALWAYS int far_off(ptrdiff_t count, vec sum, vec squares)
+{
+    const real total = lanes_sum(sum);
+    return 17 * total * total > lanes_sum(squares) * count;
+}
+
 /* Mean and m2 of `units` stretches of n values side by side.
  *
- * Sums are taken in blocks, around a pivot: first a rough mean, then the mean of all blocks before. What a
- * pivot misses the mean by is found with the sums; where it is far off, the spread it did not see is a
- * part of m2 just as large. Equal values have exactly their mean, and m2 = 0. */
+ * Sums are taken in blocks, around a pivot: first a rough mean, or a better one where that proves far off;
+ * then the mean of all blocks before. What a pivot misses the mean by is found with the sums; if it is
+ * much, the spread between the blocks is a part of m2 just as large. Equal values have exactly their
+ * mean, and m2 = 0. */
 SWEEP void stretch_moments(const element *x, ptrdiff_t units, ptrdiff_t n, double *mean, double *m2)
 {
     for (ptrdiff_t u = 0; u < units; u++, x += n) {
@@ -306,6 +314,11 @@ SWEEP void stretch_moments(const element *x, ptrdiff_t units, ptrdiff_t n, doubl
             const ptrdiff_t count = MIN(BLOCK, n - i);
             vec sum = {0}, squares = {0};
             add_stretch(x + i, count, pivot, 0, &sum, &squares);
+            if (i == 0 && far_off(count, sum, squares)) {
+                pivot += lanes_sum(sum) / count;
+                sum = squares = splat(0);
+                add_stretch(x, count, pivot, 0, &sum, &squares);
+            }
             merge_block(i, mean + u, m2 + u, count, pivot, sum, squares);
             pivot = mean[u];
         }
@@ -332,6 +345,12 @@ SWEEP void plane_moments(const element *x, ptrdiff_t planes, ptrdiff_t stride, p
         if (count < BLOCK && p < planes)
             continue;
         for (ptrdiff_t u = 0; u < units; u++) {
+            if (done == 0 && far_off(count, sum[u], squares[u])) {
+                pivot[u] += lanes_sum(sum[u]) / count;
+                sum[u] = squares[u] = splat(0);
+                for (ptrdiff_t k = 0; k == 0 || k < p; k++)
+                    add_stretch(x + k * stride + u * n, MIN(BLOCK, n), pivot[u], stride, sum + u, squares + u);
+            }
             merge_block(done, mean + u, m2 + u, count, pivot[u], sum[u], squares[u]);
             pivot[u] = mean[u], sum[u] = squares[u] = splat(0);
         }
