@@ -29,6 +29,8 @@ LARGE_CASES = (
     *channel_cases((3, 4, 41, 43), (2,)),
     *channel_cases((1021, 19), (19,)),
     *row_cases((3, 9001), 9001),
+    *row_cases((37, 770), 770),
+    *row_cases((70, 33), 33),
     *row_cases((2, 515, 33), 515, 1),
 )
 ALL_CASES = SMALL_CASES + LARGE_CASES

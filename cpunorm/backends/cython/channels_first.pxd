@@ -268,7 +268,7 @@ cdef inline int normalize(const Call* call) noexcept nogil:
     if call.S <= SHORT and u.batch:
         images = images_of(call, 1, call.N, call.S)
         return normalize_images(&images)
-    if call.S <= SHORT and call.y is not NULL:
+    if call.S <= SHORT and u.K > 1 and call.y is not NULL:
         return _normalize_short(&u)
     if worth_dealing(call.B * u.slabs, call.threads):
         team(_normalize_dealt, &u, call.threads)
@@ -549,7 +549,7 @@ cdef inline int _backward(const Call* call, bint frozen) noexcept nogil:
     if call.S <= SHORT and u.batch:
         images = images_of(call, 1, call.N, call.S)
         return backward_images(&images, frozen)
-    if call.S <= SHORT and not frozen:
+    if call.S <= SHORT and u.K > 1 and not frozen:
         return _backward_short(&u)
     u.frozen = frozen
     u.parts = min(call.B, <Py_ssize_t> PARTS)

@@ -6,17 +6,17 @@
 #
 #   many stretches      dealt to the team; each is swept from cache: moments, then transform
 #   few, long ones      one at a time, cut into pieces for the whole team, moments merged between
-#   backward            dealt to the team in parts; TOGETHER stretches have their sums taken, then
+#   backward            dealt to the team in parts; a PAIR of stretches has its sums taken, then
 #                       grad_x and the parameters' gradients, which each part keeps in float64
 
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
 
 from .sweeps cimport (
-    BLOCK, LANES, SHORT_VECTORS, TOGETHER, UNITS, add, affine_along, at, backward_affine_along,
-    element, merge_moments, normalize_short, own_lines, real, rstd_of, share, stream_fence,
-    stretch_backward_sums, stretch_moments, stretch_squares, sum_parts, team, team_barrier,
-    variance,
+    BACKWARD_SHORT, BLOCK, LANES, PAIR, SHORT_VECTORS, UNITS, add, affine_along, at,
+    backward_affine_along, backward_short, element, merge_moments, normalize_short, own_lines,
+    real, rstd_of, share, stream_fence, stretch_backward_sums, stretch_moments, stretch_squares,
+    sum_parts, team, team_barrier, variance,
 )
 
 cdef enum:
@@ -24,7 +24,8 @@ cdef enum:
     FEW = 32            # stretches that are dealt too unevenly to be left whole
     PIECES = 64         # at most, of one stretch
     PARTS = 32          # at most, of the stretches in backward
-    FLUSH = 4           # times TOGETHER stretches summed as reals before they go to float64
+    FLUSH = 8           # pairs summed as reals before they go to float64
+    ROWS = 16           # stretches of a part, at least
 
 
 cdef struct Stretches:
@@ -96,7 +97,7 @@ cdef inline void _normalize_whole(void* work, int member, int members) noexcept 
     cdef:
         const Stretches* s = <const Stretches*> work
         Py_ssize_t m = share(s.M, member, members), last = share(s.M, member + 1, members)
-        Py_ssize_t some = max(1, min(<Py_ssize_t> UNITS, BLOCK // s.D)), count, k
+        Py_ssize_t some = max(1, min(<Py_ssize_t> UNITS, BLOCK // (2 * s.D))), count, k
         double mu[UNITS]
         double m2[UNITS]
         double r[UNITS]
@@ -182,24 +183,24 @@ cdef inline void normalize_stretches(Stretches* s, int threads) noexcept nogil:
         team(_normalize_whole, s, threads)
 
 
-cdef inline void _terms(const double* sums, Py_ssize_t D, bint centred, double rstd, double* mean,
-                        double* b, double* c) noexcept nogil:
-    """b and c of the transform; the mean, which arrives rounded, goes out as it should have been."""
+cdef inline void _terms(const double* sums, Py_ssize_t D, bint centred, double rstd,
+                        double* shift, double* b, double* c) noexcept nogil:
+    """The terms of the transform; shift is what the mean lost when it was rounded."""
     cdef double rest = sums[2] / D if centred else 0
-    mean[0] += rest
+    shift[0] = -rest * rstd
     b[0] = -rstd * rstd * (sums[1] - rest * sums[0]) / D
     c[0] = -sums[0] / D - b[0] * rest if centred else 0
 
 
 cdef inline void _backward_together(const Stretches* s, Py_ssize_t m, Py_ssize_t count,
                                     real* grad_weight, real* grad_bias) noexcept nogil:
-    """Up to TOGETHER stretches; grad_weight and grad_bias are added to, unless NULL."""
+    """Up to PAIR stretches; grad_weight and grad_bias are added to, unless NULL."""
     cdef:
-        double mu[TOGETHER]
-        double pivot[TOGETHER]
-        double r[TOGETHER]
-        double b[TOGETHER]
-        double c[TOGETHER]
+        double mu[PAIR]
+        double shift[PAIR]
+        double r[PAIR]
+        double b[PAIR]
+        double c[PAIR]
         double sums[3]
         Py_ssize_t k, here = m * s.D, along = (m % s.period) * s.D
     for k in range(count):
@@ -208,19 +209,25 @@ cdef inline void _backward_together(const Stretches* s, Py_ssize_t m, Py_ssize_t
         sums[0] = sums[1] = sums[2] = 0
         stretch_backward_sums(s.grad_y + here + k * s.D, s.x + here + k * s.D,
                               at(s.weight, along), 1, s.D, mu + k, 0, sums)
-        _terms(sums, s.D, s.mean is not NULL, r[k], mu + k, b + k, c + k)
+        _terms(sums, s.D, s.mean is not NULL, r[k], shift + k, b + k, c + k)
     backward_affine_along(s.grad_y + here, s.x + here, at(s.weight, along),
-                          at(s.grad_total, here), at(s.grad_x, here), count, s.D, mu, r, b, c,
-                          grad_weight, grad_bias, s.streaming)
+                          at(s.grad_total, here), at(s.grad_x, here), count, s.D, mu, shift, r,
+                          b, c, grad_weight, grad_bias, s.streaming)
 
 
 cdef inline void _backward_part(const Stretches* s, Py_ssize_t part, real* sums) noexcept nogil:
     """`sums` are this member's, zero before and after."""
     cdef:
         Py_ssize_t first = s.M * part // s.parts, last = s.M * (part + 1) // s.parts
-        Py_ssize_t length = s.period * s.D, together = TOGETHER if s.period == 1 else 1
-        Py_ssize_t before_flush = FLUSH * TOGETHER * s.period, m, i, along
+        Py_ssize_t length = s.period * s.D, together = PAIR if s.period == 1 else 1
+        Py_ssize_t before_flush = FLUSH * PAIR * s.period, m, i, along
         double* wide = at(s.wide, 2 * part * length)
+    if s.period == 1 and s.D <= BACKWARD_SHORT * LANES:
+        along = first * s.D
+        backward_short(s.grad_y + along, s.x + along, s.weight, at(s.grad_total, along),
+                       at(s.grad_x, along), last - first, s.D, at(s.mean, first), s.rstd + first,
+                       wide, at(wide, length), s.streaming)
+        return
     m = first
     while m < last:
         along = (m % s.period) * s.D
@@ -256,7 +263,7 @@ cdef inline void _backward_pieces(void* work, int member, int members) noexcept 
         Py_ssize_t last = share(pieces, member + 1, members), m, p, n, start, here, i
         double* sums
         double total[3]
-        double mu, r, b, c
+        double mu, shift, r, b, c
     for m in range(s.M):
         r = s.rstd[m]
         mu = 0 if s.mean is NULL else s.mean[m]
@@ -271,14 +278,14 @@ cdef inline void _backward_pieces(void* work, int member, int members) noexcept 
         total[0] = total[1] = total[2] = 0
         for i in range(3 * pieces):
             total[i % 3] += sums[i]
-        _terms(total, s.D, s.mean is not NULL, r, &mu, &b, &c)
+        _terms(total, s.D, s.mean is not NULL, r, &shift, &b, &c)
         for p in range(last - 1, first - 1, -1):
             start = p * s.piece
             here = m * s.D + start
             backward_affine_along(s.grad_y + here, s.x + here, at(s.weight, start),
                                   at(s.grad_total, here), at(s.grad_x, here), 1,
-                                  min(s.piece, s.D - start), &mu, &r, &b, &c, at(s.sums, start),
-                                  at(s.sums, s.D + start), s.streaming)
+                                  min(s.piece, s.D - start), &mu, &shift, &r, &b, &c,
+                                  at(s.sums, start), at(s.sums, s.D + start), s.streaming)
     for p in range(first, last):
         start = p * s.piece
         n = min(s.piece, s.D - start)
@@ -299,9 +306,7 @@ cdef inline int backward_stretches(Stretches* s, int threads) noexcept nogil:
         bint pieces = s.D >= LONG and s.M < FEW and s.period == 1
         double wide[6 * PIECES]
     s.wide, s.sums = NULL, NULL
-    # A part keeps sums of 2 * length, and should see as many elements.
-    s.parts = max(1, min(min((s.M + 2 * s.period - 1) // (2 * s.period), <Py_ssize_t> PARTS),
-                         s.M * s.D // 8192))
+    s.parts = max(1, min(s.M // (ROWS * s.period), <Py_ssize_t> PARTS))
     if parameters:
         s.sums = <real*> calloc(own_lines(2 * length) * (1 if pieces else threads), sizeof(real))
         if s.sums is NULL:

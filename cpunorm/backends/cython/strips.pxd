@@ -6,8 +6,9 @@
 #
 # The matrix is cut into chunks of rows and strips of channels, by shape alone. A task is one chunk
 # of one strip: its columns are measured straight down, with vectors of columns in registers, and
-# folded into channels. Chunks are merged, then channels into groups, in float64. A member of the
-# team transforms the tasks it has measured, backwards, to meet what is left in its cache. Many
+# folded into channels; or, where the channels of a group fill vectors, along the rows, group by
+# group. Such cells are merged over the chunks, then into groups, in float64. A member of the team
+# transforms the tasks it has measured, backwards, to meet what is left in its cache. Many
 # images are dealt to the team whole; the bits are the same either way.
 #
 # Rows of few columns are taken side by side: `abreast` of them fill a measured strip, and
@@ -18,9 +19,9 @@ from libc.string cimport memset
 
 from .call cimport Call
 from .sweeps cimport (
-    affine_block, at, backward_block, column_backward_sums, column_moments, element,
-    merge_columns, own_lines, real, rstd_of, share, stream_fence, sum_parts, team,
-    team_barrier, variance,
+    LANES, UNITS, affine_block, at, backward_block, column_backward_sums, column_moments, element,
+    merge_columns, own_lines, plane_moments, real, rstd_of, share, stream_fence, stretch_moments,
+    sum_parts, team, team_barrier, variance,
 )
 
 cdef enum:
@@ -39,6 +40,7 @@ cdef struct Images:
     Py_ssize_t rows, channels, inner, groups
     Py_ssize_t chunk_rows, chunks
     Py_ssize_t strip_channels, strips
+    Py_ssize_t per_cell, cells              # channels measured as one
     Py_ssize_t abreast, in_line
     # Scratch: of one image, or of one for each member where whole images are dealt.
     double* wide
@@ -55,7 +57,7 @@ cdef inline Images images_of(const Call* call, Py_ssize_t count, Py_ssize_t rows
     """`inner` is at most COLUMNS."""
     cdef:
         Images im
-        Py_ssize_t width = call.C * inner
+        Py_ssize_t width = call.C * inner, K = call.C // call.G
     memset(&im, 0, sizeof(im))
     im.call, im.count, im.size = call, count, rows * width
     im.rows, im.channels, im.inner, im.groups = rows, call.C, inner, call.G
@@ -65,7 +67,10 @@ cdef inline Images images_of(const Call* call, Py_ssize_t count, Py_ssize_t rows
             im.abreast *= 2
     while im.in_line * width < LINE and 2 * im.in_line <= rows:
         im.in_line *= 2
-    im.strip_channels = min(call.C, COLUMNS // inner)
+    im.per_cell = K if inner == 1 and 2 * K >= LANES else 1
+    im.cells = call.C // im.per_cell
+    im.strip_channels = min(call.C, max(<Py_ssize_t> 1, COLUMNS // inner // im.per_cell)
+                            * im.per_cell)
     im.strips = (call.C + im.strip_channels - 1) // im.strip_channels
     im.chunk_rows = max(CHUNK_BYTES // (im.strip_channels * inner * <Py_ssize_t> sizeof(element)),
                         (rows + CHUNKS - 1) // CHUNKS)
@@ -145,16 +150,32 @@ cdef inline void _measure_columns(const element* x, Py_ssize_t rows, Py_ssize_t 
                    abreast, width, im.inner, mean + c, m2 + c)
 
 
+cdef inline void _measure_cells(const element* x, const Task* task, const Images* im, double* mean,
+                                double* m2) noexcept nogil:
+    cdef Py_ssize_t K = im.per_cell, cells = task.channels // K, i = 0
+    if cells == im.cells == 1:
+        # The rows lie side by side.
+        stretch_moments(x, 1, task.rows * K, mean, m2)
+        return
+    while i < cells:
+        plane_moments(x + i * K, task.rows, im.channels, min(<Py_ssize_t> UNITS, cells - i), K,
+                      mean + i, m2 + i)
+        i += UNITS
+
+
 cdef inline void _measure(const Images* im, const element* x, Py_ssize_t index, double* mean,
                           double* m2) noexcept nogil:
-    """Moments per channel of one task, written to the chunk's part of mean and m2."""
+    """Moments of the cells of one task, written to the chunk's part of mean and m2."""
     cdef:
         Task task = task_of(im, index)
-        Py_ssize_t here = index // im.strips * im.channels + task.first_channel
+        Py_ssize_t here = index // im.strips * im.cells + task.first_channel // im.per_cell
         Py_ssize_t left = task.rows % im.abreast, whole = task.rows - left
         double left_mean[COLUMNS]
         double left_m2[COLUMNS]
     x += task.offset
+    if im.per_cell > 1:
+        _measure_cells(x, &task, im, mean + here, m2 + here)
+        return
     if whole:
         _measure_columns(x, whole, task.channels, im.abreast, im, mean + here, m2 + here)
     if left and whole:
@@ -171,12 +192,12 @@ cdef inline void _measure(const Images* im, const element* x, Py_ssize_t index, 
 
 cdef inline void _merge(const Images* im, Py_ssize_t first, Py_ssize_t last, double* mean,
                         double* m2) noexcept nogil:
-    """Merge the chunks of some channels into the first chunk."""
-    cdef Py_ssize_t i, C = im.channels
+    """Merge the chunks of some cells into the first chunk."""
+    cdef Py_ssize_t i, per_row = im.inner * im.per_cell
     for i in range(1, im.chunks):
-        merge_columns(i * im.chunk_rows * im.inner, mean + first, m2 + first,
-                      min(im.chunk_rows, im.rows - i * im.chunk_rows) * im.inner,
-                      mean + i * C + first, m2 + i * C + first, last - first)
+        merge_columns(i * im.chunk_rows * per_row, mean + first, m2 + first,
+                      min(im.chunk_rows, im.rows - i * im.chunk_rows) * per_row,
+                      mean + i * im.cells + first, m2 + i * im.cells + first, last - first)
 
 
 cdef inline void _set_terms(const Images* im, Py_ssize_t c, double mean, double rstd,
@@ -220,26 +241,27 @@ cdef inline void _transform(const Images* im, Py_ssize_t start, Py_ssize_t index
 
 cdef inline void _normalize_image(const Images* im, Py_ssize_t image, double* wide, real* terms,
                                   int member, int members) noexcept nogil:
-    """wide is (2, chunks, C), terms (3, C); both are left alone by who is done."""
+    """wide is (2, chunks, cells), terms (3, C); both are left alone by who is done."""
     cdef:
         const Call* call = im.call
         Py_ssize_t C = im.channels, K = C // im.groups, tasks = im.chunks * im.strips
         Py_ssize_t first = share(tasks, member, members), last = share(tasks, member + 1, members)
         Py_ssize_t first_group = share(im.groups, member, members)
         Py_ssize_t last_group = share(im.groups, member + 1, members)
-        Py_ssize_t count = im.rows * im.inner, start = image * im.size, q, g, c, statistic
+        Py_ssize_t start = image * im.size, in_group = im.cells // im.groups, q, g, c, statistic
+        Py_ssize_t count = im.rows * im.inner * im.per_cell
         const element* x = <const element*> call.x + start
         double* mean = wide
-        double* m2 = wide + im.chunks * C
+        double* m2 = wide + im.chunks * im.cells
         double mu, v, r
     for q in range(first, last):
         _measure(im, x, q, mean, m2)
     team_barrier(members)
-    _merge(im, first_group * K, last_group * K, mean, m2)
+    _merge(im, first_group * in_group, last_group * in_group, mean, m2)
     for g in range(first_group, last_group):
         statistic = image * im.groups + g
-        fold_equal(count, mean + g * K, m2 + g * K, 1, 0, K, &mu, &v)
-        v = variance(v, count * K)
+        fold_equal(count, mean + g * in_group, m2 + g * in_group, 1, 0, in_group, &mu, &v)
+        v = variance(v, count * in_group)
         (<real*> call.mean)[statistic], (<real*> call.var)[statistic] = <real> mu, <real> v
         if call.y is NULL:
             continue
@@ -279,7 +301,7 @@ cdef inline int normalize_images(Images* im) noexcept nogil:
     cdef:
         bint dealt = dealt_whole(im)
         int places = im.call.threads if dealt else 1
-    im.wide_size = own_lines(2 * im.chunks * im.channels)
+    im.wide_size = own_lines(2 * im.chunks * im.cells)
     im.terms_size = own_lines(3 * im.channels)
     im.wide = <double*> malloc(places * (im.wide_size * sizeof(double)
                                          + im.terms_size * sizeof(real)))
@@ -306,16 +328,18 @@ cdef inline int apply_images(Images* im) noexcept nogil:
     """Transform with mean and rstd, (B, G), given. -1 if out of memory."""
     cdef:
         const Call* call = im.call
-        Py_ssize_t K = im.channels // im.groups, b, c, statistic
+        Py_ssize_t K = im.channels // im.groups, b, g, c
+        double mean, rstd
     im.terms_size = 3 * im.channels
     im.terms = <real*> malloc(call.B * im.terms_size * sizeof(real))
     if im.terms is NULL:
         return -1
     for b in range(call.B):
-        for c in range(im.channels):
-            statistic = b * im.groups + c // K
-            _set_terms(im, c, (<const real*> call.mean)[statistic],
-                       (<const real*> call.rstd)[statistic], im.terms + b * im.terms_size)
+        for g in range(im.groups):
+            mean = (<const real*> call.mean)[b * im.groups + g]
+            rstd = (<const real*> call.rstd)[b * im.groups + g]
+            for c in range(g * K, (g + 1) * K):
+                _set_terms(im, c, mean, rstd, im.terms + b * im.terms_size)
     team(_apply, im, call.threads)
     free(im.terms)
     return 0
@@ -431,11 +455,12 @@ cdef inline void _backward_image(
         Py_ssize_t first_group = share(im.groups, member, members)
         Py_ssize_t last_group = share(im.groups, member + 1, members)
         Py_ssize_t start = image * im.size, q, i, c, g, v, statistic
-    for c in range(first_group * K, last_group * K):
-        statistic = image * im.groups + c // K
-        terms[c] = (<const real*> call.mean)[statistic]
-        terms[C + c] = 1 if weight is NULL else weight[c]
-        terms[2 * C + c] = (<const real*> call.rstd)[statistic]
+    for g in range(first_group, last_group):
+        statistic = image * im.groups + g
+        for c in range(g * K, (g + 1) * K):
+            terms[c] = (<const real*> call.mean)[statistic]
+            terms[C + c] = 1 if weight is NULL else weight[c]
+            terms[2 * C + c] = (<const real*> call.rstd)[statistic]
     team_barrier(members)
     for q in range(first, last):
         if not im.frozen or grad_weight is not NULL:

@@ -25,8 +25,10 @@
 #define BACKWARD_ROWS 16    /* the same, where sums may nearly cancel */
 #define BACKWARD_VECTORS 16 /* and along a stretch */
 #define SHORT_VECTORS 8     /* vectors of a row that is kept in registers */
+#define BACKWARD_SHORT 4    /* the same in the backward pass */
 #define ROUGH_VECTORS 8     /* vectors that a first guess of a mean is made from */
 #define TOGETHER 4          /* rows that share the loads of what runs along them */
+#define PAIR 2              /* the same, where each row is three streams of memory */
 #define UNITS 32            /* units measured together, at most */
 
 /* Code that is inlined in two places may be rounded in two ways, and which place runs may depend on the
@@ -381,6 +383,15 @@ typedef struct {
     wide_vec g, gx, x;
 } backward_wides;
 
+ALWAYS void clear(backward_wides *wide)
+{
+    const doubles none = {0};
+    wide->g.low = wide->gx.low = wide->x.low = none;
+#if !defined(ELEMENT_FLOAT64)
+    wide->g.high = wide->gx.high = wide->x.high = none;
+#endif
+}
+
 ALWAYS void flush(backward_wides *wide, backward_vecs *sum)
 {
     add_wide(&wide->g, sum->g), add_wide(&wide->gx, sum->gx), add_wide(&wide->x, sum->x);
@@ -432,7 +443,7 @@ SWEEP void stretch_backward_sums(const element *grad_y, const element *x, const 
             continue;
         }
         backward_wides wide;
-        memset(&wide, 0, sizeof wide);
+        clear(&wide);
         for (ptrdiff_t i = 0; i < n; i += BACKWARD_VECTORS * LANES) {
             const ptrdiff_t count = MIN(BACKWARD_VECTORS * LANES, n - i);
             if (weight)
@@ -453,7 +464,8 @@ SWEEP void plane_backward_sums(const element *grad_y, const element *x, ptrdiff_
     backward_wides wide[UNITS];
     backward_vecs sum[UNITS];
     ptrdiff_t added = 0;
-    memset(wide, 0, units * sizeof *wide), memset(sum, 0, units * sizeof *sum);
+    for (ptrdiff_t u = 0; u < units; u++)
+        clear(wide + u), sum[u].g = sum[u].gx = sum[u].x = splat(0);
     for (ptrdiff_t p = 0; p < planes; p++) {
         for (ptrdiff_t i = 0; i < n; i += BACKWARD_VECTORS * LANES) {
             const ptrdiff_t count = MIN(BACKWARD_VECTORS * LANES, n - i), vectors = (count + LANES - 1) / LANES;
@@ -593,17 +605,15 @@ EXACT_SWEEP void backward_affine(const element *grad_y, const element *x, elemen
 }
 
 /* The same for some rows with a weight running along, and grad_total added; grad_weight and grad_bias
- * get the sums of grad_y * x_hat and of grad_y. */
+ * get the sums of grad_y * x_hat and of grad_y, x_hat = (x - mean) * rstd + shift. */
 ALWAYS void backward_rows(const int rows, const int parameters, const int streaming, const element *grad_y,
                           const element *x, const real *weight, const element *grad_total, element *grad_x,
-                          ptrdiff_t n, const double *mean, const double *rstd, const double *b,
-                          const double *c, real *grad_weight, real *grad_bias)
+                          ptrdiff_t n, const double *mean, const double *shift, const double *rstd,
+                          const double *b, const double *c, real *grad_weight, real *grad_bias)
 {
-    real pivot[TOGETHER], r[TOGETHER], s[TOGETHER], b_[TOGETHER], c_[TOGETHER];
-    for (int k = 0; k < rows; k++) {
-        pivot[k] = mean[k], r[k] = rstd[k], s[k] = (pivot[k] - mean[k]) * rstd[k];
-        b_[k] = b[k], c_[k] = c[k];
-    }
+    real pivot[PAIR], r[PAIR], s[PAIR], b_[PAIR], c_[PAIR];
+    for (int k = 0; k < rows; k++)
+        pivot[k] = mean[k], s[k] = shift[k], r[k] = rstd[k], b_[k] = b[k], c_[k] = c[k];
     FOR_VECTORS(i, left, n, {
         const vec w = weight ? load_real(weight + i, left, 0) : splat(1);
         vec weight_sum = {0}, bias_sum = {0};
@@ -628,28 +638,28 @@ ALWAYS void backward_rows(const int rows, const int parameters, const int stream
     })
 }
 
-/* Up to TOGETHER rows; grad_weight and grad_bias may be NULL together. */
+/* Up to PAIR rows; grad_weight and grad_bias may be NULL together. */
 EXACT_SWEEP void backward_affine_along(
     const element *grad_y, const element *x, const real *weight, const element *grad_total, element *grad_x,
-    ptrdiff_t rows, ptrdiff_t n, const double *mean, const double *rstd, const double *b, const double *c,
-    real *grad_weight, real *grad_bias, int streaming)
+    ptrdiff_t rows, ptrdiff_t n, const double *mean, const double *shift, const double *rstd, const double *b,
+    const double *c, real *grad_weight, real *grad_bias, int streaming)
 {
 #define ROWS(rows, parameters, streaming)                                               \
-    backward_rows(rows, parameters, streaming, grad_y, x, weight, grad_total, grad_x, n, mean, rstd, b, c, \
+    backward_rows(rows, parameters, streaming, grad_y, x, weight, grad_total, grad_x, n, mean, shift, rstd, b, c, \
                   grad_weight, grad_bias)
     streaming = streaming && grad_x && until_aligned(grad_x) == 0 && n % LANES == 0;
-    if (rows == TOGETHER && streaming) {
+    if (rows == PAIR && streaming) {
         if (grad_weight)
-            ROWS(TOGETHER, 1, 1);
+            ROWS(PAIR, 1, 1);
         else
-            ROWS(TOGETHER, 0, 1);
+            ROWS(PAIR, 0, 1);
         return;
     }
-    if (rows == TOGETHER) {
+    if (rows == PAIR) {
         if (grad_weight)
-            ROWS(TOGETHER, 1, 0);
+            ROWS(PAIR, 1, 0);
         else
-            ROWS(TOGETHER, 0, 0);
+            ROWS(PAIR, 0, 0);
         return;
     }
     for (ptrdiff_t k = 0; k < rows; k++) {
@@ -657,7 +667,7 @@ EXACT_SWEEP void backward_affine_along(
             ROWS(1, 1, 0);
         else
             ROWS(1, 0, 0);
-        grad_y += n, x += n, mean++, rstd++, b++, c++;
+        grad_y += n, x += n, mean++, shift++, rstd++, b++, c++;
         if (grad_total)
             grad_total += n;
         if (grad_x)
@@ -732,6 +742,74 @@ SWEEP void normalize_short(const element *x, const real *weight, const real *bia
         break;
     switch ((n + LANES - 1) / LANES) {
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+    }
+#undef CASE
+}
+
+/* The gradients of such rows; grad_weight and grad_bias, (n,), are added to, or NULL together. */
+ALWAYS void backward_in_registers(const int vectors, const element *grad_y, const element *x, const real *weight,
+                                  const element *grad_total, element *grad_x, ptrdiff_t M, ptrdiff_t n,
+                                  const real *mean, const real *rstd, double *grad_weight, double *grad_bias,
+                                  int streaming)
+{
+    const ptrdiff_t left = n - (vectors - 1) * LANES;
+    const double inverse = 1.0 / n;
+    vec w[BACKWARD_SHORT], weight_sum[BACKWARD_SHORT], bias_sum[BACKWARD_SHORT];
+#define LEFT(v) ((v) < vectors - 1 ? LANES : left)
+    for (int v = 0; v < vectors; v++) {
+        w[v] = weight ? load_real(weight + v * LANES, LEFT(v), 0) : splat(1);
+        weight_sum[v] = bias_sum[v] = splat(0);
+    }
+    for (ptrdiff_t m = 0; m < M; m++, grad_y += n, x += n) {
+        const double r = rstd[m];
+        const real pivot = mean ? mean[m] : 0, r_ = r;
+        vec t[BACKWARD_SHORT], g[BACKWARD_SHORT], g_sum = {0}, gx_sum = {0}, x_sum = {0};
+        for (int v = 0; v < vectors; v++) {
+            t[v] = load(x + v * LANES, LEFT(v), pivot) - pivot;
+            g[v] = load(grad_y + v * LANES, LEFT(v), 0);
+            g_sum += g[v] * w[v], gx_sum += g[v] * w[v] * t[v], x_sum += t[v];
+        }
+        const double total = lanes_sum(g_sum), rest = mean ? lanes_sum(x_sum) * inverse : 0;
+        const double b = -r * r * (lanes_sum(gx_sum) - rest * total) * inverse;
+        const real b_ = b, c_ = mean ? -total * inverse - b * rest : 0, s = -rest * r;
+        for (int v = 0; v < vectors; v++) {
+            if (grad_x) {
+                vec out = r_ * (g[v] * w[v] + (b_ * t[v] + c_));
+                if (grad_total)
+                    out += load(grad_total + m * n + v * LANES, LEFT(v), 0);
+                if (streaming)
+                    stream(grad_x + m * n + v * LANES, out);
+                else
+                    store(grad_x + m * n + v * LANES, out, LEFT(v));
+            }
+            weight_sum[v] += g[v] * (t[v] * r_ + s);
+            bias_sum[v] += g[v];
+        }
+        if (grad_weight && (m % BACKWARD_ROWS == BACKWARD_ROWS - 1 || m == M - 1))
+            for (int v = 0; v < vectors; v++) {
+                for (ptrdiff_t k = 0; k < LEFT(v); k++) {
+                    grad_weight[v * LANES + k] += weight_sum[v][k];
+                    grad_bias[v * LANES + k] += bias_sum[v][k];
+                }
+                weight_sum[v] = bias_sum[v] = splat(0);
+            }
+    }
+#undef LEFT
+}
+
+EXACT_SWEEP void backward_short(const element *grad_y, const element *x, const real *weight,
+                                const element *grad_total, element *grad_x, ptrdiff_t M, ptrdiff_t n,
+                                const real *mean, const real *rstd, double *grad_weight, double *grad_bias,
+                                int streaming)
+{
+    streaming = streaming && grad_x && until_aligned(grad_x) == 0 && n % LANES == 0;
+#define CASE(v)                                                                         \
+    case v:                                                                             \
+        backward_in_registers(v, grad_y, x, weight, grad_total, grad_x, M, n, mean, rstd, grad_weight, \
+                              grad_bias, streaming);                                    \
+        break;
+    switch ((n + LANES - 1) / LANES) {
+        CASE(1) CASE(2) CASE(3) CASE(4)
     }
 #undef CASE
 }

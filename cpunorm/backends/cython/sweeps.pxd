@@ -11,7 +11,8 @@ cdef extern from "sweeps.h" nogil:
     enum:
         LANES
         BLOCK
-        TOGETHER
+        PAIR
+        BACKWARD_SHORT
         SHORT_VECTORS
         UNITS
 
@@ -55,12 +56,17 @@ cdef extern from "sweeps.h" nogil:
                          Py_ssize_t parameter_step, int streaming, Py_ssize_t ahead) noexcept
     void backward_affine_along(const element* grad_y, const element* x, const real* weight,
                                const element* grad_total, element* grad_x, Py_ssize_t rows,
-                               Py_ssize_t n, const double* mean, const double* rstd,
-                               const double* b, const double* c, real* grad_weight,
-                               real* grad_bias, int streaming) noexcept
+                               Py_ssize_t n, const double* mean, const double* shift,
+                               const double* rstd, const double* b, const double* c,
+                               real* grad_weight, real* grad_bias, int streaming) noexcept
     void normalize_short(const element* x, const real* weight, const real* bias, element* y,
                          Py_ssize_t M, Py_ssize_t n, double eps, real* mean, real* rstd,
                          int streaming) noexcept
+
+    void backward_short(const element* grad_y, const element* x, const real* weight,
+                        const element* grad_total, element* grad_x, Py_ssize_t M, Py_ssize_t n,
+                        const real* mean, const real* rstd, double* grad_weight,
+                        double* grad_bias, int streaming) noexcept
 
     void column_moments(const element* x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t width,
                         double* mean, double* m2) noexcept
@@ -119,19 +125,22 @@ cdef inline double variance(double m2, Py_ssize_t count) noexcept nogil:
     return 0 if m2 < 0 else m2 / count
 
 
-cdef inline void sum_parts(const double* sums, Py_ssize_t parts, Py_ssize_t length,
-                           Py_ssize_t first, Py_ssize_t last, real* grad_weight,
+cdef inline void sum_parts(double* sums, Py_ssize_t parts, Py_ssize_t length, Py_ssize_t first,
+                           Py_ssize_t last, real* grad_weight,
                            real* grad_bias) noexcept nogil:
-    """Write what the parts of a backward pass found, (parts, 2, length), to the outputs wanted."""
+    """Add what the parts of a backward pass found, (parts, 2, length), up in the first, and write
+    it to the outputs wanted."""
     cdef:
         Py_ssize_t i, p
-        double weight_sum, bias_sum
+        double* weight_sums = sums
+        double* bias_sums = sums + length
+    for p in range(1, parts):
+        for i in range(first, last):
+            weight_sums[i] += weight_sums[2 * p * length + i]
+        for i in range(first, last):
+            bias_sums[i] += bias_sums[2 * p * length + i]
     for i in range(first, last):
-        weight_sum = bias_sum = 0
-        for p in range(parts):
-            weight_sum += sums[2 * p * length + i]
-            bias_sum += sums[(2 * p + 1) * length + i]
         if grad_weight is not NULL:
-            grad_weight[i] = <real> weight_sum
+            grad_weight[i] = <real> weight_sums[i]
         if grad_bias is not NULL:
-            grad_bias[i] = <real> bias_sum
+            grad_bias[i] = <real> bias_sums[i]
