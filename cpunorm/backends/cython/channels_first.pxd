@@ -19,7 +19,7 @@ from .strips cimport Images, apply_images, backward_images, images_of, normalize
 from .sweeps cimport (
     UNITS, affine, at, backward_affine, element, merge_moments, own_lines,
     plane_backward_sums, plane_moments, real, rstd_of, share, stream_fence, stretch_backward_sums, stretch_moments,
-    sum_parts, team, team_barrier, variance,
+    sum_parts, team, team_barrier, variance, worth_dealing,
 )
 
 cdef enum:
@@ -53,10 +53,14 @@ cdef struct Chunk:
     Py_ssize_t offset                       # in the unit
 
 
+cdef inline Py_ssize_t unit_bytes(const Units* u) noexcept nogil:
+    return u.planes * u.call.S * sizeof(element)
+
+
 cdef inline Units units_of(const Call* call) noexcept nogil:
     cdef:
         Units u
-        Py_ssize_t unit_bytes, tasks = 8 * call.threads
+        Py_ssize_t tasks = 8 * call.threads
     memset(&u, 0, sizeof(u))
     u.call = call
     u.K = call.C // call.G
@@ -66,20 +70,14 @@ cdef inline Units units_of(const Call* call) noexcept nogil:
     u.planes_per_chunk = max(1, CHUNK // call.S)
     u.pieces = (call.S + CHUNK - 1) // CHUNK
     u.chunks = (u.planes + u.planes_per_chunk - 1) // u.planes_per_chunk * u.pieces
-    unit_bytes = u.planes * call.S * sizeof(element)
     if u.batch:
-        u.some = min(RUN // (call.S * <Py_ssize_t> sizeof(element)), call.slab // unit_bytes)
+        u.some = min(RUN // (call.S * <Py_ssize_t> sizeof(element)), call.slab // unit_bytes(&u))
     else:
-        u.some = SMALL // unit_bytes
+        u.some = SMALL // unit_bytes(&u)
     u.some = max(1, min(min(u.some, <Py_ssize_t> UNITS),
                         (call.B * call.G + tasks - 1) // tasks))
     u.slabs = (call.G + u.some - 1) // u.some
     return u
-
-
-cdef inline bint worth_dealing(Py_ssize_t tasks, int threads) noexcept nogil:
-    """Whether no member of the team would have much less to do than the others."""
-    return threads == 1 or tasks % threads == 0 or tasks >= 4 * threads
 
 
 cdef inline Py_ssize_t unit_at(const Units* u, Py_ssize_t unit) noexcept nogil:
@@ -270,7 +268,7 @@ cdef inline int normalize(const Call* call) noexcept nogil:
         return normalize_images(&images)
     if call.S <= SHORT and u.K > 1 and call.y is not NULL:
         return _normalize_short(&u)
-    if worth_dealing(call.B * u.slabs, call.threads):
+    if worth_dealing(call.B * u.slabs, unit_bytes(&u), call.threads):
         team(_normalize_dealt, &u, call.threads)
         return 0
     u.scratch = <double*> malloc(4 * u.chunks * sizeof(double))
@@ -554,7 +552,7 @@ cdef inline int _backward(const Call* call, bint frozen) noexcept nogil:
     u.frozen = frozen
     u.parts = min(call.B, <Py_ssize_t> PARTS)
     u.entries = u.chunks if u.batch else u.planes * u.pieces
-    dealt = worth_dealing(u.parts * u.slabs, call.threads)
+    dealt = worth_dealing(u.parts * u.slabs, unit_bytes(&u), call.threads)
     u.size = own_lines(3 * u.entries * (u.some if dealt else 1))
     u.scratch = <double*> calloc(u.size * (call.threads if dealt else 2), sizeof(double))
     if u.scratch is NULL:

@@ -73,7 +73,8 @@ cdef inline void _normalize_strip(const Call* call, Py_ssize_t n, Py_ssize_t s,
         scale[s] = <real> r
         shift[s] = <real> ((pivot[s] - mu[s]) * r)
     affine_block(x, <const element*> NULL, <element*> call.y + here, D, S, width, pivot, scale,
-                 shift, <const real*> call.weight, <const real*> call.bias, 0, call.streaming)
+                 shift, <const real*> call.weight, <const real*> call.bias, 0, call.streaming,
+                 False)
 
 
 cdef inline void _normalize(void* work, int member, int members) noexcept nogil:
@@ -130,7 +131,7 @@ cdef inline void _backward_strip(const Call* call, Py_ssize_t n, Py_ssize_t s, P
     if call.grad_x is not NULL:
         backward_block(grad_y, x, at(<const element*> call.grad_total, here),
                        <element*> call.grad_x + here, D, S, width, pivot, rstd, b, c,
-                       <const real*> NULL, weight, call.streaming)
+                       <const real*> NULL, weight, call.streaming, False)
 
 
 cdef inline void _backward(void* work, int member, int members) noexcept nogil:

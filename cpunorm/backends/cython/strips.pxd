@@ -15,22 +15,24 @@
 # `in_line` a row of the transform.
 
 from libc.stdlib cimport free, malloc
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 from .call cimport Call
 from .sweeps cimport (
-    LANES, UNITS, affine_block, at, backward_block, column_backward_sums, column_moments, element,
+    LANES, UNITS, affine_block, at, backward_block, column_backward_sums, column_moments,
+    combine_channels, element,
     merge_columns, own_lines, plane_moments, real, rstd_of, share, stream_fence, stretch_moments,
-    sum_parts, team, team_barrier, variance,
+    sum_parts, team, team_barrier, variance, worth_dealing,
 )
 
 cdef enum:
     COLUMNS = 1024          # of a strip, at most
     NARROW = 64             # columns worth measuring side by side
-    LINE = 256              # columns worth transforming in one row
+    LINE = 128              # columns worth transforming in one row
     CHUNK_BYTES = 1 << 17
     CHUNKS = 64             # at most
     ROWS = 64               # a chunk's rows are a multiple of
+    FEW_ROWS = 16           # too few to measure columns
     PARTS = 32              # at most, of the images in backward
 
 
@@ -42,6 +44,7 @@ cdef struct Images:
     Py_ssize_t strip_channels, strips
     Py_ssize_t per_cell, cells              # channels measured as one
     Py_ssize_t abreast, in_line
+    bint cached                             # whether a second sweep finds everything in L2
     # Scratch: of one image, or of one for each member where whole images are dealt.
     double* wide
     real* terms
@@ -67,7 +70,10 @@ cdef inline Images images_of(const Call* call, Py_ssize_t count, Py_ssize_t rows
             im.abreast *= 2
     while im.in_line * width < LINE and 2 * im.in_line <= rows:
         im.in_line *= 2
-    im.per_cell = K if inner == 1 and 2 * K >= LANES else 1
+    if inner == 1 and (K == call.C or K >= 4 * LANES or (2 * K >= LANES and rows < FEW_ROWS)):
+        im.per_cell = K
+    else:
+        im.per_cell = 1
     im.cells = call.C // im.per_cell
     im.strip_channels = min(call.C, max(<Py_ssize_t> 1, COLUMNS // inner // im.per_cell)
                             * im.per_cell)
@@ -95,14 +101,13 @@ cdef inline Task task_of(const Images* im, Py_ssize_t index) noexcept nogil:
 
 
 cdef inline bint dealt_whole(const Images* im) noexcept nogil:
-    cdef int threads = im.call.threads
-    return im.count > 1 and (im.count % threads == 0 or im.count >= 8 * threads)
+    return im.count > 1 and worth_dealing(im.count, im.size * sizeof(element), im.call.threads)
 
 
 cdef inline const real* columns_of(const Images* im, const real* per_channel,
                                    const Task* task, Py_ssize_t copies,
                                    real* columns) noexcept nogil:
-    """A value per channel for the columns of a strip in `copies` rows side by side."""
+    """A value per channel for the columns of a strip in `copies` rows side by side, a power of 2."""
     cdef Py_ssize_t width = task.channels * im.inner, c, i
     per_channel += task.first_channel
     if im.inner == 1 and copies == 1:
@@ -110,8 +115,9 @@ cdef inline const real* columns_of(const Images* im, const real* per_channel,
     for c in range(task.channels):
         for i in range(c * im.inner, (c + 1) * im.inner):
             columns[i] = per_channel[c]
-    for i in range(width, copies * width):
-        columns[i] = columns[i - width]
+    while copies > 1:
+        memcpy(columns + width, columns, width * sizeof(real))
+        width, copies = 2 * width, copies // 2
     return columns
 
 
@@ -230,13 +236,13 @@ cdef inline void _transform(const Images* im, Py_ssize_t start, Py_ssize_t index
         const real* shift = columns_of(im, terms + 2 * C, &task, im.in_line, column_shift)
     affine_block(<const element*> call.x + here, at(<const element*> call.residual, here),
                  <element*> call.y + here, rows, stride, width, pivot, scale, shift,
-                 <const real*> NULL, <const real*> NULL, call.activation, call.streaming)
+                 <const real*> NULL, <const real*> NULL, call.activation, call.streaming, im.cached)
     if task.rows % im.in_line:
         here += rows * stride
         affine_block(<const element*> call.x + here, at(<const element*> call.residual, here),
                      <element*> call.y + here, 1, stride,
                      task.rows % im.in_line * task.channels * im.inner, pivot, scale, shift,
-                     <const real*> NULL, <const real*> NULL, call.activation, call.streaming)
+                     <const real*> NULL, <const real*> NULL, call.activation, call.streaming, im.cached)
 
 
 cdef inline void _normalize_image(const Images* im, Py_ssize_t image, double* wide, real* terms,
@@ -296,11 +302,18 @@ cdef inline void _normalize_cut(void* work, int member, int members) noexcept no
         stream_fence()
 
 
+cdef inline bint fits(const Images* im, Py_ssize_t arrays, bint dealt) noexcept nogil:
+    """Whether a member of the team has no more before it than stays in its L2."""
+    cdef Py_ssize_t members = 1 if dealt else im.call.threads
+    return arrays * im.size * <Py_ssize_t> sizeof(element) <= im.call.slab * members
+
+
 cdef inline int normalize_images(Images* im) noexcept nogil:
     """Moments and, where there is a y, the transform. -1 if out of memory."""
     cdef:
         bint dealt = dealt_whole(im)
         int places = im.call.threads if dealt else 1
+    im.cached = fits(im, 1, dealt)
     im.wide_size = own_lines(2 * im.chunks * im.cells)
     im.terms_size = own_lines(3 * im.channels)
     im.wide = <double*> malloc(places * (im.wide_size * sizeof(double)
@@ -409,37 +422,14 @@ cdef inline void _differentiate(const Images* im, Py_ssize_t start, Py_ssize_t i
     backward_block(<const element*> call.grad_y + here, at(x, here), <const element*> NULL,
                    <element*> call.grad_x + here, rows, stride, width, per_column[0],
                    per_column[2], per_column[3], per_column[4], per_column[1],
-                   <const real*> NULL, call.streaming)
+                   <const real*> NULL, call.streaming, im.cached)
     if task.rows % im.in_line:
         here += rows * stride
         backward_block(<const element*> call.grad_y + here, at(x, here), <const element*> NULL,
                        <element*> call.grad_x + here, 1, stride,
                        task.rows % im.in_line * task.channels * im.inner, per_column[0],
                        per_column[2], per_column[3], per_column[4], per_column[1],
-                       <const real*> NULL, call.streaming)
-
-
-cdef inline void _combine(const Images* im, Py_ssize_t image, Py_ssize_t g, double* sums,
-                          double* grad_weight, double* grad_bias, real* terms) noexcept nogil:
-    """b and c of a group from its channels' sums; adds to grad_weight, grad_bias, unless NULL."""
-    cdef:
-        Py_ssize_t C = im.channels, K = C // im.groups, c
-        double n = im.rows * im.inner * K, g_sum = 0, gx_sum = 0, rest = 0, b
-        double rstd = (<const real*> im.call.rstd)[image * im.groups + g]
-    if not im.frozen:
-        # The mean arrives rounded: what was rounded away is the mean of what is left.
-        for c in range(g * K, (g + 1) * K):
-            rest += sums[2 * C + c] / n
-    for c in range(g * K, (g + 1) * K):
-        sums[C + c] -= rest * sums[c]
-        g_sum += terms[C + c] * sums[c]
-        gx_sum += terms[C + c] * sums[C + c]
-        if grad_weight is not NULL:
-            grad_weight[c] += rstd * sums[C + c]
-            grad_bias[c] += sums[c]
-    b = -rstd * rstd * gx_sum / n
-    for c in range(g * K, (g + 1) * K):
-        terms[3 * C + c], terms[4 * C + c] = <real> b, <real> (-g_sum / n - b * rest)
+                       <const real*> NULL, call.streaming, im.cached)
 
 
 cdef inline void _backward_image(
@@ -455,6 +445,7 @@ cdef inline void _backward_image(
         Py_ssize_t first_group = share(im.groups, member, members)
         Py_ssize_t last_group = share(im.groups, member + 1, members)
         Py_ssize_t start = image * im.size, q, i, c, g, v, statistic
+        double n = im.rows * im.inner * K, b, c_
     for g in range(first_group, last_group):
         statistic = image * im.groups + g
         for c in range(g * K, (g + 1) * K):
@@ -474,7 +465,12 @@ cdef inline void _backward_image(
                 for c in range(v * C + first_group * K, v * C + last_group * K):
                     wide[c] += wide[i * 3 * C + c]
         for g in range(first_group, last_group):
-            _combine(im, image, g, wide, grad_weight, grad_bias, terms)
+            i = g * K
+            combine_channels(wide + i, wide + C + i, wide + 2 * C + i, terms + C + i, K, n,
+                             not im.frozen, (<const real*> call.rstd)[image * im.groups + g],
+                             at(grad_weight, i), at(grad_bias, i), &b, &c_)
+            for c in range(i, i + K):
+                terms[3 * C + c], terms[4 * C + c] = <real> b, <real> c_
     team_barrier(members)
     if not im.frozen and call.grad_x is not NULL:
         for q in range(last - 1, first - 1, -1):
@@ -527,6 +523,7 @@ cdef inline int backward_images(Images* im, bint frozen) noexcept nogil:
         Py_ssize_t places = call.threads if dealt else 1, i
         double* scratch
     im.frozen = frozen
+    im.cached = fits(im, 2, dealt)
     im.parts = min(im.count, <Py_ssize_t> PARTS)
     im.wide_size = own_lines(3 * im.chunks * im.channels)
     im.terms_size = own_lines(5 * im.channels)

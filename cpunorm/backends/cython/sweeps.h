@@ -578,7 +578,7 @@ SWEEP void affine_along(const element *x, const real *weight, const real *bias, 
 
 /* grad_x = rstd * (grad_y * weight + b * (x - mean) + c) for planes side by side or `stride` apart; no x:
  * statistics held constant, grad_x = rstd * grad_y * weight. A plane's mean, rstd, b and c are
- * `statistic_step` from those of the one before, its weight `parameter_step`. Where a unit is constant the
+ * `statistic_step`, 0 or 1, from those of the one before, its weight `parameter_step`. Where a unit is constant the
  * terms cancel, and rstd is large: the product is rounded as in the sums, before anything is added. */
 EXACT_SWEEP void backward_affine(const element *grad_y, const element *x, element *grad_x, ptrdiff_t planes,
                                  ptrdiff_t stride, ptrdiff_t n, const double *mean, const double *rstd,
@@ -589,11 +589,12 @@ EXACT_SWEEP void backward_affine(const element *grad_y, const element *x, elemen
 #define THROUGH(i, left)                                                                \
     (prefetch(grad_y + (i) + ahead), prefetch(x + (i) + ahead),                         \
      r * (load(grad_y + (i), left, 0) * w + (b * (load(x + (i), left, 0) - pivot) + c)))
+    real pivot = mean[0], r = rstd[0], b = b_[0], c = c_[0];
     for (ptrdiff_t p = 0; p < planes; p++, grad_y += stride, grad_x += stride) {
-        const ptrdiff_t u = p * statistic_step;
-        const real w = weight ? weight[p * parameter_step] : 1, r = rstd[u], a = rstd[u] * w;
+        const real w = weight ? weight[p * parameter_step] : 1, a = rstd[p * statistic_step] * w;
+        if (statistic_step)
+            pivot = mean[p], r = rstd[p], b = b_[p], c = c_[p];
         if (x) {
-            const real pivot = mean[u], b = b_[u], c = c_[u];
             WRITE(grad_x, n, streaming, THROUGH)
             x += stride;
         } else {
@@ -959,15 +960,39 @@ SWEEP void column_backward_sums(const element *grad_y, const element *x, const r
     }
 }
 
+/* From the sums of K channels, the columns of one statistic over n values, the b and c of backward_block;
+ * the sums of g * (x - mean) are corrected, and the gradients of the parameters added, unless NULL. */
+SWEEP void combine_channels(const double *g, double *gx, const double *x, const real *weight, ptrdiff_t K,
+                            double n, int through, double rstd, double *grad_weight, double *grad_bias,
+                            double *b, double *c)
+{
+    double rest = 0, g_sum = 0, gx_sum = 0;
+    /* The mean arrives rounded: what was rounded away is the mean of what is left. */
+    for (ptrdiff_t k = 0; through && k < K; k++)
+        rest += x[k];
+    rest /= n;
+    for (ptrdiff_t k = 0; k < K; k++) {
+        gx[k] -= rest * g[k];
+        g_sum += weight[k] * g[k];
+        gx_sum += weight[k] * gx[k];
+    }
+    for (ptrdiff_t k = 0; grad_weight && k < K; k++) {
+        grad_weight[k] += rstd * gx[k];
+        grad_bias[k] += g[k];
+    }
+    *b = -rstd * rstd * gx_sum / n;
+    *c = -g_sum / n - *b * rest;
+}
+
 /* --------------------------------------------------------- the rows of a strip: element by element */
 
-/* Rows are taken TOGETHER, column by column, where they lie close: further apart the prefetchers of the
- * hardware lose them. */
+/* Rows are taken TOGETHER, column by column, where they lie close or in the cache: further apart the
+ * prefetchers of the hardware lose them. */
 #define CLOSE_BYTES 1024
 
 #define FOR_BLOCK(rows, stride, width, PREPARE, AT)                                     \
     {                                                                                   \
-        const int close = TOGETHER * (stride) * (ptrdiff_t)sizeof(element) <= CLOSE_BYTES; \
+        const int close = cached || TOGETHER * (stride) * (ptrdiff_t)sizeof(element) <= CLOSE_BYTES; \
         ptrdiff_t row = 0;                                                              \
         for (; close && row + TOGETHER <= (rows); row += TOGETHER)                      \
             FOR_VECTORS(j, left, width, PREPARE(j, left)                                \
@@ -983,7 +1008,7 @@ SWEEP void column_backward_sums(const element *grad_y, const element *x, const r
  * column, weight and bias per row, where given (both, then, and no residual or activation). */
 SWEEP void affine_block(const element *x, const element *residual, element *y, ptrdiff_t rows, ptrdiff_t stride,
                         ptrdiff_t width, const real *pivot, const real *scale, const real *shift,
-                        const real *weight, const real *bias, int activation, int streaming)
+                        const real *weight, const real *bias, int activation, int streaming, int cached)
 {
     const vec floor = floor_of(activation);
     streaming = streaming && until_aligned(y) == 0 && stride % LANES == 0;
@@ -1037,7 +1062,7 @@ SWEEP void affine_block(const element *x, const element *residual, element *y, p
 EXACT_SWEEP void backward_block(const element *grad_y, const element *x, const element *grad_total,
                                 element *grad_x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t width,
                                 const real *mean, const real *rstd, const real *b, const real *c,
-                                const real *column_weight, const real *row_weight, int streaming)
+                                const real *column_weight, const real *row_weight, int streaming, int cached)
 {
     element *const y = grad_x;
     streaming = streaming && until_aligned(y) == 0 && stride % LANES == 0;

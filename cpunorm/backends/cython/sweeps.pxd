@@ -77,15 +77,19 @@ cdef extern from "sweeps.h" nogil:
                               const real* mean, double* g_sum, double* gx_sum,
                               double* x_sum) noexcept
 
+    void combine_channels(const double* g, double* gx, const double* x, const real* weight,
+                          Py_ssize_t K, double n, int through, double rstd, double* grad_weight,
+                          double* grad_bias, double* b, double* c) noexcept
+
     void affine_block(const element* x, const element* residual, element* y, Py_ssize_t rows,
                       Py_ssize_t stride, Py_ssize_t width, const real* pivot, const real* scale,
                       const real* shift, const real* weight, const real* bias, int activation,
-                      int streaming) noexcept
+                      int streaming, int cached) noexcept
     void backward_block(const element* grad_y, const element* x, const element* grad_total,
                         element* grad_x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t width,
                         const real* mean, const real* rstd, const real* b, const real* c,
-                        const real* column_weight, const real* row_weight,
-                        int streaming) noexcept
+                        const real* column_weight, const real* row_weight, int streaming,
+                        int cached) noexcept
     void row_parameter_sums(const element* grad_y, const element* x, Py_ssize_t rows,
                             Py_ssize_t stride, Py_ssize_t n, const real* mean, const real* rstd,
                             const real* shift, double* grad_weight, double* grad_bias) noexcept
@@ -109,6 +113,13 @@ cdef inline array* at(const array* start, Py_ssize_t offset) noexcept nogil:
 cdef inline Py_ssize_t share(Py_ssize_t tasks, int member, int members) noexcept nogil:
     """The first of a member's tasks; those of the next member follow."""
     return tasks * member // members
+
+
+cdef inline bint worth_dealing(Py_ssize_t tasks, Py_ssize_t nbytes, int threads) noexcept nogil:
+    """Whether tasks of so many bytes go whole to a member each: none should have much less to do
+    than the others, unless cutting them costs more than that."""
+    return (threads == 1 or tasks % threads == 0 or tasks >= 4 * threads
+            or (tasks >= threads and nbytes <= 1 << 16))
 
 
 cdef inline Py_ssize_t own_lines(Py_ssize_t count) noexcept nogil:

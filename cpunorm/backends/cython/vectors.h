@@ -188,8 +188,8 @@ ALWAYS vec load(const element *p, ptrdiff_t left, real fill)
         lanes[i] = p[i];
     memcpy(&h, lanes, sizeof h);
     v = widen(h);
-    for (ptrdiff_t i = left; i < LANES; i++)
-        v[i] = fill;
+    for (ptrdiff_t i = 0; i < LANES; i++)
+        v[i] = i < left ? v[i] : fill;
     return v;
 #endif
 }
