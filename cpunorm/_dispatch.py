@@ -1,17 +1,12 @@
 """From a canonical problem to the function of a backend that solves it."""
 
 import importlib
-import importlib.metadata
-import importlib.util
-import platform
-import shutil
-import sysconfig
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -27,7 +22,8 @@ def _load(name: str) -> ModuleType | str:
     """Return the backend's module, or why it cannot be had."""
     try:
         return importlib.import_module(f".backends.{name}", __package__)
-    except ImportError as error:
+    # What an extension lacks, a library for instance, comes as an OSError.
+    except (ImportError, OSError) as error:
         return str(error)
 
 
@@ -96,34 +92,39 @@ def use_backend(name: str) -> Iterator[None]:
 def available_backends() -> tuple[str, ...]:
     """Return the names of the backends that can be used here, best first.
 
+    The first call imports Numba to find out, which takes a moment.
+
+    Returns
+    -------
+    tuple of str
+
     Examples
     --------
     >>> import cpunorm
     >>> "numpy" in cpunorm.available_backends()
     True
     """
-    found = importlib.util.find_spec("numba") is not None
-    return tuple(
-        name
-        for name in BACKENDS
-        # Importing Numba takes longer than everything else here: ask only whether it is there.
-        if (found if name == "numba" else not isinstance(_load(name), str))
-    )
+    return tuple(name for name in BACKENDS if not isinstance(_load(name), str))
 
 
 def config() -> dict[str, Any]:
     """Return what `show_config` prints."""
+    # Here and below, what would take longer to import than all of cpunorm.
+    import platform
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+
     compiled = _load("cython")
 
     def version(package: str) -> str:
         try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
+            return installed(package)
+        except PackageNotFoundError:
             return "not installed"
 
     return {
         "cpunorm": __version__,
-        "location": str(Path(__file__).parent),
+        "location": os.path.dirname(os.path.abspath(__file__)),
         "python": platform.python_version(),
         "numpy": version("numpy"),
         "numba": version("numba"),
@@ -155,13 +156,25 @@ def warn_if_not_compiled() -> None:
     reason = _load("cython")
     if not isinstance(reason, str):
         return
-    candidates = ((sysconfig.get_config_var("CC") or "").split(" ")[0], "cc", "gcc", "clang")
-    compiler = next(filter(None, (shutil.which(c) for c in candidates if c)), None)
-    if compiler:
-        warnings.warn(
-            f"cpunorm runs on NumPy because its compiled backend is missing ({reason}), although "
-            f"there is a C compiler ({compiler}). Build it with `pip install -e .` in the "
-            "checkout, or reinstall cpunorm.",
-            RuntimeWarning,
-            stacklevel=3,
+    if "CPUNORM_ISA" in reason:  # a wrong choice, not a missing build
+        advice = "Set CPUNORM_ISA to one of them, or leave it out for the best."
+    elif compiler := _compiler():
+        advice = (
+            f"There is a C compiler ({compiler}): build it with `pip install -e .` in the "
+            "checkout, or reinstall cpunorm."
         )
+    else:
+        return
+    warnings.warn(
+        f"cpunorm runs on NumPy because its compiled backend is missing: {reason}. {advice}",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def _compiler() -> str | None:
+    import shutil
+    import sysconfig
+
+    candidates = ((sysconfig.get_config_var("CC") or "").split(" ")[0], "cc", "gcc", "clang")
+    return next(filter(None, (shutil.which(c) for c in candidates if c)), None)

@@ -5,14 +5,13 @@ from functools import lru_cache
 from typing import Any, NamedTuple, overload
 
 import numpy as np
-from numpy.typing import NDArray
 
 try:
     from ._memory import empty_like as _empty_like
 except ImportError:
     _empty_like = np.empty_like
 
-Array = NDArray[Any]
+Array = np.ndarray[tuple[Any, ...], np.dtype[Any]]
 
 
 class Frame(NamedTuple):
