@@ -57,6 +57,16 @@ def kernel(problem: str, verb: str, backend: str) -> Callable[..., None]:
     return function
 
 
+def solve(problem: str, verb: str, backend: str, nbytes: int, *arguments: Any) -> None:
+    """Run a kernel of a resolved backend, x having `nbytes` bytes, on the threads that are free."""
+    function = kernel(problem, verb, backend)
+    threads = _threads.take_threads(nbytes)
+    try:
+        function(*arguments, threads)
+    finally:
+        _threads.give_back()
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Make `name` the default backend inside a ``with`` block.

@@ -16,7 +16,7 @@ from libc.math cimport isfinite, sqrt
 from libc.stdlib cimport free, malloc
 
 from ._memory cimport empty, empty_as
-from .backends.cython.call cimport Call, Table
+from .backends.cython.call cimport Call, Table, Verb
 from .backends.cython.verbs cimport (
     FLOAT32, FLOAT64, element_of, new_call, run, tables,
 )
@@ -29,7 +29,8 @@ from .backends import ACTIVATIONS
 cnp.import_array()
 
 cdef:
-    object threads_for = _threads.threads_for
+    object take_threads = _threads.take_threads
+    object give_back = _threads.give_back
     Py_ssize_t serial_bytes = _threads.SERIAL_BYTES
     cnp.dtype float32 = cnp.PyArray_DescrFromType(cnp.NPY_FLOAT32)
     cnp.dtype float64 = cnp.PyArray_DescrFromType(cnp.NPY_FLOAT64)
@@ -132,19 +133,26 @@ cdef inline bint true_or_false(object value) noexcept:
     return value is True or value is False
 
 
-cdef inline int threads_of(cnp.ndarray x) except -1:
-    cdef Py_ssize_t nbytes = cnp.PyArray_NBYTES(x)
-    return 1 if nbytes < serial_bytes else threads_for(nbytes)
-
-
 cdef inline void* data(object a) noexcept:
     return NULL if a is None else cnp.PyArray_DATA(<cnp.ndarray> a)
 
 
 cdef inline Call call_for(cnp.ndarray x, object y):
-    cdef Call call = new_call(cnp.PyArray_NBYTES(x), threads_of(x))
+    cdef Call call = new_call(cnp.PyArray_NBYTES(x), 1)
     call.x, call.y = data(x), data(y)
     return call
+
+
+cdef int solve(Verb verb, cnp.ndarray x, Call* call) except -1:
+    """Run a kernel on the threads that are free; one thread needs no leave."""
+    cdef Py_ssize_t nbytes = cnp.PyArray_NBYTES(x)
+    if nbytes < serial_bytes:
+        return run(verb, call)
+    call.threads = take_threads(nbytes)
+    try:
+        return run(verb, call)
+    finally:
+        give_back()
 
 
 cdef inline int place(Statistics* statistics, Py_ssize_t count) except -1:
@@ -234,13 +242,13 @@ cdef object axis_norm(object x_, object residual, object normalized_shape, objec
         rstd = empty(reals(kind), kept, cnp.PyArray_DIMS(x))
         mean = empty(reals(kind), kept, cnp.PyArray_DIMS(x)) if center else None
         call.mean, call.rstd = data(mean), data(rstd)
-        run(tables[kind].rows_normalize, &call)
+        solve(tables[kind].rows_normalize, x, &call)
     else:
         place(&statistics, 2 * M)
         call.mean = statistics.scratch if center else NULL
         call.rstd = <double*> statistics.scratch + M
         try:
-            run(tables[kind].rows_normalize, &call)
+            solve(tables[kind].rows_normalize, x, &call)
         finally:
             leave(&statistics)
     if return_stats is True:
@@ -308,7 +316,7 @@ cdef object axis_norm_backward(object grad_y, object x_, object normalized_shape
     call.grad_y, call.grad_total = data(grad_y), data(grad_sum)
     call.mean, call.rstd, call.weight = data(mean), data(rstd), data(weight)
     call.grad_x, call.grad_weight, call.grad_bias = data(grad_x), data(grad_weight), data(grad_bias)
-    run(tables[kind].rows_backward, &call)
+    solve(tables[kind].rows_backward, x, &call)
     return named(Gradients, (grad_x, grad_weight, grad_bias))
 
 
@@ -438,9 +446,9 @@ cdef object channel_norm(object x_, object running_mean, object running_var, obj
             call.mean, call.rstd = data(mean), data(rstd)
         if frozen:
             take_running(kind, running_mean, running_var, eps, c.C, call.mean, call.rstd)
-            run(table.last_apply if c.last else table.first_apply, &call)
+            solve(table.last_apply if c.last else table.first_apply, x, &call)
         else:
-            run(table.last_normalize if c.last else table.first_normalize, &call)
+            solve(table.last_normalize if c.last else table.first_normalize, x, &call)
             if running:
                 update_running(kind, running_mean, running_var, &call, momentum, per_statistic)
     finally:
@@ -578,9 +586,9 @@ cdef object channel_norm_backward(object grad_y, object x_, object stats, object
     call.weight = data(weight)
     call.grad_x, call.grad_weight, call.grad_bias = data(grad_x), data(grad_weight), data(grad_bias)
     if frozen:
-        run(table.last_backward_apply if c.last else table.first_backward_apply, &call)
+        solve(table.last_backward_apply if c.last else table.first_backward_apply, x, &call)
     else:
-        run(table.last_backward if c.last else table.first_backward, &call)
+        solve(table.last_backward if c.last else table.first_backward, x, &call)
     return named(Gradients, (grad_x, grad_weight, grad_bias))
 
 
