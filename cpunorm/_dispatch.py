@@ -10,7 +10,7 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
-from . import _threads
+from . import _auto, _threads
 from ._version import __version__
 from .backends import BACKENDS
 
@@ -39,30 +39,37 @@ def check_backend(name: str) -> None:
 
 
 def resolve(name: str | None) -> str:
-    """Return the backend that `backend=name` stands for, checked.
-
-    'auto' is the compiled backend, and NumPy where it could not be built: Numba would have to
-    compile before it answers, so it runs only when it is asked for.
-    """
+    """Return what `backend=name` stands for, checked: a backend, or 'auto'."""
     name = _current.get() if name is None else name
     check_backend(name)
-    if name == "auto":
-        return "numpy" if isinstance(_load("cython"), str) else "cython"
     return name
 
 
+def auto() -> str:
+    """Return the backend that 'auto' is in general.
+
+    That is the compiled one, and NumPy where it could not be built: Numba would have to compile
+    before it answers.
+    """
+    return "numpy" if isinstance(_load("cython"), str) else "cython"
+
+
 def kernel(problem: str, verb: str, backend: str) -> Callable[..., None]:
-    """Return the function of a resolved backend for one verb of a canonical problem."""
+    """Return the function of a backend for one verb of a canonical problem."""
     function: Callable[..., None] = getattr(getattr(_load(backend), problem), verb)
     return function
 
 
 def solve(problem: str, verb: str, backend: str, nbytes: int, *arguments: Any) -> None:
-    """Run a kernel of a resolved backend, x having `nbytes` bytes, on the threads that are free."""
-    function = kernel(problem, verb, backend)
+    """Run a kernel of what was resolved, x having `nbytes` bytes, on the threads that are free."""
     threads = _threads.take_threads(nbytes)
+    call = problem, verb, nbytes, arguments, threads
     try:
-        function(*arguments, threads)
+        if backend == "auto":
+            backend = "numba" if _auto.is_numbas(*call) else auto()
+        kernel(problem, verb, backend)(*arguments, threads)
+        if backend == "numba":
+            _auto.remember(*call)
     finally:
         _threads.give_back()
 
@@ -141,6 +148,7 @@ def config() -> dict[str, Any]:
         "machine": f"{platform.system()} {platform.machine()}",
         "backends": list(available_backends()),
         "default backend": resolve(None),
+        "auto": f"{auto()}, Numba where it is warm and faster by {_auto.table().path}",
         "compiled backend": f"missing: {compiled}" if isinstance(compiled, str) else "available",
         "instruction set": None if isinstance(compiled, str) else compiled.ISA,
         "threads": _threads.get_num_threads(),

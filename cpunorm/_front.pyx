@@ -21,7 +21,7 @@ from .backends.cython.verbs cimport (
     FLOAT32, FLOAT64, element_of, new_call, run, tables,
 )
 
-from . import _threads
+from . import _auto, _threads
 from ._canonical import CHANNELS_LAST, Gradients, Stats
 from ._dispatch import _current
 from .backends import ACTIVATIONS
@@ -115,11 +115,16 @@ cdef inline bint writable_for(object out, cnp.ndarray x, object residual) noexce
                  or apart(out, residual)))
 
 
-cdef inline bint compiled(object backend):
-    """Whether `backend=` asks for, or leaves the choice to, the compiled kernels."""
+cdef inline bint compiled(object backend, cnp.ndarray x):
+    """Whether `backend=` asks for the compiled kernels, or leaves a choice that falls on them."""
     if backend is None:
         backend = get_value(_current)
-    return PyUnicode_CheckExact(backend) and (backend == "auto" or backend == "cython")
+    if not PyUnicode_CheckExact(backend):
+        return False
+    if backend == "auto":
+        return (cnp.PyArray_NBYTES(x) < serial_bytes
+                or cnp.PyArray_NBYTES(x) < <Py_ssize_t> _auto.first_bytes)
+    return backend == "cython"
 
 
 cdef inline bint number(object value, double* out) noexcept:
@@ -213,7 +218,7 @@ cdef object axis_norm(object x_, object residual, object normalized_shape, objec
     elif not number(eps_, &eps) or not (eps >= 0 and isfinite(eps)):
         return None
     count = trailing(x, normalized_shape)
-    if count < 0 or cnp.PyArray_SIZE(x) == 0 or not compiled(backend):
+    if count < 0 or cnp.PyArray_SIZE(x) == 0 or not compiled(backend, x):
         return None
     kept = cnp.PyArray_NDIM(x) - count
     if (not parameter(weight, kind, cnp.PyArray_DIMS(x) + kept, count)
@@ -292,7 +297,7 @@ cdef object axis_norm_backward(object grad_y, object x_, object normalized_shape
         return None
     x = x_
     count = trailing(x, normalized_shape)
-    if count < 0 or cnp.PyArray_SIZE(x) == 0 or not compiled(backend):
+    if count < 0 or cnp.PyArray_SIZE(x) == 0 or not compiled(backend, x):
         return None
     kept = cnp.PyArray_NDIM(x) - count
     mean, rstd = <object> (<tuple> stats)[0], <object> (<tuple> stats)[1]
@@ -395,7 +400,7 @@ cdef object channel_norm(object x_, object running_mean, object running_var, obj
     x = x_
     if not (eps >= 0 and isfinite(eps)) or (eps == 0 and batch and not frozen):
         return None
-    if not channels_of(x, layout, per_image, groups, &c) or not compiled(backend):
+    if not channels_of(x, layout, per_image, groups, &c) or not compiled(backend, x):
         return None
     count = c.stats[0] * c.stats[1]
     per_statistic = cnp.PyArray_SIZE(x) // count
@@ -564,7 +569,7 @@ cdef object channel_norm_backward(object grad_y, object x_, object stats, object
     if kind < 0 or type(stats) is not Stats or not common_need(need):
         return None
     x = x_
-    if not channels_of(x, layout, per_image, groups, &c) or not compiled(backend):
+    if not channels_of(x, layout, per_image, groups, &c) or not compiled(backend, x):
         return None
     shape = &c.stats[0] if per_image else &c.stats[1]
     mean, rstd = <object> (<tuple> stats)[0], <object> (<tuple> stats)[1]
