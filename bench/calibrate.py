@@ -33,10 +33,10 @@ ROWS = (1024, 64)
 
 
 def cases(nbytes: int) -> Iterator[tuple[str, Case]]:
-    """Yield kernels, as the table names them, with cases of roughly so many bytes."""
+    """Yield kernels, as the table names them, with cases of so many bytes or a little more."""
 
     def fill(*rest: int) -> Shape:
-        return (max(1, nbytes // (math.prod(rest) * ITEM)), *rest)
+        return (math.ceil(nbytes / (math.prod(rest) * ITEM)), *rest)
 
     for direction, verb in (("forward", "normalize"), ("backward", "backward")):
         for length in ROWS:
