@@ -88,25 +88,20 @@ def read(path: str) -> Table:
     return Table(path, tuple(sizes), {name: tuple(some) for name, some in fastest.items()})
 
 
-def _key(problem: str, verb: str, arguments: tuple[Any, ...], threads: int) -> tuple[Any, ...]:
-    shapes = (getattr(argument, "shape", argument) for argument in arguments)
-    return problem, verb, threads > 1, *shapes
+def _key(problem: str, verb: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return problem, verb, *(getattr(argument, "shape", argument) for argument in arguments)
 
 
-def is_numbas(
-    problem: str, verb: str, nbytes: int, arguments: tuple[Any, ...], threads: int
-) -> bool:
-    """Whether 'auto' gives this call to Numba."""
+def is_numbas(problem: str, verb: str, nbytes: int, arguments: tuple[Any, ...]) -> bool:
+    """Whether 'auto' gives this call to Numba: on any number of threads or on none."""
     return (
         nbytes >= first_bytes
         and arguments[0].dtype == np.float32
-        and _key(problem, verb, arguments, threads) in _warm
+        and _key(problem, verb, arguments) in _warm
     )
 
 
-def remember(
-    problem: str, verb: str, nbytes: int, arguments: tuple[Any, ...], threads: int
-) -> None:
+def remember(problem: str, verb: str, nbytes: int, arguments: tuple[Any, ...]) -> None:
     """Take note of a call that Numba has just done; what the table has faster is warm from now on.
 
     The table was measured on float32. Of another type it says nothing.
@@ -115,5 +110,9 @@ def remember(
     if arguments[0].dtype != np.float32 or len(_warm) >= MOST_WARM:
         return
     if table().is_numbas(problem, verb, nbytes):
-        _warm.add(_key(problem, verb, arguments, threads))
+        from .backends.numba import compile_loops
+
+        # Were only the loop warm that ran, the choice, and so the bits, would depend on threads.
+        compile_loops()
+        _warm.add(_key(problem, verb, arguments))
         first_bytes = min(first_bytes, nbytes)

@@ -12,7 +12,10 @@ from bench import calibrate
 from cpunorm import _auto, _dispatch
 from cpunorm.backends import KERNELS
 
-from .support import AVAILABLE
+from .support import AVAILABLE, assert_same_bits
+
+if "numba" in AVAILABLE:
+    from cpunorm.backends.numba import _jit
 
 NAMES = [f"{problem} {verb}" for problem, verb in KERNELS]
 LARGE = np.random.default_rng(0).normal(size=(256, 128)).astype("float32")
@@ -141,13 +144,17 @@ def test_numba_only_where_it_is_warm(seen):
 
 
 @needs_both
-def test_one_thread_is_not_warm_where_several_were(seen, restore_threads):
-    """Numba compiles its parallel and its serial loop apart."""
-    cpunorm.set_num_threads(2)
-    cpunorm.layer_norm(LARGE, 128, backend="numba")
-    cpunorm.set_num_threads(1)
-    cpunorm.layer_norm(LARGE, 128)
-    assert seen == ["numba", "cython"]
+@pytest.mark.parametrize("threads", [(1, 2), (2, 1)])
+def test_the_choice_does_not_depend_on_threads(threads, seen, restore_threads):
+    """Nor do the bits: Numba's serial and parallel loop are warm together."""
+    before, after = threads
+    cpunorm.set_num_threads(before)
+    expected = cpunorm.layer_norm(LARGE, 128, backend="numba")
+    loops = dict(_jit._callbacks)
+    cpunorm.set_num_threads(after)
+    assert_same_bits(cpunorm.layer_norm(LARGE, 128), expected)
+    assert seen == ["numba", "numba"]
+    assert _jit._callbacks == loops  # nothing was compiled
 
 
 @needs_both
