@@ -122,7 +122,7 @@ def main() -> None:
     made = f"{facts['date'][:10]}, cpunorm {versions['cpunorm']}, numba {versions['numba']}"
     computer = f"{facts['cpu']}, {facts['instruction set']}, {args.threads} threads"
     content = text(made, computer, fastest(ratios))
-    print(content)
+    print(content, end="")
     if args.write or args.ship:
         path = Path(_auto.own_path() if args.write else _auto.SHIPPED)
         path.parent.mkdir(parents=True, exist_ok=True)
