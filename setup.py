@@ -16,8 +16,8 @@ from setuptools.errors import CCompilerError
 
 PACKAGE = "cpunorm.backends.cython"
 
-# The kernels are built once per level and type; backends/cython/__init__.py picks the best level the
-# CPU has.
+# The kernels are built once per level and type; backends/cython/__init__.py picks the best level
+# the CPU has.
 TYPES = ("float32", "float64", "float16", "bfloat16")
 if platform.machine().lower() in ("x86_64", "amd64"):
     LEVELS = {f"x86_64_v{n}": [f"-march=x86-64-v{n}"] for n in (2, 3, 4)}
@@ -72,7 +72,8 @@ def extension(name, source, macros=(), flags=()):
 
 
 def extensions():
-    names = ("cpunorm._memory", "cpunorm._front", f"{PACKAGE}.verbs", f"{PACKAGE}.kernels")
+    names = [f"cpunorm.{name}" for name in ("_memory", "_openmp", "_front")]
+    names += [f"{PACKAGE}.{name}" for name in ("verbs", "kernels")]
     *common, kernels = cythonize(
         [Extension(name, [name.replace(".", "/") + ".pyx"]) for name in names],
         language_level=3,

@@ -47,6 +47,8 @@ class Case:
         Channels first, whatever the layout; rows are normalized over the last axis.
     num_groups : int, optional
         For group norm.
+    over_channels : bool
+        Layer and RMS norm over axis 1, not the last; no suite has it, as no peer has.
     """
 
     operation: str
@@ -55,6 +57,7 @@ class Case:
     layout: str
     shape: Shape
     num_groups: int | None = None
+    over_channels: bool = False
 
     def __str__(self) -> str:
         parts = [self.operation, self.direction]
@@ -66,6 +69,8 @@ class Case:
         parts.append("x".join(map(str, self.shape)))
         if self.num_groups is not None:
             parts.append(f"G={self.num_groups}")
+        if self.over_channels:
+            parts.append("axis=1")
         return " ".join(parts)
 
     @property
@@ -88,7 +93,8 @@ class Case:
     @property
     def axis(self) -> int:
         """The axis that weight and bias lie along, in memory."""
-        return len(self.shape) - 1 if self.channels_last or self.operation in ROWS else 1
+        last = self.channels_last or (self.operation in ROWS and not self.over_channels)
+        return len(self.shape) - 1 if last else 1
 
     @property
     def memory_shape(self) -> Shape:

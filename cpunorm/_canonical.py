@@ -15,7 +15,6 @@ import numpy as np
 from . import _dispatch
 from ._frame import Array as Array
 from ._frame import Frame, axis_frame, channel_frame
-from ._threads import threads_for
 from .backends import ACTIVATIONS
 
 # The types of arguments, as the public signatures name them.
@@ -355,7 +354,11 @@ def axis_norm(
     if x.size:
         flat = frame.shape[:1] if frame.problem == "rows" else frame.shape[::2]
         y_placed, total_placed = frame.place(y), frame.place(total)
-        _dispatch.kernel(frame.problem, "normalize", backend)(
+        _dispatch.solve(
+            frame.problem,
+            "normalize",
+            backend,
+            x.nbytes,
             frame.lay(x),
             frame.lay(residual) if add else None,
             _axis_parameter(frame, axes, weight, acc),
@@ -365,7 +368,6 @@ def axis_norm(
             total_placed,
             None if mean is None else mean.reshape(flat),
             rstd.reshape(flat),
-            threads_for(x.nbytes),
         )
         frame.deliver(y_placed, y)
         frame.deliver(total_placed, total)
@@ -408,7 +410,11 @@ def axis_norm_backward(
     grad_bias = np.zeros(size, acc) if need_bias and center else None
     if x.size:
         placed = frame.place(grad_x)
-        _dispatch.kernel(frame.problem, "backward", backend)(
+        _dispatch.solve(
+            frame.problem,
+            "backward",
+            backend,
+            x.nbytes,
             frame.lay(grad_y),
             frame.lay(x),
             frame.lay_statistic(stats.mean),
@@ -418,7 +424,6 @@ def axis_norm_backward(
             placed,
             grad_weight,
             grad_bias,
-            threads_for(x.nbytes),
         )
         frame.deliver(placed, grad_x)
     grad_dtype = acc if weight is None else weight.dtype
@@ -564,13 +569,12 @@ def channel_norm(
             _plain(weight, acc),
             _plain(bias, acc),
         )
-        threads = threads_for(x.nbytes)
         if frozen:
-            kernel = _dispatch.kernel(frame.problem, "apply", backend)
-            kernel(*inputs, activation, placed, mean, rstd, threads)
+            call = frame.problem, "apply", backend, x.nbytes
+            _dispatch.solve(*call, *inputs, activation, placed, mean, rstd)
         else:
-            kernel = _dispatch.kernel(frame.problem, "normalize", backend)
-            kernel(*inputs, eps, activation, placed, mean, var, rstd, threads)
+            call = frame.problem, "normalize", backend, x.nbytes
+            _dispatch.solve(*call, *inputs, eps, activation, placed, mean, var, rstd)
             if statistics:
                 _update_running_statistics(statistics, mean, var, per_statistic, momentum)
         frame.deliver(placed, y)
@@ -622,7 +626,11 @@ def channel_norm_backward(
     grad_bias = np.zeros(channels.size, acc) if need_bias else None
     if x.size:
         placed = frame.place(grad_x)
-        _dispatch.kernel(frame.problem, "backward_apply" if frozen else "backward", backend)(
+        _dispatch.solve(
+            frame.problem,
+            "backward_apply" if frozen else "backward",
+            backend,
+            x.nbytes,
             frame.lay(grad_y),
             frame.lay(x),
             _plain(stats.mean.reshape(channels.stats), acc),
@@ -631,7 +639,6 @@ def channel_norm_backward(
             placed,
             grad_weight,
             grad_bias,
-            threads_for(x.nbytes),
         )
         frame.deliver(placed, grad_x)
     grad_dtype = acc if weight is None else weight.dtype

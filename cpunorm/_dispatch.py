@@ -1,21 +1,16 @@
 """From a canonical problem to the function of a backend that solves it."""
 
 import importlib
-import importlib.metadata
-import importlib.util
-import platform
-import shutil
-import sysconfig
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from . import _threads
+from . import _auto, _threads
 from ._version import __version__
 from .backends import BACKENDS
 
@@ -27,7 +22,8 @@ def _load(name: str) -> ModuleType | str:
     """Return the backend's module, or why it cannot be had."""
     try:
         return importlib.import_module(f".backends.{name}", __package__)
-    except ImportError as error:
+    # What an extension lacks, a library for instance, comes as an OSError.
+    except (ImportError, OSError) as error:
         return str(error)
 
 
@@ -43,22 +39,39 @@ def check_backend(name: str) -> None:
 
 
 def resolve(name: str | None) -> str:
-    """Return the backend that `backend=name` stands for, checked.
-
-    'auto' is the compiled backend, and NumPy where it could not be built: Numba would have to
-    compile before it answers, so it runs only when it is asked for.
-    """
+    """Return what `backend=name` stands for, checked: a backend, or 'auto'."""
     name = _current.get() if name is None else name
     check_backend(name)
-    if name == "auto":
-        return "numpy" if isinstance(_load("cython"), str) else "cython"
     return name
 
 
+def auto() -> str:
+    """Return the backend that 'auto' is in general.
+
+    That is the compiled one, and NumPy where it could not be built: Numba would have to compile
+    before it answers.
+    """
+    return "numpy" if isinstance(_load("cython"), str) else "cython"
+
+
 def kernel(problem: str, verb: str, backend: str) -> Callable[..., None]:
-    """Return the function of a resolved backend for one verb of a canonical problem."""
+    """Return the function of a backend for one verb of a canonical problem."""
     function: Callable[..., None] = getattr(getattr(_load(backend), problem), verb)
     return function
+
+
+def solve(problem: str, verb: str, backend: str, nbytes: int, *arguments: Any) -> None:
+    """Run a kernel of what was resolved, x having `nbytes` bytes, on the threads that are free."""
+    threads = _threads.take_threads(nbytes)
+    call = problem, verb, nbytes, arguments
+    try:
+        if backend == "auto":
+            backend = "numba" if _auto.is_numbas(*call) else auto()
+        kernel(problem, verb, backend)(*arguments, threads)
+        if backend == "numba":
+            _auto.remember(*call)
+    finally:
+        _threads.give_back()
 
 
 @contextmanager
@@ -96,40 +109,46 @@ def use_backend(name: str) -> Iterator[None]:
 def available_backends() -> tuple[str, ...]:
     """Return the names of the backends that can be used here, best first.
 
+    The first call imports Numba to find out, which takes a moment.
+
+    Returns
+    -------
+    tuple of str
+
     Examples
     --------
     >>> import cpunorm
     >>> "numpy" in cpunorm.available_backends()
     True
     """
-    found = importlib.util.find_spec("numba") is not None
-    return tuple(
-        name
-        for name in BACKENDS
-        # Importing Numba takes longer than everything else here: ask only whether it is there.
-        if (found if name == "numba" else not isinstance(_load(name), str))
-    )
+    return tuple(name for name in BACKENDS if not isinstance(_load(name), str))
 
 
 def config() -> dict[str, Any]:
     """Return what `show_config` prints."""
+    # Here and below, what would take longer to import than all of cpunorm.
+    import platform
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+
     compiled = _load("cython")
 
     def version(package: str) -> str:
         try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
+            return installed(package)
+        except PackageNotFoundError:
             return "not installed"
 
     return {
         "cpunorm": __version__,
-        "location": str(Path(__file__).parent),
+        "location": os.path.dirname(os.path.abspath(__file__)),
         "python": platform.python_version(),
         "numpy": version("numpy"),
         "numba": version("numba"),
         "machine": f"{platform.system()} {platform.machine()}",
         "backends": list(available_backends()),
         "default backend": resolve(None),
+        "auto": f"{auto()}, Numba where it is warm and faster by {_auto.table().path}",
         "compiled backend": f"missing: {compiled}" if isinstance(compiled, str) else "available",
         "instruction set": None if isinstance(compiled, str) else compiled.ISA,
         "threads": _threads.get_num_threads(),
@@ -155,13 +174,25 @@ def warn_if_not_compiled() -> None:
     reason = _load("cython")
     if not isinstance(reason, str):
         return
-    candidates = ((sysconfig.get_config_var("CC") or "").split(" ")[0], "cc", "gcc", "clang")
-    compiler = next(filter(None, (shutil.which(c) for c in candidates if c)), None)
-    if compiler:
-        warnings.warn(
-            f"cpunorm runs on NumPy because its compiled backend is missing ({reason}), although "
-            f"there is a C compiler ({compiler}). Build it with `pip install -e .` in the "
-            "checkout, or reinstall cpunorm.",
-            RuntimeWarning,
-            stacklevel=3,
+    if "CPUNORM_ISA" in reason:  # a wrong choice, not a missing build
+        advice = "Set CPUNORM_ISA to one of them, or leave it out for the best."
+    elif compiler := _compiler():
+        advice = (
+            f"There is a C compiler ({compiler}): build it with `pip install -e .` in the "
+            "checkout, or reinstall cpunorm."
         )
+    else:
+        return
+    warnings.warn(
+        f"cpunorm runs on NumPy because its compiled backend is missing: {reason}. {advice}",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def _compiler() -> str | None:
+    import shutil
+    import sysconfig
+
+    candidates = ((sysconfig.get_config_var("CC") or "").split(" ")[0], "cc", "gcc", "clang")
+    return next(filter(None, (shutil.which(c) for c in candidates if c)), None)

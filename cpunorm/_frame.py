@@ -5,14 +5,13 @@ from functools import lru_cache
 from typing import Any, NamedTuple, overload
 
 import numpy as np
-from numpy.typing import NDArray
 
 try:
     from ._memory import empty_like as _empty_like
 except ImportError:
     _empty_like = np.empty_like
 
-Array = NDArray[Any]
+Array = np.ndarray[tuple[Any, ...], np.dtype[Any]]
 
 
 class Frame(NamedTuple):
@@ -124,9 +123,10 @@ def _channel_frame(
             before, after = image, [i for i in order if i not in (0, channel_axis)]
     frame = _frame(shape, (channel_axis,), before, inside, after, dense)
     outer, channels, inner = frame.shape
-    images = max(shape[0], 1) if per_image else 1
-    if inner == 1 and not (per_image and outer == images):
-        return frame._replace(problem="channels_last", shape=(images, outer // images, channels))
+    outermost = max(shape[0], 1) if per_image else 1
+    if inner == 1 and not (per_image and outer == outermost):
+        lain = (outermost, outer // outermost, channels)
+        return frame._replace(problem="channels_last", shape=lain)
     return frame._replace(problem="channels_first")
 
 

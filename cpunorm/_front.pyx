@@ -16,12 +16,12 @@ from libc.math cimport isfinite, sqrt
 from libc.stdlib cimport free, malloc
 
 from ._memory cimport empty, empty_as
-from .backends.cython.call cimport Call, Table
+from .backends.cython.call cimport Call, Table, Verb
 from .backends.cython.verbs cimport (
     FLOAT32, FLOAT64, element_of, new_call, run, tables,
 )
 
-from . import _threads
+from . import _auto, _threads
 from ._canonical import CHANNELS_LAST, Gradients, Stats
 from ._dispatch import _current
 from .backends import ACTIVATIONS
@@ -29,7 +29,8 @@ from .backends import ACTIVATIONS
 cnp.import_array()
 
 cdef:
-    object threads_for = _threads.threads_for
+    object take_threads = _threads.take_threads
+    object give_back = _threads.give_back
     Py_ssize_t serial_bytes = _threads.SERIAL_BYTES
     cnp.dtype float32 = cnp.PyArray_DescrFromType(cnp.NPY_FLOAT32)
     cnp.dtype float64 = cnp.PyArray_DescrFromType(cnp.NPY_FLOAT64)
@@ -114,11 +115,16 @@ cdef inline bint writable_for(object out, cnp.ndarray x, object residual) noexce
                  or apart(out, residual)))
 
 
-cdef inline bint compiled(object backend):
-    """Whether `backend=` asks for, or leaves the choice to, the compiled kernels."""
+cdef inline bint compiled(object backend, cnp.ndarray x):
+    """Whether `backend=` asks for the compiled kernels, or leaves a choice that falls on them."""
     if backend is None:
         backend = get_value(_current)
-    return PyUnicode_CheckExact(backend) and (backend == "auto" or backend == "cython")
+    if not PyUnicode_CheckExact(backend):
+        return False
+    if backend == "auto":
+        return (cnp.PyArray_NBYTES(x) < serial_bytes
+                or cnp.PyArray_NBYTES(x) < <Py_ssize_t> _auto.first_bytes)
+    return backend == "cython"
 
 
 cdef inline bint number(object value, double* out) noexcept:
@@ -132,19 +138,26 @@ cdef inline bint true_or_false(object value) noexcept:
     return value is True or value is False
 
 
-cdef inline int threads_of(cnp.ndarray x) except -1:
-    cdef Py_ssize_t nbytes = cnp.PyArray_NBYTES(x)
-    return 1 if nbytes < serial_bytes else threads_for(nbytes)
-
-
 cdef inline void* data(object a) noexcept:
     return NULL if a is None else cnp.PyArray_DATA(<cnp.ndarray> a)
 
 
 cdef inline Call call_for(cnp.ndarray x, object y):
-    cdef Call call = new_call((3 if y is None else 2) * cnp.PyArray_NBYTES(x), threads_of(x))
+    cdef Call call = new_call((3 if y is None else 2) * cnp.PyArray_NBYTES(x), 1)
     call.x, call.y = data(x), data(y)
     return call
+
+
+cdef int solve(Verb verb, cnp.ndarray x, Call* call) except -1:
+    """Run a kernel on the threads that are free; one thread needs no leave."""
+    cdef Py_ssize_t nbytes = cnp.PyArray_NBYTES(x)
+    if nbytes < serial_bytes:
+        return run(verb, call)
+    call.threads = take_threads(nbytes)
+    try:
+        return run(verb, call)
+    finally:
+        give_back()
 
 
 cdef inline int place(Statistics* statistics, Py_ssize_t count) except -1:
@@ -205,7 +218,7 @@ cdef object axis_norm(object x_, object residual, object normalized_shape, objec
     elif not number(eps_, &eps) or not (eps >= 0 and isfinite(eps)):
         return None
     count = trailing(x, normalized_shape)
-    if count < 0 or cnp.PyArray_SIZE(x) == 0 or not compiled(backend):
+    if count < 0 or cnp.PyArray_SIZE(x) == 0 or not compiled(backend, x):
         return None
     kept = cnp.PyArray_NDIM(x) - count
     if (not parameter(weight, kind, cnp.PyArray_DIMS(x) + kept, count)
@@ -234,13 +247,13 @@ cdef object axis_norm(object x_, object residual, object normalized_shape, objec
         rstd = empty(reals(kind), kept, cnp.PyArray_DIMS(x))
         mean = empty(reals(kind), kept, cnp.PyArray_DIMS(x)) if center else None
         call.mean, call.rstd = data(mean), data(rstd)
-        run(tables[kind].rows_normalize, &call)
+        solve(tables[kind].rows_normalize, x, &call)
     else:
         place(&statistics, 2 * M)
         call.mean = statistics.scratch if center else NULL
         call.rstd = <double*> statistics.scratch + M
         try:
-            run(tables[kind].rows_normalize, &call)
+            solve(tables[kind].rows_normalize, x, &call)
         finally:
             leave(&statistics)
     if return_stats is True:
@@ -284,7 +297,7 @@ cdef object axis_norm_backward(object grad_y, object x_, object normalized_shape
         return None
     x = x_
     count = trailing(x, normalized_shape)
-    if count < 0 or cnp.PyArray_SIZE(x) == 0 or not compiled(backend):
+    if count < 0 or cnp.PyArray_SIZE(x) == 0 or not compiled(backend, x):
         return None
     kept = cnp.PyArray_NDIM(x) - count
     mean, rstd = <object> (<tuple> stats)[0], <object> (<tuple> stats)[1]
@@ -308,7 +321,7 @@ cdef object axis_norm_backward(object grad_y, object x_, object normalized_shape
     call.grad_y, call.grad_total = data(grad_y), data(grad_sum)
     call.mean, call.rstd, call.weight = data(mean), data(rstd), data(weight)
     call.grad_x, call.grad_weight, call.grad_bias = data(grad_x), data(grad_weight), data(grad_bias)
-    run(tables[kind].rows_backward, &call)
+    solve(tables[kind].rows_backward, x, &call)
     return named(Gradients, (grad_x, grad_weight, grad_bias))
 
 
@@ -387,7 +400,7 @@ cdef object channel_norm(object x_, object running_mean, object running_var, obj
     x = x_
     if not (eps >= 0 and isfinite(eps)) or (eps == 0 and batch and not frozen):
         return None
-    if not channels_of(x, layout, per_image, groups, &c) or not compiled(backend):
+    if not channels_of(x, layout, per_image, groups, &c) or not compiled(backend, x):
         return None
     count = c.stats[0] * c.stats[1]
     per_statistic = cnp.PyArray_SIZE(x) // count
@@ -438,9 +451,9 @@ cdef object channel_norm(object x_, object running_mean, object running_var, obj
             call.mean, call.rstd = data(mean), data(rstd)
         if frozen:
             take_running(kind, running_mean, running_var, eps, c.C, call.mean, call.rstd)
-            run(table.last_apply if c.last else table.first_apply, &call)
+            solve(table.last_apply if c.last else table.first_apply, x, &call)
         else:
-            run(table.last_normalize if c.last else table.first_normalize, &call)
+            solve(table.last_normalize if c.last else table.first_normalize, x, &call)
             if running:
                 update_running(kind, running_mean, running_var, &call, momentum, per_statistic)
     finally:
@@ -556,7 +569,7 @@ cdef object channel_norm_backward(object grad_y, object x_, object stats, object
     if kind < 0 or type(stats) is not Stats or not common_need(need):
         return None
     x = x_
-    if not channels_of(x, layout, per_image, groups, &c) or not compiled(backend):
+    if not channels_of(x, layout, per_image, groups, &c) or not compiled(backend, x):
         return None
     shape = &c.stats[0] if per_image else &c.stats[1]
     mean, rstd = <object> (<tuple> stats)[0], <object> (<tuple> stats)[1]
@@ -578,9 +591,9 @@ cdef object channel_norm_backward(object grad_y, object x_, object stats, object
     call.weight = data(weight)
     call.grad_x, call.grad_weight, call.grad_bias = data(grad_x), data(grad_weight), data(grad_bias)
     if frozen:
-        run(table.last_backward_apply if c.last else table.first_backward_apply, &call)
+        solve(table.last_backward_apply if c.last else table.first_backward_apply, x, &call)
     else:
-        run(table.last_backward if c.last else table.first_backward, &call)
+        solve(table.last_backward if c.last else table.first_backward, x, &call)
     return named(Gradients, (grad_x, grad_weight, grad_bias))
 
 

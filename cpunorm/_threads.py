@@ -2,6 +2,18 @@
 
 import operator
 import os
+import sys
+from _thread import get_ident
+
+from ._cgroup import quota
+
+try:
+    from ._openmp import max_threads as _openmp_max_threads
+except ImportError:
+
+    def _openmp_max_threads() -> int:
+        return sys.maxsize
+
 
 # Below this many bytes of x, waking a second thread costs more than it brings.
 SERIAL_BYTES = 64 * 1024
@@ -10,15 +22,25 @@ BYTES_PER_THREAD = 32 * 1024
 MOST_THREADS = 512
 
 
-def _default_num_threads() -> int:
+def _requested() -> int | None:
     # OMP_NUM_THREADS may be a list, one entry per nesting level; ours is the outermost.
     requested = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    if requested.isdecimal() and int(requested) > 0:
-        return int(requested)
+    return int(requested) if requested.isdecimal() and int(requested) > 0 else None
+
+
+def _cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
+
+def _default_num_threads() -> int:
+    return _requested() or min(_cpus(), quota() or sys.maxsize)
+
+
+# What OpenMP starts from. A lower number has been asked for, by threadpoolctl for instance, and
+# holds for the Python thread that asked; any other leaves us ours.
+_openmp_default = max(_openmp_max_threads(), _requested() or _cpus())
 
 _num_threads = _default_num_threads()
 _forked = False
@@ -27,6 +49,7 @@ _forked = False
 def _after_fork_in_child() -> None:
     global _forked
     _forked = True
+    _at_work.clear()
 
 
 if hasattr(os, "register_at_fork"):
@@ -57,7 +80,9 @@ def set_num_threads(n: int) -> None:
     """Set the largest number of threads a call may use, for every backend.
 
     At import it is `OMP_NUM_THREADS` where that is set, else the number of CPUs this process
-    may run on. The number of threads never changes the bits of a result.
+    may run on, within the quota of its control group (of its container, that is). Python threads
+    that call at once share it, each call having one thread at least. The number of threads never
+    changes the bits of a result.
 
     Parameters
     ----------
@@ -92,8 +117,28 @@ def set_num_threads(n: int) -> None:
     _num_threads = n
 
 
-def threads_for(nbytes: int) -> int:
-    """Return the number of threads for an x of `nbytes` bytes."""
+# Of each Python thread in a call, how many threads that has. What an interrupt leaves behind goes
+# with the thread's next call, which a mere sum would never forget.
+_at_work: dict[int, int] = {}
+
+
+def take_threads(nbytes: int) -> int:
+    """Return the number of threads for an x of `nbytes` bytes, taken until `give_back`."""
+    me = get_ident()
     if nbytes < SERIAL_BYTES:
+        _at_work[me] = 1
         return 1
-    return min(get_num_threads(), nbytes // BYTES_PER_THREAD, MOST_THREADS)
+    free = get_num_threads()
+    if _at_work:
+        _at_work.pop(me, None)
+        free -= sum(_at_work.values())
+    asked = _openmp_max_threads()
+    if asked < _openmp_default:
+        free = min(free, asked)
+    _at_work[me] = threads = max(1, min(free, nbytes // BYTES_PER_THREAD, MOST_THREADS))
+    return threads
+
+
+def give_back() -> None:
+    """Let others have the threads of this Python thread's call."""
+    _at_work.pop(get_ident(), None)

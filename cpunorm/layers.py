@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike
 
 from . import functional
 from ._canonical import (
@@ -32,6 +31,8 @@ from ._canonical import (
 )
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, DTypeLike
+
     from ._canonical import Activation, Layout, Need, Shape
 
 # The arrays of a layer that are saved, in torch's order. Not every layer has every one.

@@ -37,14 +37,13 @@ def test_numpy_is_always_there():
 
 
 def test_auto_is_the_compiled_one_where_it_was_built():
-    assert _dispatch.resolve("auto") == ("cython" if "cython" in AVAILABLE else "numpy")
+    assert _dispatch.auto() == ("cython" if "cython" in AVAILABLE else "numpy")
 
 
 def test_numba_is_imported_only_when_used():
     lines = [
         "import sys, numpy, cpunorm",
         "cpunorm.layer_norm(numpy.ones((2, 3)), 3)",
-        "cpunorm.available_backends()",
         "print('numba' in sys.modules)",
     ]
     assert script(*lines) == "False"
@@ -63,6 +62,35 @@ def test_only_numpy_and_the_library_are_imported():
     assert "'cpunorm'" in imported
     for other in ("numba", "scipy", "torch", "rich", "tqdm"):
         assert f"'{other}'" not in imported
+
+
+def test_importing_it_brings_nothing_heavy():
+    """Each of these takes longer to import than all of cpunorm."""
+    lines = [
+        "import sys, numpy",
+        "before = set(sys.modules)",
+        "import cpunorm",
+        "heavy = {'importlib.metadata', 'json', 'numpy.typing', 'pathlib', 'shutil', 'sysconfig'}",
+        "print(heavy & (set(sys.modules) - before))",
+    ]
+    assert script(*lines) == "set()"
+
+
+@pytest.mark.parametrize("error", [ImportError, OSError])
+def test_one_that_cannot_be_imported_is_not_available(error, monkeypatch):
+    """Installed is not enough: numba, say, may not take the NumPy that is here."""
+
+    def fail(*_):
+        raise error("needs another NumPy")
+
+    _dispatch._load.cache_clear()
+    monkeypatch.setattr(_dispatch.importlib, "import_module", fail)
+    try:
+        assert cpunorm.available_backends() == ()
+        with pytest.raises(RuntimeError, match=r"numba.*not available.*needs another NumPy"):
+            cpunorm.layer_norm(X, 6, backend="numba")
+    finally:
+        _dispatch._load.cache_clear()
 
 
 def test_without_numba():
@@ -113,7 +141,7 @@ def test_by_context(backend, chosen):
 def test_auto_inside_a_context_is_auto(chosen):
     with cpunorm.use_backend("numpy"):
         cpunorm.group_norm(X, 2, backend="auto")
-    assert chosen == [_dispatch.resolve("auto")]
+    assert chosen == [_dispatch.auto()]
 
 
 def test_contexts_nest_and_restore(backend):
@@ -122,7 +150,7 @@ def test_contexts_nest_and_restore(backend):
         with cpunorm.use_backend(backend):
             assert _dispatch.resolve(None) == backend
             with cpunorm.use_backend("auto"):
-                assert _dispatch.resolve(None) == _dispatch.resolve("auto")
+                assert _dispatch.resolve(None) == "auto"
             assert _dispatch.resolve(None) == backend
         assert _dispatch.resolve(None) == "numpy"
     assert _dispatch.resolve(None) == outside

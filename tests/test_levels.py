@@ -64,18 +64,24 @@ def test_the_environment_chooses(wanted):
 def test_an_unknown_choice_is_said():
     """The library works without, and says why the backend that was asked for is missing."""
     text = """
-import warnings; warnings.simplefilter("ignore")
-import numpy, cpunorm
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    import cpunorm
+import numpy
+print(*[warning.message for warning in caught])
 print(cpunorm.available_backends())
 try: cpunorm.layer_norm(numpy.eye(2), 2, backend="cython")
 except RuntimeError as error: print(error)
 """
     printed = subprocess.run(
-        [sys.executable, "-c", text],
+        [sys.executable, "-W", "always", "-c", text],
         env=os.environ | {"CPUNORM_ISA": "x86_64_v9"},
         capture_output=True, text=True, timeout=60, check=True,
     ).stdout  # fmt: skip
-    available, error = printed.strip().splitlines()
+    warning, available, error = printed.strip().splitlines()
     assert "cython" not in available
-    for text in ("CPUNORM_ISA", "x86_64_v9", *cython.LEVELS):
-        assert text in error
+    for word in ("CPUNORM_ISA", "x86_64_v9", *cython.LEVELS):
+        assert word in error
+        assert word in warning
+    assert "Set CPUNORM_ISA" in warning  # to build it anew would not help
+    assert "compiler" not in warning

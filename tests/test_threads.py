@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import cpunorm
-from cpunorm import _dispatch
+from cpunorm import _cgroup, _dispatch, _no_front, _threads, functional
 
 from .cases import Case
 from .support import assert_same_bits, run, run_backward, statistics
@@ -87,9 +87,72 @@ def test_what_is_no_number_of_threads(n, error):
 )
 def test_omp_num_threads(value, expected):
     """Of the environment, at import; what is no number of threads leaves the default."""
-    default = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    default = min(_threads._cpus(), _cgroup.quota() or 2**30)
     printed = script("import cpunorm; print(cpunorm.get_num_threads())", OMP_NUM_THREADS=value)
     assert int(printed) == (expected or default)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "limit", "expected"), [(8, None, 8), (8, 3, 3), (2, 3, 2), (1, 1, 1)]
+)
+def test_the_default_is_what_the_system_gives(cpus, limit, expected, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(_threads, "_cpus", lambda: cpus)
+    monkeypatch.setattr(_threads, "quota", lambda: limit)
+    assert _threads._default_num_threads() == expected
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert _threads._default_num_threads() == 5
+
+
+V2 = "40 31 0:39 / /sys/fs/cgroup rw,relatime shared:9 - cgroup2 cgroup2 rw,nsdelegate"
+V1 = "31 24 0:28 {top} /sys/fs/cgroup/cpu,cpuacct rw,relatime - cgroup cgroup rw,cpu,cpuacct"
+OTHER = "30 24 0:27 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory"
+
+
+@pytest.mark.parametrize(
+    ("mounts", "membership", "files", "expected"),
+    [
+        ([V2], "0::/", {}, None),
+        ([V2], "0::/", {"cpu.max": "max 100000"}, None),
+        ([V2], "0::/", {"cpu.max": "150000 100000"}, 2),
+        ([V2], "0::/", {"cpu.max": "1000 100000"}, 1),
+        ([V2], "0::/a/b", {"a/b/cpu.max": "400000 100000"}, 4),
+        ([V2], "0::/a/b", {"a/cpu.max": "250000 100000", "a/b/cpu.max": "max 100000"}, 3),
+        ([V2], "0::/a/b", {"a/cpu.max": "200000 100000", "a/b/cpu.max": "900000 100000"}, 2),
+        ([V2], "0::/a", {"cpu.max": "nonsense"}, None),
+        ([V2], "0::/../outside", {"cpu.max": "300000 100000"}, 3),
+        ([OTHER, V1.format(top="/")], "3:cpu,cpuacct:/a\n2:memory:/m", {"a": (-1, 100000)}, None),
+        ([OTHER, V1.format(top="/")], "3:cpu,cpuacct:/a\n2:memory:/m", {"a": (50000, 20000)}, 3),
+        ([OTHER, V1.format(top="/")], "3:cpu,cpuacct:/a/b", {"a": (2, 1), "a/b": (-1, 1)}, 2),
+        # as a container sees it: its own group is the top
+        ([V1.format(top="/docker/7")], "3:cpu,cpuacct:/docker/7", {".": (7, 2)}, 4),
+        ([V1.format(top="/docker/7")], "3:cpu,cpuacct:/docker/7/x", {"x": (1, 2), ".": (9, 1)}, 1),
+        # both versions side by side; the process is in the second without a limit there
+        ([V1.format(top="/"), V2.replace("cgroup rw", "cgroup/unified rw")],
+         "0::/\n3:cpu,cpuacct:/a", {"a": (2, 1)}, 2),
+        ([OTHER], "2:memory:/m", {}, None),
+    ],
+)  # fmt: skip
+def test_the_quota_of_the_control_group(mounts, membership, files, expected, tmp_path):
+    proc = tmp_path / "proc/self"
+    proc.mkdir(parents=True)
+    (proc / "mountinfo").write_text("\n".join(mounts) + "\n")
+    (proc / "cgroup").write_text(membership + "\n")
+    for name, content in files.items():
+        if isinstance(content, str):
+            file = tmp_path / "sys/fs/cgroup" / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(content + "\n")
+        else:
+            group = tmp_path / "sys/fs/cgroup/cpu,cpuacct" / name
+            group.mkdir(parents=True, exist_ok=True)
+            for word, number in zip(("quota", "period"), content, strict=True):
+                (group / f"cpu.cfs_{word}_us").write_text(f"{number}\n")
+    assert _cgroup.quota(str(tmp_path)) == expected
+
+
+def test_where_there_are_no_control_groups(tmp_path):
+    assert _cgroup.quota(str(tmp_path)) is None
 
 
 def test_omp_num_threads_is_honoured_by_every_backend(backend):
@@ -144,6 +207,106 @@ def test_python_threads_may_call_at_once(backend):
         for results, wanted in zip(pool.map(wait_and_work, range(4)), expected, strict=True):
             for result in results:
                 assert_same_bits(result, wanted)
+
+
+@pytest.fixture
+def asked_for(monkeypatch):
+    """The numbers of threads that kernels were given; nothing goes through the front door."""
+    seen, original = [], _dispatch.kernel
+    monkeypatch.setattr(functional, "_front", _no_front)
+
+    def watched(problem, verb, backend):
+        function = original(problem, verb, backend)
+
+        def kernel(*arguments):
+            seen.append(arguments[-1])
+            assert _threads._at_work[threading.get_ident()] == arguments[-1]
+            function(*arguments)
+
+        return kernel
+
+    monkeypatch.setattr(_dispatch, "kernel", watched)
+    return seen
+
+
+LARGE = np.random.default_rng(0).normal(size=(512, 1024)).astype("float32")
+ANOTHER = -1  # no identifier of a Python thread
+
+
+@pytest.mark.parametrize(("others", "left"), [(0, 4), (1, 3), (3, 1), (4, 1), (9, 1)])
+def test_calls_at_once_share_the_threads(others, left, asked_for, monkeypatch, restore_threads):
+    cpunorm.set_num_threads(4)
+    monkeypatch.setattr(_threads, "_openmp_max_threads", lambda: 2**30)
+    monkeypatch.setitem(_threads._at_work, ANOTHER, others)
+    cpunorm.layer_norm(LARGE, 1024, backend="numpy")
+    cpunorm.layer_norm(LARGE[:2], 1024, backend="numpy")
+    assert asked_for == [left, 1]
+    assert _threads._at_work == {ANOTHER: others}
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_a_call_that_fails_gives_its_threads_back(error, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(functional, "_front", _no_front)
+    monkeypatch.setattr(_dispatch, "kernel", lambda *_: fail)
+    with pytest.raises(error):
+        cpunorm.layer_norm(LARGE, 1024)
+    assert _threads._at_work == {}
+
+
+def test_what_an_interrupt_left_behind_is_forgotten(asked_for, monkeypatch, restore_threads):
+    cpunorm.set_num_threads(4)
+    monkeypatch.setattr(_threads, "_openmp_max_threads", lambda: 2**30)
+    monkeypatch.setitem(_threads._at_work, threading.get_ident(), 4)
+    cpunorm.layer_norm(LARGE, 1024, backend="numpy")
+    assert asked_for == [4]
+
+
+started = """
+import os, numpy as np, cpunorm
+from cpunorm import _threads
+x = np.ones((512, 1024), "float32")
+
+def started(call=lambda: cpunorm.layer_norm(x, 1024, backend="cython")):
+    before = len(os.listdir("/proc/self/task"))
+    call()
+    return len(os.listdir("/proc/self/task")) - before
+
+turned = x.T  # no common case: it takes the general way
+ways = started, lambda: started(lambda: cpunorm.layer_norm(turned, 1024, axis=0, backend="cython"))
+"""
+counted = pytest.mark.skipif(
+    "cython" not in cpunorm.available_backends() or not os.path.isdir("/proc/self/task"),
+    reason="threads of the compiled backend are counted in /proc",
+)
+
+
+@counted
+def test_threads_that_are_at_work_are_not_started_again():
+    text = f"""{started}
+cpunorm.set_num_threads(5)
+_threads._at_work[-1] = 4
+print([way() for way in ways], _threads._at_work)
+_threads._at_work[-1] = 2
+print([way() for way in ways], _threads._at_work)
+"""
+    assert script(text) == "[0, 0] {-1: 4}\n[2, 0] {-1: 2}"
+
+
+@counted
+def test_threadpoolctl_limits_us():
+    """And it lets go: more than it ever allowed may be asked for in `set_num_threads`."""
+    pytest.importorskip("threadpoolctl")
+    text = f"""{started}
+from threadpoolctl import threadpool_limits
+cpunorm.set_num_threads(5)
+with threadpool_limits(limits=1):
+    print([way() for way in ways])
+print([way() for way in ways])
+"""
+    assert script(text) == "[0, 0]\n[4, 0]"
 
 
 def test_the_interpreter_is_free_during_a_call(backend, restore_threads):

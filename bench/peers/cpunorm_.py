@@ -26,6 +26,8 @@ class Library:
         options = dict(self.options)
         if case.operation not in ROWS and case.layout != "NCHW":
             options["layout"] = case.layout
+        if case.over_channels:
+            options["axis"] = 1
         if case.direction == "forward":
             if not self.fresh:
                 options["out"] = data.out

@@ -11,7 +11,7 @@ from . import Array, Call, Data
 
 
 class Library:
-    """The traffic of a case and nothing else, into existing memory, with the kernels' own stores."""
+    """The traffic of a case and nothing else, into existing memory, with the kernels' stores."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads

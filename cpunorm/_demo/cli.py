@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any, NoReturn
 
-from .. import available_backends, get_num_threads, show_config
+from .. import get_num_threads, show_config
 from .._dispatch import check_backend, config
 from ..backends import BACKENDS
 from . import checks, neighbours, pipeline, report, timing, warmup
@@ -52,9 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _backends(only: str | None) -> tuple[list[str], dict[str, str]]:
-    """Return the backends that can be used, and why those that were expected cannot."""
+    """Return the backends that can be used, and why the others cannot."""
     usable, broken = [], {}
-    for name in available_backends() if only is None else (only,):
+    for name in BACKENDS if only is None else (only,):
         try:
             check_backend(name)
         except RuntimeError as error:

@@ -4,9 +4,8 @@ CPUNORM_L2 and CPUNORM_L3, in bytes, stand in for what the system says.
 """
 
 import os
-from pathlib import Path
 
-_CPU = Path("/sys/devices/system/cpu/cpu0/cache")
+_CPU = "/sys/devices/system/cpu/cpu0/cache"
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 # Where the system does not say.
@@ -18,14 +17,19 @@ def cache_bytes(level: int) -> int:
     given = os.environ.get(f"CPUNORM_L{level}", "")
     if given.isdecimal() and int(given) > 0:
         return int(given)
-    for index in sorted(_CPU.glob("index*")):
+    for index in range(8):
         try:
-            words = [(index / name).read_text().strip() for name in ("level", "type", "size")]
-            if words[0] == str(level) and words[1] != "Instruction":
-                return int(words[2].rstrip("KMG")) * _UNITS.get(words[2][-1], 1)
+            found, kind, size = (_read(index, name) for name in ("level", "type", "size"))
+            if found == str(level) and kind != "Instruction":
+                return int(size.rstrip("KMG")) * _UNITS.get(size[-1], 1)
         except (OSError, ValueError):
             continue
     return _USUAL[level]
+
+
+def _read(index: int, name: str) -> str:
+    with open(f"{_CPU}/index{index}/{name}") as file:
+        return file.read().strip()
 
 
 def slab_bytes() -> int:

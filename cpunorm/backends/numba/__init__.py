@@ -1,5 +1,6 @@
 """The Numba backend: one module per canonical problem, compiled at the first call and cached."""
 
 from . import channels_first, channels_last, columns, rows
+from ._jit import compile_loops
 
-__all__ = ["channels_first", "channels_last", "columns", "rows"]
+__all__ = ["channels_first", "channels_last", "columns", "compile_loops", "rows"]

@@ -159,6 +159,12 @@ def _loop_address(function: FunctionType) -> int:
     return address_of(function, types.void(types.intp, types.intp, types.intp))
 
 
+def compile_loops() -> None:
+    """Compile both loops now, so that a kernel that ran in one need not wait for the other."""
+    for loop in (_serial_loop, _parallel_loop):
+        _loop_address(loop)
+
+
 def kernel(task: FunctionType) -> Callable[..., None]:
     """Compile `task(i, arguments)`; return a function that runs it for every i below `tasks`.
 
