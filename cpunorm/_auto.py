@@ -101,18 +101,20 @@ def is_numbas(problem: str, verb: str, nbytes: int, arguments: tuple[Any, ...]) 
     )
 
 
-def remember(problem: str, verb: str, nbytes: int, arguments: tuple[Any, ...]) -> None:
+def remember(
+    problem: str, verb: str, nbytes: int, arguments: tuple[Any, ...], threads: int
+) -> None:
     """Take note of a call that Numba has just done; what the table has faster is warm from now on.
 
-    The table was measured on float32. Of another type it says nothing.
+    The table was measured on float32, and on several threads. Of anything else it says nothing.
     """
     global first_bytes
-    if arguments[0].dtype != np.float32 or len(_warm) >= MOST_WARM:
+    if threads == 1 or arguments[0].dtype != np.float32 or len(_warm) >= MOST_WARM:
         return
     if table().is_numbas(problem, verb, nbytes):
-        from .backends.numba import compile_loops
+        from .backends.numba import compile_serial_loop
 
-        # Were only the loop warm that ran, the choice, and so the bits, would depend on threads.
-        compile_loops()
+        # Or the choice, and with it the bits, would depend on the threads of the calls to come.
+        compile_serial_loop()
         _warm.add(_key(problem, verb, arguments))
         first_bytes = min(first_bytes, nbytes)

@@ -69,7 +69,7 @@ def solve(problem: str, verb: str, backend: str, nbytes: int, *arguments: Any) -
             backend = "numba" if _auto.is_numbas(*call) else auto()
         kernel(problem, verb, backend)(*arguments, threads)
         if backend == "numba":
-            _auto.remember(*call)
+            _auto.remember(*call, threads)
     finally:
         _threads.give_back()
 

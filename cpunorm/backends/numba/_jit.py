@@ -159,10 +159,9 @@ def _loop_address(function: FunctionType) -> int:
     return address_of(function, types.void(types.intp, types.intp, types.intp))
 
 
-def compile_loops() -> None:
-    """Compile both loops now, so that a kernel that ran in one need not wait for the other."""
-    for loop in (_serial_loop, _parallel_loop):
-        _loop_address(loop)
+def compile_serial_loop() -> None:
+    """Compile what a call on several threads does not need, and the same on one thread would."""
+    _loop_address(_serial_loop)
 
 
 def kernel(task: FunctionType) -> Callable[..., None]:
