@@ -103,11 +103,13 @@ cdef inline Py_ssize_t measure_chunk(const Units* u, Py_ssize_t unit, Py_ssize_t
     """The moments of a chunk of `count` units. Return how many values each has."""
     cdef:
         Chunk chunk = chunk_of(u, index)
-        const element* x = <const element*> u.call.x + unit_at(u, unit) + chunk.offset
+        Py_ssize_t here = unit_at(u, unit) + chunk.offset
+        const element* x = <const element*> u.call.x + here
+        const element* y = NULL if u.call.streaming else at(<const element*> u.call.y, here)
     if u.batch:
         plane_moments(x, chunk.planes, u.stride, count, chunk.length, mean, m2)
     else:
-        stretch_moments(x, count, chunk.planes * chunk.length, mean, m2)
+        stretch_moments(x, count, chunk.planes * chunk.length, mean, m2, y)
     return chunk.planes * chunk.length
 
 

@@ -71,14 +71,15 @@ cdef inline void _measure(const Stretches* s, Py_ssize_t start, Py_ssize_t count
                           double* mu, double* m2) noexcept nogil:
     """`count` stretches of n elements."""
     cdef const element* x = s.x + start
+    cdef const element* y = NULL if s.streaming else s.y + start
     cdef Py_ssize_t k
     if s.addend is not NULL:
         add(x, s.addend + start, s.total + start, count * n)
         x = s.total + start
     if s.mean is not NULL:
-        stretch_moments(x, count, n, mu, m2)
+        stretch_moments(x, count, n, mu, m2, y)
     else:
-        stretch_squares(x, count, n, m2)
+        stretch_squares(x, count, n, m2, y)
         for k in range(count):
             mu[k] = 0
 

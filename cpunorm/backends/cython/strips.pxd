@@ -20,9 +20,8 @@ from libc.string cimport memcpy, memset
 from .call cimport Call
 from .sweeps cimport (
     LANES, UNITS, affine_block, at, backward_block, column_backward_sums, column_moments,
-    combine_channels, element,
-    merge_columns, own_lines, plane_moments, real, rstd_of, share, stream_fence, stretch_moments,
-    sum_parts, team, team_barrier, variance, worth_dealing,
+    combine_channels, element, merge_columns, own_lines, plane_moments, real, rstd_of, set_columns,
+    share, stream_fence, stretch_moments, sum_parts, team, team_barrier, variance, worth_dealing,
 )
 
 cdef enum:
@@ -161,7 +160,7 @@ cdef inline void _measure_cells(const element* x, const Task* task, const Images
     cdef Py_ssize_t K = im.per_cell, cells = task.channels // K, i = 0
     if cells == im.cells == 1:
         # The rows lie side by side.
-        stretch_moments(x, 1, task.rows * K, mean, m2)
+        stretch_moments(x, 1, task.rows * K, mean, m2, NULL)
         return
     while i < cells:
         plane_moments(x + i * K, task.rows, im.channels, min(<Py_ssize_t> UNITS, cells - i), K,
@@ -206,18 +205,12 @@ cdef inline void _merge(const Images* im, Py_ssize_t first, Py_ssize_t last, dou
                       mean + i * im.cells + first, m2 + i * im.cells + first, last - first)
 
 
-cdef inline void _set_terms(const Images* im, Py_ssize_t c, double mean, double rstd,
-                            real* terms) noexcept nogil:
-    """pivot, scale and shift of a channel; terms is (3, C)."""
-    cdef:
-        const real* weight = <const real*> im.call.weight
-        const real* bias = <const real*> im.call.bias
-        double scale = rstd if weight is NULL else rstd * weight[c]
-        real pivot = <real> mean
-    terms[c] = pivot
-    terms[im.channels + c] = <real> scale
-    terms[2 * im.channels + c] = <real> ((0 if bias is NULL else bias[c])
-                                         + (pivot - mean) * scale)
+cdef inline void _set_terms(const Images* im, Py_ssize_t c, Py_ssize_t count, const double* mean,
+                            const double* rstd, Py_ssize_t step, real* terms) noexcept nogil:
+    """pivot, scale and shift of some channels; terms is (3, C)."""
+    set_columns(mean, rstd, step, at(<const real*> im.call.weight, c),
+                at(<const real*> im.call.bias, c), count, terms + c, terms + im.channels + c,
+                terms + 2 * im.channels + c)
 
 
 cdef inline void _transform(const Images* im, Py_ssize_t start, Py_ssize_t index,
@@ -273,8 +266,7 @@ cdef inline void _normalize_image(const Images* im, Py_ssize_t image, double* wi
             continue
         r = rstd_of(v, call.eps)
         (<real*> call.rstd)[statistic] = <real> r
-        for c in range(g * K, (g + 1) * K):
-            _set_terms(im, c, mu, r, terms)
+        _set_terms(im, g * K, K, &mu, &r, 0, terms)
     team_barrier(members)
     if call.y is not NULL:
         for q in range(last - 1, first - 1, -1):
@@ -326,10 +318,37 @@ cdef inline int normalize_images(Images* im) noexcept nogil:
     return 0
 
 
+cdef inline void _take_statistics(const Images* im, Py_ssize_t first, Py_ssize_t last,
+                                  real* terms) noexcept nogil:
+    """The terms of some of the B * G groups whose statistics are given."""
+    cdef:
+        Py_ssize_t K = im.channels // im.groups, i, g, count
+        double mean[COLUMNS]
+        double rstd[COLUMNS]
+        real* own
+    while first < last:
+        g = first % im.groups
+        count = min(min(last - first, im.groups - g), <Py_ssize_t> COLUMNS)
+        for i in range(count):
+            mean[i] = (<const real*> im.call.mean)[first + i]
+            rstd[i] = (<const real*> im.call.rstd)[first + i]
+        own = terms + first // im.groups * im.terms_size
+        if K == 1:
+            _set_terms(im, g, count, mean, rstd, 1, own)
+        else:
+            for i in range(count):
+                _set_terms(im, (g + i) * K, K, mean + i, rstd + i, 0, own)
+        first += count
+
+
 cdef inline void _apply(void* work, int member, int members) noexcept nogil:
     cdef:
         const Images* im = <const Images*> work
         Py_ssize_t per_image = im.chunks * im.strips, tasks = im.count * per_image, q
+        Py_ssize_t statistics = im.call.B * im.groups
+    _take_statistics(im, share(statistics, member, members), share(statistics, member + 1, members),
+                     im.terms)
+    team_barrier(members)
     for q in range(share(tasks, member, members), share(tasks, member + 1, members)):
         _transform(im, q // per_image * im.size, q % per_image,
                    im.terms + (q // per_image * im.terms_size if im.call.B > 1 else 0))
@@ -339,21 +358,11 @@ cdef inline void _apply(void* work, int member, int members) noexcept nogil:
 
 cdef inline int apply_images(Images* im) noexcept nogil:
     """Transform with mean and rstd, (B, G), given. -1 if out of memory."""
-    cdef:
-        const Call* call = im.call
-        Py_ssize_t K = im.channels // im.groups, b, g, c
-        double mean, rstd
     im.terms_size = 3 * im.channels
-    im.terms = <real*> malloc(call.B * im.terms_size * sizeof(real))
+    im.terms = <real*> malloc(im.call.B * im.terms_size * sizeof(real))
     if im.terms is NULL:
         return -1
-    for b in range(call.B):
-        for g in range(im.groups):
-            mean = (<const real*> call.mean)[b * im.groups + g]
-            rstd = (<const real*> call.rstd)[b * im.groups + g]
-            for c in range(g * K, (g + 1) * K):
-                _set_terms(im, c, mean, rstd, im.terms + b * im.terms_size)
-    team(_apply, im, call.threads)
+    team(_apply, im, im.call.threads)
     free(im.terms)
     return 0
 

@@ -234,13 +234,18 @@ ALWAYS void add_one(vec t, vec *sum, vec *squares)
     *squares += t * t;
 }
 
-/* Adds x - pivot and its square to sum and squares; what lies `ahead` is wanted next. */
-ALWAYS void add_stretch(const element *x, ptrdiff_t n, real pivot, ptrdiff_t ahead, vec *sum, vec *squares)
+/* Adds x - pivot and its square to sum and squares; the n elements from `wanted` on are fetched, to be read
+ * or to be written. */
+ALWAYS void add_stretch(const element *x, ptrdiff_t n, real pivot, const element *wanted, const int to_write,
+                        vec *sum, vec *squares)
 {
     vec a = {0}, b = {0}, c = {0}, d = {0}, p = {0}, q = {0}, r = {0}, s = {0};
     ptrdiff_t i = 0;
 #define AT(k, sum, squares)                                                             \
-    prefetch(x + i + k * LANES + ahead);                                                \
+    if (to_write)                                                                       \
+        prefetch_to_write(wanted + i + k * LANES);                                      \
+    else                                                                                \
+        prefetch(wanted + i + k * LANES);                                               \
     add_one(load(x + i + k * LANES, LANES, 0) - pivot, sum, squares);
     for (; i + 4 * LANES <= n; i += 4 * LANES) {
         AT(0, &a, &p)
@@ -302,24 +307,27 @@ ALWAYS int far_off(ptrdiff_t count, vec sum, vec squares)
     return 17 * total * total > lanes_sum(squares) * count;
 }
 
-/* Mean and m2 of `units` stretches of n values side by side.
+/* Mean and m2 of `units` stretches of n values side by side, while memory is fetched for what will be
+ * written to y, if there is one.
  *
  * Sums are taken in blocks, around a pivot: first a rough mean, or a better one where that proves far off;
  * then the mean of all blocks before. What a pivot misses the mean by is found with the sums; if it is
  * much, the spread between the blocks is a part of m2 just as large. Equal values have exactly their
  * mean, and m2 = 0. */
-SWEEP void stretch_moments(const element *x, ptrdiff_t units, ptrdiff_t n, double *mean, double *m2)
+SWEEP void stretch_moments(const element *x, ptrdiff_t units, ptrdiff_t n, double *mean, double *m2,
+                           const element *y)
 {
+    const ptrdiff_t to_y = y ? y - x : 0;
     for (ptrdiff_t u = 0; u < units; u++, x += n) {
         real pivot = rough_mean(x, n);
         for (ptrdiff_t i = 0; i < n; i += BLOCK) {
             const ptrdiff_t count = MIN(BLOCK, n - i);
             vec sum = {0}, squares = {0};
-            add_stretch(x + i, count, pivot, 0, &sum, &squares);
+            add_stretch(x + i, count, pivot, x + i + to_y, 1, &sum, &squares);
             if (i == 0 && far_off(count, sum, squares)) {
                 pivot += lanes_sum(sum) / count;
                 sum = squares = splat(0);
-                add_stretch(x, count, pivot, 0, &sum, &squares);
+                add_stretch(x, count, pivot, x, 0, &sum, &squares);
             }
             merge_block(i, mean + u, m2 + u, count, pivot, sum, squares);
             pivot = mean[u];
@@ -340,7 +348,8 @@ SWEEP void plane_moments(const element *x, ptrdiff_t planes, ptrdiff_t stride, p
     for (ptrdiff_t p = 0; p < planes;) {
         const ptrdiff_t length = MIN(BLOCK, n - i);
         for (ptrdiff_t u = 0; u < units; u++)
-            add_stretch(x + p * stride + u * n + i, length, pivot[u], stride, sum + u, squares + u);
+            add_stretch(x + p * stride + u * n + i, length, pivot[u], x + (p + 1) * stride + u * n + i, 0,
+                        sum + u, squares + u);
         count += length, i += length;
         if (i == n)
             i = 0, p++;
@@ -351,7 +360,8 @@ SWEEP void plane_moments(const element *x, ptrdiff_t planes, ptrdiff_t stride, p
                 pivot[u] += lanes_sum(sum[u]) / count;
                 sum[u] = squares[u] = splat(0);
                 for (ptrdiff_t k = 0; k == 0 || k < p; k++)
-                    add_stretch(x + k * stride + u * n, MIN(BLOCK, n), pivot[u], stride, sum + u, squares + u);
+                    add_stretch(x + k * stride + u * n, MIN(BLOCK, n), pivot[u],
+                                x + (k + 1) * stride + u * n, 0, sum + u, squares + u);
             }
             merge_block(done, mean + u, m2 + u, count, pivot[u], sum[u], squares[u]);
             pivot[u] = mean[u], sum[u] = squares[u] = splat(0);
@@ -361,13 +371,14 @@ SWEEP void plane_moments(const element *x, ptrdiff_t planes, ptrdiff_t stride, p
 }
 
 /* Sums of the squares of `units` stretches of n values side by side. */
-SWEEP void stretch_squares(const element *x, ptrdiff_t units, ptrdiff_t n, double *squares)
+SWEEP void stretch_squares(const element *x, ptrdiff_t units, ptrdiff_t n, double *squares, const element *y)
 {
+    const ptrdiff_t to_y = y ? y - x : 0;
     for (ptrdiff_t u = 0; u < units; u++, x += n) {
         double total = 0;
         for (ptrdiff_t i = 0; i < n; i += BLOCK) {
             vec sum = {0}, block = {0};
-            add_stretch(x + i, MIN(BLOCK, n - i), 0, 0, &sum, &block);
+            add_stretch(x + i, MIN(BLOCK, n - i), 0, x + i + to_y, 1, &sum, &block);
             total += lanes_sum(block);
         }
         squares[u] = total;
@@ -838,9 +849,16 @@ EXACT_SWEEP void backward_short(const element *grad_y, const element *x, const r
         }                                                                               \
     }
 
-/* Merges the moments of some rows with those of the `above` rows above them; see moments(). */
+/* From the columns at j to those of the next step: beside them or, at the end, below. What lies there is
+ * fetched ahead, as the hardware does not foresee it. */
+ALWAYS ptrdiff_t next_columns(const int vectors, ptrdiff_t j, ptrdiff_t width, ptrdiff_t rows, ptrdiff_t stride)
+{
+    return j + vectors * LANES < width ? vectors * LANES : rows * stride - j;
+}
+
+/* Merges the moments of some rows with those of the `above` rows above them; see stretch_moments. */
 ALWAYS void vectors_moments(const int vectors, const ptrdiff_t left, const element *x, ptrdiff_t rows,
-                            ptrdiff_t stride, double above, double *mean, double *m2)
+                            ptrdiff_t stride, ptrdiff_t ahead, double above, double *mean, double *m2)
 {
     vec pivot[COLUMN_VECTORS], sum[COLUMN_VECTORS], squares[COLUMN_VECTORS];
     for (int v = 0; v < vectors; v++) {
@@ -865,6 +883,7 @@ ALWAYS void vectors_moments(const int vectors, const ptrdiff_t left, const eleme
     for (ptrdiff_t r = 0; r < rows; r++)
         for (int v = 0; v < vectors; v++) {
             const vec t = load(x + r * stride + v * LANES, left, 0) - pivot[v];
+            prefetch(x + r * stride + v * LANES + ahead);
             sum[v] += t, squares[v] += t * t;
         }
     const double n = above + rows, share = rows / n, weight = above * rows / n;
@@ -890,7 +909,8 @@ SWEEP void column_moments(const element *x, ptrdiff_t rows, ptrdiff_t stride, pt
     for (ptrdiff_t start = 0; start < rows; start += COLUMN_ROWS, x += COLUMN_ROWS * stride) {
         const ptrdiff_t count = MIN(COLUMN_ROWS, rows - start);
         FOR_COLUMNS(j, vectors, left, width,
-                    vectors_moments(vectors, left, x + j, count, stride, start, mean + j, m2 + j);)
+                    vectors_moments(vectors, left, x + j, count, stride,
+                                    next_columns(vectors, j, width, count, stride), start, mean + j, m2 + j);)
     }
 }
 
@@ -922,7 +942,7 @@ SWEEP void column_squares(const element *x, ptrdiff_t rows, ptrdiff_t stride, pt
 
 ALWAYS void vectors_backward_sums(const int vectors, const ptrdiff_t left, const element *grad_y,
                                   const element *x, const real *weight, ptrdiff_t rows, ptrdiff_t stride,
-                                  const real *mean, double *g_sum, double *gx_sum, double *x_sum)
+                                  ptrdiff_t ahead, const real *mean, double *g_sum, double *gx_sum, double *x_sum)
 {
     vec m[COLUMN_VECTORS], a[COLUMN_VECTORS], b[COLUMN_VECTORS], c[COLUMN_VECTORS];
     for (int v = 0; v < vectors; v++) {
@@ -934,6 +954,7 @@ ALWAYS void vectors_backward_sums(const int vectors, const ptrdiff_t left, const
         for (int v = 0; v < vectors; v++) {
             const vec t = load(x + r * stride + v * LANES, left, 0) - m[v];
             const vec g = load(grad_y + r * stride + v * LANES, left, 0) * w;
+            prefetch(x + r * stride + v * LANES + ahead), prefetch(grad_y + r * stride + v * LANES + ahead);
             a[v] += g, b[v] += g * t, c[v] += t;
         }
     }
@@ -955,8 +976,22 @@ SWEEP void column_backward_sums(const element *grad_y, const element *x, const r
         const ptrdiff_t count = MIN(BACKWARD_ROWS, rows - start), here = start * stride;
         FOR_COLUMNS(j, vectors, left, width,
                     vectors_backward_sums(vectors, left, grad_y + here + j, x + here + j,
-                                          weight ? weight + start : weight, count, stride, mean + j,
+                                          weight ? weight + start : weight, count, stride,
+                                          next_columns(vectors, j, width, count, stride), mean + j,
                                           g_sum + j, gx_sum + j, x_sum + j);)
+    }
+}
+
+/* pivot, scale and shift of affine_block for n channels; weight and bias may be NULL. A channel's mean and
+ * rstd are `step`, 0 or 1, from those of the one before. */
+SWEEP void set_columns(const double *mean, const double *rstd, ptrdiff_t step, const real *weight,
+                       const real *bias, ptrdiff_t n, real *pivot, real *scale, real *shift)
+{
+    for (ptrdiff_t i = 0; i < n; i++) {
+        const double mu = mean[i * step], a = rstd[i * step] * (weight ? weight[i] : (real)1);
+        const real p = mu;
+        pivot[i] = p, scale[i] = a;
+        shift[i] = (bias ? bias[i] : (real)0) + (p - mu) * a;
     }
 }
 

@@ -27,11 +27,11 @@ cdef extern from "sweeps.h" nogil:
                        const double* m2_b, Py_ssize_t count) noexcept
 
     void stretch_moments(const element* x, Py_ssize_t units, Py_ssize_t n, double* mean,
-                         double* m2) noexcept
+                         double* m2, const element* y) noexcept
     void plane_moments(const element* x, Py_ssize_t planes, Py_ssize_t stride, Py_ssize_t units,
                        Py_ssize_t n, double* mean, double* m2) noexcept
-    void stretch_squares(const element* x, Py_ssize_t units, Py_ssize_t n,
-                         double* squares) noexcept
+    void stretch_squares(const element* x, Py_ssize_t units, Py_ssize_t n, double* squares,
+                         const element* y) noexcept
     void stretch_backward_sums(const element* grad_y, const element* x, const real* weight,
                                Py_ssize_t units, Py_ssize_t n, const double* mean,
                                Py_ssize_t mean_step, double* sums) noexcept
@@ -77,6 +77,9 @@ cdef extern from "sweeps.h" nogil:
                               const real* mean, double* g_sum, double* gx_sum,
                               double* x_sum) noexcept
 
+    void set_columns(const double* mean, const double* rstd, Py_ssize_t step, const real* weight,
+                     const real* bias, Py_ssize_t n, real* pivot, real* scale,
+                     real* shift) noexcept
     void combine_channels(const double* g, double* gx, const double* x, const real* weight,
                           Py_ssize_t K, double n, int through, double rstd, double* grad_weight,
                           double* grad_bias, double* b, double* c) noexcept

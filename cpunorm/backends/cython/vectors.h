@@ -267,6 +267,11 @@ ALWAYS void prefetch(const element *p)
     __builtin_prefetch(p, 0, 3);
 }
 
+ALWAYS void prefetch_to_write(const element *p)
+{
+    __builtin_prefetch(p, 1, 3);
+}
+
 /* Streamed stores are not ordered with others: once, before a thread says that it is done. */
 ALWAYS void stream_fence(void)
 {
