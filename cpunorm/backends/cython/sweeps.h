@@ -21,6 +21,7 @@
 #define SCRATCH 1024        /* reals that wait in L1 for an activation */
 #define RELU 1              /* in the order of ACTIVATIONS */
 #define COLUMN_VECTORS 4    /* vectors of columns measured together */
+#define SEGMENT 512         /* columns of a wider strip, whose sums stay in L1 */
 #define COLUMN_ROWS 64      /* rows summed before the sums go to float64 */
 #define BACKWARD_ROWS 16    /* the same, where sums may nearly cancel */
 #define BACKWARD_VECTORS 16 /* and along a stretch */
@@ -849,16 +850,27 @@ EXACT_SWEEP void backward_short(const element *grad_y, const element *x, const r
         }                                                                               \
     }
 
-/* From the columns at j to those of the next step: beside them or, at the end, below. What lies there is
- * fetched ahead, as the hardware does not foresee it. */
-ALWAYS ptrdiff_t next_columns(const int vectors, ptrdiff_t j, ptrdiff_t width, ptrdiff_t rows, ptrdiff_t stride)
+/* Merges what the sums of `rows` rows say of n columns with the moments of the `above` rows above them. */
+ALWAYS void merge_rows(const real *pivot, const real *sum, const real *squares, ptrdiff_t rows, ptrdiff_t n,
+                       double above, double *mean, double *m2)
 {
-    return j + vectors * LANES < width ? vectors * LANES : rows * stride - j;
+    const double all = above + rows, share = rows / all, weight = above * rows / all, inverse = 1.0 / rows;
+    for (ptrdiff_t k = 0; k < n; k++) {
+        const double rest = sum[k] * inverse, block_mean = pivot[k] + rest;
+        const double block_m2 = squares[k] - rest * sum[k];
+        if (above == 0) {
+            mean[k] = block_mean, m2[k] = block_m2;
+        } else {
+            const double delta = block_mean - mean[k];
+            mean[k] += delta * share;
+            m2[k] += block_m2 + delta * delta * weight;
+        }
+    }
 }
 
 /* Merges the moments of some rows with those of the `above` rows above them; see stretch_moments. */
 ALWAYS void vectors_moments(const int vectors, const ptrdiff_t left, const element *x, ptrdiff_t rows,
-                            ptrdiff_t stride, ptrdiff_t ahead, double above, double *mean, double *m2)
+                            ptrdiff_t stride, double above, double *mean, double *m2)
 {
     vec pivot[COLUMN_VECTORS], sum[COLUMN_VECTORS], squares[COLUMN_VECTORS];
     for (int v = 0; v < vectors; v++) {
@@ -883,23 +895,48 @@ ALWAYS void vectors_moments(const int vectors, const ptrdiff_t left, const eleme
     for (ptrdiff_t r = 0; r < rows; r++)
         for (int v = 0; v < vectors; v++) {
             const vec t = load(x + r * stride + v * LANES, left, 0) - pivot[v];
-            prefetch(x + r * stride + v * LANES + ahead);
             sum[v] += t, squares[v] += t * t;
         }
-    const double n = above + rows, share = rows / n, weight = above * rows / n;
     for (int v = 0; v < vectors; v++)
-        for (ptrdiff_t k = 0; k < left; k++) {
-            const double rest = (double)sum[v][k] / rows, block_mean = pivot[v][k] + rest;
-            const double block_m2 = squares[v][k] - rest * sum[v][k];
-            double *const mean_ = mean + v * LANES + k, *const m2_ = m2 + v * LANES + k;
-            if (above == 0) {
-                *mean_ = block_mean, *m2_ = block_m2;
-            } else {
-                const double delta = block_mean - *mean_;
-                *mean_ += delta * share;
-                *m2_ += block_m2 + delta * delta * weight;
-            }
+        merge_rows((const real *)(pivot + v), (const real *)(sum + v), (const real *)(squares + v), rows, left,
+                   above, mean + v * LANES, m2 + v * LANES);
+}
+
+/* The same for up to SEGMENT columns, along the rows: the hardware foresees no steps from row to row. */
+ALWAYS void segment_moments(const element *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t n, double above,
+                            double *mean, double *m2)
+{
+    real pivot[SEGMENT], sum[SEGMENT], squares[SEGMENT];
+    const ptrdiff_t some = MIN(rows, 8);
+    for (ptrdiff_t k = 0; k < n; k++)
+        sum[k] = squares[k] = 0, pivot[k] = above == 0 ? 0 : mean[k];
+    if (above == 0) {
+        FOR_VECTORS(j, left, n, {
+            const vec first = load(x + j, left, 0);
+            vec total = {0};
+            for (ptrdiff_t r = 1; r < some; r++)
+                total += load(x + r * stride + j, left, 0) - first;
+            store_real(pivot + j, first + total / (real)some, left);
+        })
+    }
+    for (ptrdiff_t r = 0; r < rows; r += PAIR) {
+        const element *one = x + r * stride, *other = one + stride;
+        if (r + PAIR <= rows) {
+            FOR_VECTORS(j, left, n, {
+                const vec p = load_real(pivot + j, left, 0);
+                const vec t = load(one + j, left, 0) - p, u = load(other + j, left, 0) - p;
+                store_real(sum + j, load_real(sum + j, left, 0) + (t + u), left);
+                store_real(squares + j, load_real(squares + j, left, 0) + t * t + u * u, left);
+            })
+        } else {
+            FOR_VECTORS(j, left, n, {
+                const vec t = load(one + j, left, 0) - load_real(pivot + j, left, 0);
+                store_real(sum + j, load_real(sum + j, left, 0) + t, left);
+                store_real(squares + j, load_real(squares + j, left, 0) + t * t, left);
+            })
         }
+    }
+    merge_rows(pivot, sum, squares, rows, n, above, mean, m2);
 }
 
 /* Mean and m2 of every column of a strip. */
@@ -908,9 +945,13 @@ SWEEP void column_moments(const element *x, ptrdiff_t rows, ptrdiff_t stride, pt
 {
     for (ptrdiff_t start = 0; start < rows; start += COLUMN_ROWS, x += COLUMN_ROWS * stride) {
         const ptrdiff_t count = MIN(COLUMN_ROWS, rows - start);
-        FOR_COLUMNS(j, vectors, left, width,
-                    vectors_moments(vectors, left, x + j, count, stride,
-                                    next_columns(vectors, j, width, count, stride), start, mean + j, m2 + j);)
+        if (width > COLUMN_VECTORS * LANES) {
+            for (ptrdiff_t j = 0; j < width; j += SEGMENT)
+                segment_moments(x + j, count, stride, MIN(SEGMENT, width - j), start, mean + j, m2 + j);
+        } else {
+            FOR_COLUMNS(j, vectors, left, width,
+                        vectors_moments(vectors, left, x + j, count, stride, start, mean + j, m2 + j);)
+        }
     }
 }
 
@@ -942,7 +983,7 @@ SWEEP void column_squares(const element *x, ptrdiff_t rows, ptrdiff_t stride, pt
 
 ALWAYS void vectors_backward_sums(const int vectors, const ptrdiff_t left, const element *grad_y,
                                   const element *x, const real *weight, ptrdiff_t rows, ptrdiff_t stride,
-                                  ptrdiff_t ahead, const real *mean, double *g_sum, double *gx_sum, double *x_sum)
+                                  const real *mean, double *g_sum, double *gx_sum, double *x_sum)
 {
     vec m[COLUMN_VECTORS], a[COLUMN_VECTORS], b[COLUMN_VECTORS], c[COLUMN_VECTORS];
     for (int v = 0; v < vectors; v++) {
@@ -954,7 +995,6 @@ ALWAYS void vectors_backward_sums(const int vectors, const ptrdiff_t left, const
         for (int v = 0; v < vectors; v++) {
             const vec t = load(x + r * stride + v * LANES, left, 0) - m[v];
             const vec g = load(grad_y + r * stride + v * LANES, left, 0) * w;
-            prefetch(x + r * stride + v * LANES + ahead), prefetch(grad_y + r * stride + v * LANES + ahead);
             a[v] += g, b[v] += g * t, c[v] += t;
         }
     }
@@ -966,6 +1006,41 @@ ALWAYS void vectors_backward_sums(const int vectors, const ptrdiff_t left, const
         }
 }
 
+/* The same for up to SEGMENT columns, along the rows. */
+ALWAYS void segment_backward_sums(const element *grad_y, const element *x, const real *weight, ptrdiff_t rows,
+                                  ptrdiff_t stride, ptrdiff_t n, const real *mean, double *g_sum,
+                                  double *gx_sum, double *x_sum)
+{
+    real a[SEGMENT], b[SEGMENT], c[SEGMENT];
+    for (ptrdiff_t k = 0; k < n; k++)
+        a[k] = b[k] = c[k] = 0;
+    for (ptrdiff_t r = 0; r < rows; r += PAIR) {
+        const element *gs = grad_y + r * stride, *xs = x + r * stride;
+        const real w = weight ? weight[r] : 1;
+        if (r + PAIR <= rows) {
+            const real z = weight ? weight[r + 1] : 1;
+            FOR_VECTORS(j, left, n, {
+                const vec m = load_real(mean + j, left, 0);
+                const vec t = load(xs + j, left, 0) - m, u = load(xs + stride + j, left, 0) - m;
+                const vec g = load(gs + j, left, 0) * w, h = load(gs + stride + j, left, 0) * z;
+                store_real(a + j, load_real(a + j, left, 0) + (g + h), left);
+                store_real(b + j, load_real(b + j, left, 0) + (g * t + h * u), left);
+                store_real(c + j, load_real(c + j, left, 0) + (t + u), left);
+            })
+        } else {
+            FOR_VECTORS(j, left, n, {
+                const vec t = load(xs + j, left, 0) - load_real(mean + j, left, 0);
+                const vec g = load(gs + j, left, 0) * w;
+                store_real(a + j, load_real(a + j, left, 0) + g, left);
+                store_real(b + j, load_real(b + j, left, 0) + g * t, left);
+                store_real(c + j, load_real(c + j, left, 0) + t, left);
+            })
+        }
+    }
+    for (ptrdiff_t k = 0; k < n; k++)
+        g_sum[k] += a[k], gx_sum[k] += b[k], x_sum[k] += c[k];
+}
+
 /* Adds, for every column, the sums of g, g * (x - mean) and x - mean, where g = grad_y * weight and
  * the weight, if there is one, belongs to the row. */
 SWEEP void column_backward_sums(const element *grad_y, const element *x, const real *weight, ptrdiff_t rows,
@@ -974,11 +1049,16 @@ SWEEP void column_backward_sums(const element *grad_y, const element *x, const r
 {
     for (ptrdiff_t start = 0; start < rows; start += BACKWARD_ROWS) {
         const ptrdiff_t count = MIN(BACKWARD_ROWS, rows - start), here = start * stride;
-        FOR_COLUMNS(j, vectors, left, width,
-                    vectors_backward_sums(vectors, left, grad_y + here + j, x + here + j,
-                                          weight ? weight + start : weight, count, stride,
-                                          next_columns(vectors, j, width, count, stride), mean + j,
-                                          g_sum + j, gx_sum + j, x_sum + j);)
+        const real *weights = weight ? weight + start : weight;
+        if (width > COLUMN_VECTORS * LANES) {
+            for (ptrdiff_t j = 0; j < width; j += SEGMENT)
+                segment_backward_sums(grad_y + here + j, x + here + j, weights, count, stride,
+                                      MIN(SEGMENT, width - j), mean + j, g_sum + j, gx_sum + j, x_sum + j);
+        } else {
+            FOR_COLUMNS(j, vectors, left, width,
+                        vectors_backward_sums(vectors, left, grad_y + here + j, x + here + j, weights, count,
+                                              stride, mean + j, g_sum + j, gx_sum + j, x_sum + j);)
+        }
     }
 }
 
