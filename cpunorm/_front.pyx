@@ -46,7 +46,7 @@ cdef struct Statistics:
     void* scratch
 
 
-# ------------------------------------------------------------------------------------ what is common
+# ---------------------------------------------------------------------------------- what is common
 
 
 cdef inline bint plain(object a) noexcept:
@@ -179,7 +179,7 @@ cdef inline object named(object kind, tuple values):
     return tuple.__new__(kind, values)
 
 
-# --------------------------------------------------------------------------- layer norm and RMS norm
+# ------------------------------------------------------------------------- layer norm and RMS norm
 
 
 cdef int trailing(cnp.ndarray x, object normalized_shape):
@@ -341,7 +341,7 @@ def rms_norm_backward(grad_y, x, normalized_shape, stats, weight, axis, grad_sum
                               need, backend)
 
 
-# ------------------------------------------------------------- batch norm, instance norm, group norm
+# ----------------------------------------------------------- batch norm, instance norm, group norm
 
 
 cdef struct Channels:

@@ -1,7 +1,7 @@
 # A call of a kernel: what the verbs of backends/__init__.py take, as pointers and sizes.
 #
-# Kernels are compiled once per instruction set and element type. Each such module hands out a Table,
-# through which verbs.pyx and front.pyx reach it.
+# Kernels are compiled once per instruction set and element type. Each such module hands out a
+# Table, through which verbs.pyx and _front.pyx reach it.
 
 cdef struct Call:
     Py_ssize_t M, D, N, C, S    # (M, D); (N, D, S); (N, C, S) or (N, S, C)

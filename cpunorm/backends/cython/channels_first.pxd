@@ -17,8 +17,8 @@ from .call cimport Call
 from .stretches cimport Stretches, backward_stretches, normalize_stretches
 from .strips cimport Images, apply_images, backward_images, images_of, normalize_images
 from .sweeps cimport (
-    UNITS, affine, at, backward_affine, element, merge_moments, own_lines,
-    plane_backward_sums, plane_moments, real, rstd_of, share, stream_fence, stretch_backward_sums, stretch_moments,
+    UNITS, affine, at, backward_affine, element, merge_moments, own_lines, plane_backward_sums,
+    plane_moments, real, rstd_of, share, stream_fence, stretch_backward_sums, stretch_moments,
     sum_parts, team, team_barrier, variance, worth_dealing,
 )
 

@@ -106,7 +106,7 @@ cdef inline bint dealt_whole(const Images* im) noexcept nogil:
 cdef inline const real* columns_of(const Images* im, const real* per_channel,
                                    const Task* task, Py_ssize_t copies,
                                    real* columns) noexcept nogil:
-    """A value per channel for the columns of a strip in `copies` rows side by side, a power of 2."""
+    """A value per channel for the columns of a strip in `copies` (2^k) rows side by side."""
     cdef Py_ssize_t width = task.channels * im.inner, c, i
     per_channel += task.first_channel
     if im.inner == 1 and copies == 1:
@@ -229,13 +229,15 @@ cdef inline void _transform(const Images* im, Py_ssize_t start, Py_ssize_t index
         const real* shift = columns_of(im, terms + 2 * C, &task, im.in_line, column_shift)
     affine_block(<const element*> call.x + here, at(<const element*> call.residual, here),
                  <element*> call.y + here, rows, stride, width, pivot, scale, shift,
-                 <const real*> NULL, <const real*> NULL, call.activation, call.streaming, im.cached)
+                 <const real*> NULL, <const real*> NULL, call.activation, call.streaming,
+                     im.cached)
     if task.rows % im.in_line:
         here += rows * stride
         affine_block(<const element*> call.x + here, at(<const element*> call.residual, here),
                      <element*> call.y + here, 1, stride,
                      task.rows % im.in_line * task.channels * im.inner, pivot, scale, shift,
-                     <const real*> NULL, <const real*> NULL, call.activation, call.streaming, im.cached)
+                     <const real*> NULL, <const real*> NULL, call.activation, call.streaming,
+                     im.cached)
 
 
 cdef inline void _normalize_image(const Images* im, Py_ssize_t image, double* wide, real* terms,
@@ -247,7 +249,7 @@ cdef inline void _normalize_image(const Images* im, Py_ssize_t image, double* wi
         Py_ssize_t first = share(tasks, member, members), last = share(tasks, member + 1, members)
         Py_ssize_t first_group = share(im.groups, member, members)
         Py_ssize_t last_group = share(im.groups, member + 1, members)
-        Py_ssize_t start = image * im.size, in_group = im.cells // im.groups, q, g, c, statistic
+        Py_ssize_t start = image * im.size, in_group = im.cells // im.groups, q, g, statistic
         Py_ssize_t count = im.rows * im.inner * im.per_cell
         const element* x = <const element*> call.x + start
         double* mean = wide

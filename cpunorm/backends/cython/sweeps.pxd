@@ -126,7 +126,7 @@ cdef inline bint worth_dealing(Py_ssize_t tasks, Py_ssize_t nbytes, int threads)
 
 
 cdef inline Py_ssize_t own_lines(Py_ssize_t count) noexcept nogil:
-    """At least as many, so that what two members write shares no cache line (nor a pair of them)."""
+    """At least as many, so that no cache line (or pair of them) is written by two members."""
     return (count + 31) // 32 * 32
 
 

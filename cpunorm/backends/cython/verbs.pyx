@@ -231,5 +231,6 @@ def copy(cnp.ndarray x, cnp.ndarray y, int threads):
 def triad(cnp.ndarray grad_y, cnp.ndarray x, cnp.ndarray grad_x, int threads):
     """grad_x = grad_y - x, with the stores the kernels would use."""
     cdef Call call = new_call(3 * cnp.PyArray_NBYTES(x), threads)
-    call.M, call.grad_y, call.x, call.grad_x = cnp.PyArray_SIZE(x), data(grad_y), data(x), data(grad_x)
+    call.M = cnp.PyArray_SIZE(x)
+    call.grad_y, call.x, call.grad_x = data(grad_y), data(x), data(grad_x)
     run(tables[element_of(x)].triad, &call)
