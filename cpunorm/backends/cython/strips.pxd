@@ -230,7 +230,7 @@ cdef inline void _transform(const Images* im, Py_ssize_t start, Py_ssize_t index
     affine_block(<const element*> call.x + here, at(<const element*> call.residual, here),
                  <element*> call.y + here, rows, stride, width, pivot, scale, shift,
                  <const real*> NULL, <const real*> NULL, call.activation, call.streaming,
-                     im.cached)
+                 im.cached)
     if task.rows % im.in_line:
         here += rows * stride
         affine_block(<const element*> call.x + here, at(<const element*> call.residual, here),
