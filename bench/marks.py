@@ -9,8 +9,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from cpunorm.backends.cython.caches import cache_bytes
 
 from .shapes import BACKWARD, INFERENCE, ROWS, WITH_STATISTICS, Case
 from .workers import Result
@@ -25,15 +26,6 @@ IMPORTS = 7
 NOISE = 0.95
 
 Rows = Iterable[tuple[float, Result]]
-
-
-def l2_bytes() -> int:
-    """Return the size of a core's second-level cache, 1 MiB where it cannot be read."""
-    try:
-        size = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text().strip()
-    except OSError:
-        return MIB
-    return int(size.rstrip("KM")) * (MIB if size.endswith("M") else 1024)
 
 
 def table(report: "Report") -> str:
@@ -57,7 +49,7 @@ Mark = tuple[str, float, bool, float | None, str]
 
 
 def _marks(report: "Report") -> Iterator[Mark]:
-    l2 = l2_bytes()
+    l2 = cache_bytes(2)
     leads = _ratios(report.results, report.lead)
     copies = _ratios(report.results, report.over_copy)
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from cpunorm._dispatch import config
+from cpunorm.backends.cython.caches import cache_bytes
 
 from . import marks, peers
 from .shapes import CLASSES, Case, suite
@@ -74,7 +75,7 @@ def machine(threads: int) -> dict[str, Any]:
         "machine": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu(),
         "cores": os.cpu_count(),
-        "l2": marks.l2_bytes(),
+        "l2": cache_bytes(2),
         "instruction set": config()["instruction set"],
         "threads": threads,
         "python": platform.python_version(),

@@ -242,7 +242,6 @@ cdef object axis_norm(object x_, object residual, object normalized_shape, objec
     if add:
         total = empty_as(x) if sum_out is None else sum_out
         call.residual, call.total = data(residual), data(total)
-    call.streaming = call.streaming and call.y != call.x and call.y != call.residual
     if return_stats is True:
         rstd = empty(reals(kind), kept, cnp.PyArray_DIMS(x))
         mean = empty(reals(kind), kept, cnp.PyArray_DIMS(x)) if center else None
@@ -439,7 +438,6 @@ cdef object channel_norm(object x_, object running_mean, object running_var, obj
     call.N, call.C, call.S, call.B, call.G = c.N, c.C, c.S, c.stats[0], c.stats[1]
     call.residual, call.weight, call.bias = data(residual), data(weight), data(bias)
     call.eps, call.activation = eps, index
-    call.streaming = call.streaming and call.y != call.x and call.y != call.residual
     place(&statistics, 3 * count)
     try:
         call.mean = statistics.scratch

@@ -17,4 +17,4 @@ cdef Py_ssize_t stream_bytes
 
 cdef int element_of(cnp.ndarray x) except -1
 cdef Call new_call(Py_ssize_t nbytes, int threads) noexcept
-cdef int run(Verb verb, const Call* call) except -1
+cdef int run(Verb verb, Call* call) except -1

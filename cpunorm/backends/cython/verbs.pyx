@@ -47,8 +47,11 @@ cdef Call new_call(Py_ssize_t nbytes, int threads) noexcept:
     return call
 
 
-cdef int run(Verb verb, const Call* call) except -1:
+cdef int run(Verb verb, Call* call) except -1:
+    """Run a kernel; a result that takes the place of an input stays in the cache with it."""
     cdef int failed
+    if call.y is not NULL and (call.y == call.x or call.y == call.residual):
+        call.streaming = False
     with nogil:
         failed = verb(call)
     if failed:
@@ -68,8 +71,6 @@ cdef Call normalize_call(cnp.ndarray x, residual, weight, bias, double eps, int 
     call.weight, call.bias = data(weight), data(bias)
     call.mean, call.var, call.rstd = data(mean), data(var), data(rstd)
     call.eps, call.activation = eps, activation
-    if call.y == call.x or call.y == call.residual:
-        call.streaming = False
     return call
 
 
