@@ -19,7 +19,7 @@ from .strips cimport Images, apply_images, backward_images, images_of, normalize
 from .sweeps cimport (
     UNITS, affine, at, backward_affine, element, merge_moments, own_lines, plane_backward_sums,
     plane_moments, real, rstd_of, share, stream_fence, stretch_backward_sums, stretch_moments,
-    sum_parts, team, team_barrier, variance, worth_dealing,
+    sum_parts, take_statistics, team, team_barrier, variance, worth_dealing,
 )
 
 cdef enum:
@@ -316,16 +316,14 @@ cdef inline int apply(const Call* call) noexcept nogil:
     cdef:
         Units u = units_of(call)
         Images images
-        Py_ssize_t units = call.B * call.G, i
+        Py_ssize_t units = call.B * call.G
     if call.S <= SHORT and call.B == 1 and u.K == 1:
         images = images_of(call, 1, call.N, call.S)
         return apply_images(&images)
     u.scratch = <double*> malloc(2 * units * sizeof(double))
     if u.scratch is NULL:
         return -1
-    for i in range(units):
-        u.scratch[i] = (<const real*> call.mean)[i]
-        u.scratch[units + i] = (<const real*> call.rstd)[i]
+    take_statistics(call, 0, units, u.scratch, u.scratch + units)
     team(_apply, &u, call.threads)
     free(u.scratch)
     return 0
@@ -339,14 +337,6 @@ cdef struct Terms:
     double rstd[UNITS]
     double b[UNITS]
     double c[UNITS]
-
-
-cdef inline void take_statistics(const Units* u, Py_ssize_t unit, Py_ssize_t count,
-                                 Terms* terms) noexcept nogil:
-    cdef Py_ssize_t k
-    for k in range(count):
-        terms.mean[k] = (<const real*> u.call.mean)[unit + k]
-        terms.rstd[k] = (<const real*> u.call.rstd)[unit + k]
 
 
 cdef inline void sum_chunk(const Units* u, Py_ssize_t unit, Py_ssize_t count, Py_ssize_t index,
@@ -447,7 +437,7 @@ cdef inline void backward_slab(const Units* u, Py_ssize_t unit, Py_ssize_t count
     cdef:
         Terms terms
         Py_ssize_t k, q
-    take_statistics(u, unit, count, &terms)
+    take_statistics(u.call, unit, count, terms.mean, terms.rstd)
     memset(sums, 0, 3 * u.entries * count * sizeof(double))
     first_sweep(u, unit, count, 0, u.chunks, &terms, sums)
     for k in range(count):
@@ -494,7 +484,7 @@ cdef inline void _backward_cut(void* work, int member, int members) noexcept nog
         part = ((unit // call.G + 1) * u.parts - 1) // call.B
         # By turns, so that nobody has to wait for those who still read.
         sums = u.scratch + (unit % 2) * u.size
-        take_statistics(u, unit, 1, &terms)
+        take_statistics(u.call, unit, 1, terms.mean, terms.rstd)
         if unit >= 2:
             if member == 0:
                 memset(sums, 0, u.size * sizeof(double))

@@ -1075,28 +1075,44 @@ SWEEP void set_columns(const double *mean, const double *rstd, ptrdiff_t step, c
     }
 }
 
-/* From the sums of K channels, the columns of one statistic over n values, the b and c of backward_block;
- * the sums of g * (x - mean) are corrected, and the gradients of the parameters added, unless NULL. */
-SWEEP void combine_channels(const double *g, double *gx, const double *x, const real *weight, ptrdiff_t K,
-                            double n, int through, double rstd, double *grad_weight, double *grad_bias,
-                            double *b, double *c)
+/* From the sums of `groups` groups of K channels, the columns of a statistic over n values, the b and c of
+ * backward_block for each channel; the gradients of the parameters are added to, unless NULL. */
+ALWAYS void combine_groups(const ptrdiff_t K, ptrdiff_t groups, const double *restrict g,
+                           const double *restrict gx, const double *restrict x, const real *restrict weight,
+                           double n, int through, const real *restrict rstd, double *restrict grad_weight,
+                           double *restrict grad_bias, real *restrict b, real *restrict c)
 {
-    double rest = 0, g_sum = 0, gx_sum = 0;
-    /* The mean arrives rounded: what was rounded away is the mean of what is left. */
-    for (ptrdiff_t k = 0; through && k < K; k++)
-        rest += x[k];
-    rest /= n;
-    for (ptrdiff_t k = 0; k < K; k++) {
-        gx[k] -= rest * g[k];
-        g_sum += weight[k] * g[k];
-        gx_sum += weight[k] * gx[k];
+    for (ptrdiff_t i = 0; i < groups; i++) {
+        const ptrdiff_t first = i * K;
+        const double r = rstd[first];
+        double rest = 0, g_sum = 0, gx_sum = 0;
+        /* The mean arrives rounded: what was rounded away is the mean of what is left. */
+        for (ptrdiff_t k = first; k < first + K; k++)
+            rest += through ? x[k] : 0;
+        rest /= n;
+        for (ptrdiff_t k = first; k < first + K; k++) {
+            g_sum += weight[k] * g[k];
+            gx_sum += weight[k] * (gx[k] - rest * g[k]);
+        }
+        const double slope = -r * r * gx_sum / n, offset = -g_sum / n - slope * rest;
+        for (ptrdiff_t k = first; k < first + K; k++) {
+            b[k] = slope, c[k] = offset;
+            if (grad_weight) {
+                grad_weight[k] += r * (gx[k] - rest * g[k]);
+                grad_bias[k] += g[k];
+            }
+        }
     }
-    for (ptrdiff_t k = 0; grad_weight && k < K; k++) {
-        grad_weight[k] += rstd * gx[k];
-        grad_bias[k] += g[k];
-    }
-    *b = -rstd * rstd * gx_sum / n;
-    *c = -g_sum / n - *b * rest;
+}
+
+SWEEP void combine_channels(ptrdiff_t K, ptrdiff_t groups, const double *g, const double *gx, const double *x,
+                            const real *weight, double n, int through, const real *rstd, double *grad_weight,
+                            double *grad_bias, real *b, real *c)
+{
+    if (K == 1)
+        combine_groups(1, groups, g, gx, x, weight, n, through, rstd, grad_weight, grad_bias, b, c);
+    else
+        combine_groups(K, groups, g, gx, x, weight, n, through, rstd, grad_weight, grad_bias, b, c);
 }
 
 /* --------------------------------------------------------- the rows of a strip: element by element */
@@ -1231,6 +1247,29 @@ SWEEP void row_parameter_sums(const element *grad_y, const element *x, ptrdiff_t
         grad_weight[row] += lanes_sum(weight_sum);
         grad_bias[row] += lanes_sum(bias_sum);
     }
+}
+
+/* ------------------------------------------------------------------------------ running statistics */
+
+/* Moves n running statistics towards what is new: the mean over B rows of n, times a factor. */
+ALWAYS void move_towards(const ptrdiff_t B, real *restrict running, const real *restrict new_, ptrdiff_t stride,
+                         ptrdiff_t n, double factor, double momentum)
+{
+    for (ptrdiff_t i = 0; i < n; i++) {
+        double sum = 0;
+        for (ptrdiff_t b = 0; b < B; b++)
+            sum += new_[b * stride + i];
+        running[i] = (1 - momentum) * running[i] + momentum * (sum / B * factor);
+    }
+}
+
+EXACT_SWEEP void move_running(real *running, const real *new_, ptrdiff_t B, ptrdiff_t stride, ptrdiff_t n,
+                              double factor, double momentum)
+{
+    if (B == 1)
+        move_towards(1, running, new_, stride, n, factor, momentum);
+    else
+        move_towards(B, running, new_, stride, n, factor, momentum);
 }
 
 /* ------------------------------------------------------------------------------ speed of memory */
