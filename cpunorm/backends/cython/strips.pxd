@@ -507,13 +507,24 @@ cdef inline void _combine(const Images* im, Py_ssize_t first, Py_ssize_t last, d
     """b and c of the channels of some groups, from the sums of all chunks."""
     cdef:
         Py_ssize_t C = im.channels, K = C // im.groups, c = first * K, end = last * K, i, v, k
+        real slope, offset
     for i in range(1, im.chunks):
         for v in range(3):
             for k in range(v * C + c, v * C + end):
                 wide[k] += wide[i * 3 * C + k]
-    combine_channels(K, last - first, wide + c, wide + C + c, wide + 2 * C + c, terms + C + c,
-                     im.rows * im.inner * K, not im.frozen, terms + 2 * C + c, at(grad_weight, c),
-                     at(grad_bias, c), terms + 3 * C + c, terms + 4 * C + c)
+    if K == 1:
+        combine_channels(1, last - first, wide + c, wide + C + c, wide + 2 * C + c,
+                         terms + C + c, im.rows * im.inner, not im.frozen, terms + 2 * C + c,
+                         at(grad_weight, c), at(grad_bias, c), terms + 3 * C + c,
+                         terms + 4 * C + c)
+        return
+    while c < end:
+        combine_channels(K, 1, wide + c, wide + C + c, wide + 2 * C + c, terms + C + c,
+                         im.rows * K, not im.frozen, terms + 2 * C + c, at(grad_weight, c),
+                         at(grad_bias, c), &slope, &offset)
+        for k in range(c, c + K):
+            terms[3 * C + k], terms[4 * C + k] = slope, offset
+        c += K
 
 
 cdef inline void _backward_image(

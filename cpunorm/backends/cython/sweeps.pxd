@@ -35,11 +35,13 @@ cdef extern from "sweeps.h" nogil:
     void stretch_squares(const element* x, Py_ssize_t units, Py_ssize_t n, double* squares,
                          const element* y) noexcept
     void stretch_backward_sums(const element* grad_y, const element* x, const real* weight,
-                               Py_ssize_t units, Py_ssize_t n, const double* mean,
-                               Py_ssize_t mean_step, double* sums) noexcept
+                               Py_ssize_t n, real mean, double* sums) noexcept
+    void stretches_backward_sums(const element* grad_y, const element* x, Py_ssize_t stretches,
+                                 Py_ssize_t n, const real* mean, Py_ssize_t K, double* g_sum,
+                                 double* gx_sum, double* x_sum) noexcept
     void plane_backward_sums(const element* grad_y, const element* x, Py_ssize_t planes,
-                             Py_ssize_t stride, Py_ssize_t units, Py_ssize_t n,
-                             const double* mean, double* sums) noexcept
+                             Py_ssize_t stride, Py_ssize_t units, Py_ssize_t n, const real* mean,
+                             double* g_sum, double* gx_sum, double* x_sum) noexcept
 
     void add(const element* x, const element* residual, element* total, Py_ssize_t n) noexcept
     void affine(const element* x, const element* residual, element* y, Py_ssize_t planes,
@@ -52,8 +54,8 @@ cdef extern from "sweeps.h" nogil:
                       const double* mean, const double* rstd, int activation,
                       int streaming) noexcept
     void backward_affine(const element* grad_y, const element* x, element* grad_x,
-                         Py_ssize_t planes, Py_ssize_t stride, Py_ssize_t n, const double* mean,
-                         const double* rstd, const double* b, const double* c,
+                         Py_ssize_t planes, Py_ssize_t stride, Py_ssize_t n, const real* mean,
+                         const real* rstd, const real* b, const real* c,
                          Py_ssize_t statistic_step, const real* weight,
                          Py_ssize_t parameter_step, int streaming, Py_ssize_t ahead) noexcept
     void backward_affine_along(const element* grad_y, const element* x, const real* weight,
