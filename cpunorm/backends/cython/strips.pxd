@@ -488,7 +488,7 @@ cdef inline void _set_backward(const Images* im, Py_ssize_t image, Py_ssize_t fi
                                Py_ssize_t last, real* terms) noexcept nogil:
     """mean, weight and rstd of the channels of some groups."""
     cdef:
-        Py_ssize_t C = im.channels, K = C // im.groups, c
+        Py_ssize_t C = im.channels, K = C // im.groups, c, g
         const real* mean = <const real*> im.call.mean + image * im.groups
         const real* rstd = <const real*> im.call.rstd + image * im.groups
         const real* weight = <const real*> im.call.weight
@@ -498,8 +498,9 @@ cdef inline void _set_backward(const Images* im, Py_ssize_t image, Py_ssize_t fi
         memcpy(terms + first, mean + first, (last - first) * sizeof(real))
         memcpy(terms + 2 * C + first, rstd + first, (last - first) * sizeof(real))
         return
-    for c in range(first * K, last * K):
-        terms[c], terms[2 * C + c] = mean[c // K], rstd[c // K]
+    for g in range(first, last):
+        for c in range(g * K, (g + 1) * K):
+            terms[c], terms[2 * C + c] = mean[g], rstd[g]
 
 
 cdef inline void _combine(const Images* im, Py_ssize_t first, Py_ssize_t last, double* wide,

@@ -1133,6 +1133,8 @@ ALWAYS void segment_backward_sums(const element *grad_y, const element *x, const
         if (r + PAIR <= rows) {
             const real z = weight ? weight[r + 1] : 1;
             FOR_VECTORS(j, left, n, {
+                for (int k = PAIR; k < 2 * PAIR; k++)
+                    prefetch(xs + k * stride + j), prefetch(gs + k * stride + j);
                 const vec m = load_real(mean + j, left, 0);
                 const vec t = load(xs + j, left, 0) - m, u = load(xs + stride + j, left, 0) - m;
                 const vec g = load(gs + j, left, 0) * w, h = load(gs + stride + j, left, 0) * z;
