@@ -1,8 +1,8 @@
 """The results file: pytest-benchmark's own JSON, with what cpunorm's reports need beside it.
 
-``machine_info["cpunorm"]`` says where and how a run was made, ``extra_info`` of every benchmark what
-was measured (the fields of `Row`), ``accuracy`` holds the errors of `Accuracy`, and ``absent`` who
-could not compute what (`Absent`).
+``machine_info["cpunorm"]`` says where and how a run was made, ``extra_info`` of every benchmark
+what was measured (the fields of `Row`), ``accuracy`` holds the errors of `Accuracy`, and ``absent``
+who could not compute what (`Absent`).
 """
 
 import json
