@@ -66,8 +66,7 @@ class Case:
         assert self.operation == "batch_norm" or self.pass_ in ("inference", "backward")
 
     def __str__(self) -> str:
-        same_forward = self.pass_ == "inference" and self.operation != "batch_norm"
-        parts = [self.operation, "forward" if same_forward else self.pass_.replace("_", " ")]
+        parts = [self.operation, "forward" if self.same_forward else self.pass_.replace("_", " ")]
         if len(self.shape) > 2:
             parts.append(self.layout)
         parts.append("x".join(map(str, self.shape)))
@@ -83,6 +82,11 @@ class Case:
     def forward(self) -> bool:
         """Whether y is computed, not gradients."""
         return self.pass_ in ("training", "inference")
+
+    @property
+    def same_forward(self) -> bool:
+        """Whether it is a forward pass that is the same in training and in inference."""
+        return self.forward and self.operation != "batch_norm"
 
     @property
     def frozen(self) -> bool:

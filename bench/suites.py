@@ -164,7 +164,7 @@ def _models() -> Iterator[Case]:
     batches = [(name, tuple(s)) for name, some in SHAPES["batch_norm"].items() for s in some]
     for i, (name, shape) in enumerate(batches):
         some = [case for case in on_shape(shape) if case.operation == "batch_norm"]
-        yield from _named(name, _every(3, i, some))
+        yield from _named(name, _every(5, i, some))
     groups = [(name, *entry) for name, some in SHAPES["group_norm"].items() for entry in some]
     for i, (name, shape, num_groups) in enumerate(groups):
         yield from _named(name, _every(2, i, list(_in_groups(tuple(shape), num_groups))))
@@ -184,7 +184,7 @@ def _odd() -> Iterator[Case]:
     for i, (shape, num_groups) in enumerate(channels):
         shape = tuple(shape)
         some = [case for layout in _layouts(shape) for case in on(shape, layout, num_groups)]
-        yield from _every(7, i, some)
+        yield from _every(12, i, some)
     rows = [shape for shape, _, axis in edges["rows"] if axis is None and len(shape) == 2]
     for i, shape in enumerate(odd["rows"] + rows):
         yield from _every(2, i, list(_on_rows(tuple(shape))))
