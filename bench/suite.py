@@ -15,9 +15,7 @@ import pytest
 from .journal import Journal
 from .machine import machine
 from .plan import Plan, Task, implementation
-from .results import (
-    COPY, FORMAT, OURS, PEERS, Absent, Accuracy, Row, plain
-)  # fmt: skip
+from .results import COPY, FORMAT, OURS, PEERS, Absent, Accuracy, Row, plain  # fmt: skip
 from .workers import Result, Worker, crew, measure
 
 OUT_OF_TIME = "out of time"
@@ -184,6 +182,11 @@ class Suite:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Remember what failed."""
+        if report.failed:
+            self.failures.append(f"{report.nodeid}: {report.longrepr}")
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Remember what could not be collected."""
         if report.failed:
             self.failures.append(f"{report.nodeid}: {report.longrepr}")
 
