@@ -30,7 +30,8 @@ class Choice:
         Everything that is defined for these instead.
     dtypes : sequence of str
         The float32 cases in these types instead; none for the types as they come.
-    against : sequence of str
+    backends, against : sequence of str
+        Of cpunorm, and the others.
     threads : sequence of int
         None for all CPUs, and one thread on some cases.
     blocks : int
@@ -42,6 +43,7 @@ class Choice:
     layouts: Sequence[str] = LAYOUTS
     shapes: Sequence[Shape] = ()
     dtypes: Sequence[str] = ()
+    backends: Sequence[str] = OURS
     against: Sequence[str] = OTHERS
     threads: Sequence[int] = ()
     blocks: int = 5
@@ -80,7 +82,7 @@ def make(choice: Choice) -> Plan:
     """Return the plan of a choice."""
     all_threads = tuple(choice.threads) or (cpunorm.get_num_threads(),)
     present, left_out = [], {}
-    for name in (*OURS, *choice.against, COPY):
+    for name in (*choice.backends, *choice.against, COPY):
         if reason := _missing(name):
             left_out[name] = reason
         else:

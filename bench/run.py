@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from . import plan as planning
 from .journal import Journal
 from .machine import machine
-from .results import DTYPES, LAYOUTS, OPERATIONS, PASSES, read_document, write
+from .results import DTYPES, LAYOUTS, OPERATIONS, OURS, PASSES, read_document, write
 from .shapes import Shape
 from .suite import Suite
 from .table import summary
@@ -42,7 +42,7 @@ def _among(*known: str) -> Callable[[str], list[str]]:
     """Return the type of a comma-separated list of known names."""
 
     def names(text: str) -> list[str]:
-        found = text.split(",")
+        found = [name for name in text.split(",") if name]
         for name in found:
             if name not in known:
                 raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")
@@ -110,7 +110,14 @@ def parser() -> Parser:
         metavar="N,C,…",
         help="everything on this shape, channels first, or M,D for rows; may be repeated",
     )
-    add("--against", type=_among(*planning.OTHERS), default=planning.OTHERS, metavar="NAMES")
+    add("--backend", type=_among(*OURS), default=OURS, metavar="NAMES", help="of cpunorm")
+    add(
+        "--against",
+        type=_among(*planning.OTHERS),
+        default=planning.OTHERS,
+        metavar="NAMES",
+        help="other libraries, '' for none",
+    )
     add("--dtype", type=_among(*DTYPES), default=[], metavar="NAMES")
     add("--threads", type=_threads, default=[], metavar="1,2")
     add("--blocks", type=int, choices=range(2, 101), default=5, metavar="N")
@@ -132,6 +139,7 @@ def main(argv: Sequence[str]) -> int:
             layouts=args.layout,
             shapes=args.shape,
             dtypes=args.dtype,
+            backends=args.backend,
             against=args.against,
             threads=args.threads,
             blocks=args.blocks,
@@ -188,7 +196,16 @@ def _pytest(suite: Suite, path: Path) -> tuple[int, dict[str, Any] | None]:
     """Run the tests; return pytest's exit code and the document, None if there is none."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=path.name) as folder:
         file = os.path.join(folder, "benchmark.json")
-        options = ["-p", "no:terminal", "-p", "no:cacheprovider", "-o", "addopts=", "-o", "filterwarnings="]
+        options = [
+            "-p",
+            "no:terminal",
+            "-p",
+            "no:cacheprovider",
+            "-o",
+            "addopts=",
+            "-o",
+            "filterwarnings=",
+        ]
         options += ["--benchmark-quiet", f"--benchmark-json={file}"]
         code = pytest.main([str(TESTS), *options], plugins=[suite])
         whole = os.path.exists(file) and os.path.getsize(file)
