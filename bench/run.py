@@ -196,16 +196,7 @@ def _pytest(suite: Suite, path: Path) -> tuple[int, dict[str, Any] | None]:
     """Run the tests; return pytest's exit code and the document, None if there is none."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=path.name) as folder:
         file = os.path.join(folder, "benchmark.json")
-        options = [
-            "-p",
-            "no:terminal",
-            "-p",
-            "no:cacheprovider",
-            "-o",
-            "addopts=",
-            "-o",
-            "filterwarnings=",
-        ]
+        options = ["-p", "no:terminal", "-p", "no:cacheprovider", "-o", "filterwarnings="]
         options += ["--benchmark-quiet", f"--benchmark-json={file}"]
         code = pytest.main([str(TESTS), *options], plugins=[suite])
         whole = os.path.exists(file) and os.path.getsize(file)
