@@ -1,7 +1,6 @@
 """Which cases are measured: lists by name, from the shapes of networks, a grid, and odd ones."""
 
 import math
-import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
@@ -39,8 +38,7 @@ def suite(name: str) -> list[Case]:
     """Return the cases of a suite, each once.
 
     "quick" is a small choice of everything, "marks" and "full" are the shapes of networks and the
-    odd ones, "maps" are the grid and a choice of the others, in an order of which every beginning
-    is an even sample, and "accuracy" has an offset in x.
+    odd ones, "maps" are the grid and a choice of the others, and "accuracy" has an offset in x.
     """
     return list(dict.fromkeys(SUITES[name]()))
 
@@ -133,9 +131,7 @@ def _in_groups(shape: Shape, num_groups: int) -> Iterator[Case]:
 def _maps() -> list[Case]:
     grid = [case for case in _grid() if case.nbytes <= MOST_BYTES]
     others = [case for case in (*_models(), *_odd()) if case.nbytes <= MOST_BYTES]
-    cases = list(dict.fromkeys(grid + others))
-    random.Random(0).shuffle(cases)
-    return cases
+    return grid + others
 
 
 def planes() -> list[Shape]:
