@@ -1,8 +1,8 @@
 """The front door: the common case of every operation, from arguments to kernel in compiled code.
 
-A call is common if its arrays are C-contiguous and of plain kinds, and the compiled backend is the
-one in use. What is not, or is not right, is declined: the function returns None, nothing has been
-written, and `_canonical.py` deals with the call, errors included.
+A call is common if its arrays are C-contiguous and of plain kinds, and it is for the compiled
+backend or for Numba. What is not, or is not right, is declined: the function returns None, nothing
+has been written, and `_canonical.py` deals with the call, errors included.
 """
 
 cimport numpy as cnp
@@ -21,7 +21,7 @@ from .backends.cython.verbs cimport (
     FLOAT32, FLOAT64, element_of, new_call, run, tables,
 )
 
-from . import _auto, _threads
+from . import _auto, _dispatch, _threads
 from ._canonical import CHANNELS_LAST, Gradients, Stats
 from ._dispatch import _current
 from .backends import ACTIVATIONS
@@ -31,6 +31,8 @@ cnp.import_array()
 cdef:
     object take_threads = _threads.take_threads
     object give_back = _threads.give_back
+    object is_available = _dispatch.is_available
+    object solve_elsewhere = _dispatch.solve
     Py_ssize_t serial_bytes = _threads.SERIAL_BYTES
     cnp.dtype float32 = cnp.PyArray_DescrFromType(cnp.NPY_FLOAT32)
     cnp.dtype float64 = cnp.PyArray_DescrFromType(cnp.NPY_FLOAT64)
@@ -115,16 +117,15 @@ cdef inline bint writable_for(object out, cnp.ndarray x, object residual) noexce
                  or apart(out, residual)))
 
 
-cdef inline bint compiled(object backend, cnp.ndarray x):
-    """Whether `backend=` asks for the compiled kernels, or leaves a choice that falls on them."""
+cdef inline object chosen(object backend, cnp.ndarray x):
+    """The backend, or 'auto' where that is to be decided; None for what is not common."""
     if backend is None:
         backend = get_value(_current)
     if not PyUnicode_CheckExact(backend):
-        return False
+        return None
     if backend == "auto":
-        return (cnp.PyArray_NBYTES(x) < serial_bytes
-                or cnp.PyArray_NBYTES(x) < <Py_ssize_t> _auto.first_bytes)
-    return backend == "cython"
+        return (backend if cnp.PyArray_NBYTES(x) >= <Py_ssize_t> _auto.first_bytes else "cython")
+    return backend if backend == "cython" or backend == "numba" and is_available(backend) else None
 
 
 cdef inline bint number(object value, double* out) noexcept:
@@ -148,9 +149,12 @@ cdef inline Call call_for(cnp.ndarray x, object y):
     return call
 
 
-cdef int solve(Verb verb, cnp.ndarray x, Call* call) except -1:
+cdef int solve(object backend, tuple kernel, Verb verb, cnp.ndarray x, Call* call) except -1:
     """Run a kernel on the threads that are free; one thread needs no leave."""
     cdef Py_ssize_t nbytes = cnp.PyArray_NBYTES(x)
+    if backend != "cython":
+        solve_elsewhere(*kernel, backend, nbytes, *arguments(kernel, x, call))
+        return 0
     if nbytes < serial_bytes:
         return run(verb, call)
     call.threads = take_threads(nbytes)
@@ -158,6 +162,55 @@ cdef int solve(Verb verb, cnp.ndarray x, Call* call) except -1:
         return run(verb, call)
     finally:
         give_back()
+
+
+cdef object view(const void* data, int ndim, const cnp.npy_intp* shape, int type_number):
+    """The array that a pointer of a call stands for; it must not outlive the call."""
+    if data is NULL:
+        return None
+    return cnp.PyArray_SimpleNewFromData(ndim, <cnp.npy_intp*> shape, type_number, <void*> data)
+
+
+cdef tuple arguments(tuple kernel, cnp.ndarray x_, const Call* call):
+    """A call as backends/__init__.py has it."""
+    cdef:
+        bint rows = kernel[0] == "rows"
+        int type_number = cnp.PyArray_TYPE(x_)
+        int real = cnp.NPY_FLOAT64 if type_number == cnp.NPY_FLOAT64 else cnp.NPY_FLOAT32
+        int ndim = 2 if rows else 3, ndim_stats = 1 if rows else 2
+        cnp.npy_intp shape[3]
+        cnp.npy_intp stats[2]
+        cnp.npy_intp size
+    if rows:
+        shape[0], shape[1] = call.M, call.D
+        stats[0], size = call.M, call.D
+    else:
+        shape[0], shape[1], shape[2] = call.N, call.C, call.S
+        stats[0], stats[1], size = call.B, call.G, call.C
+        if kernel[0] == "channels_last":
+            shape[1], shape[2] = call.S, call.C
+    x = view(call.x, ndim, shape, type_number)
+    weight = view(call.weight, 1, &size, real)
+    mean = view(call.mean, ndim_stats, stats, real)
+    rstd = view(call.rstd, ndim_stats, stats, real)
+    if kernel[1] in ("normalize", "apply"):
+        residual = view(call.residual, ndim, shape, type_number)
+        bias = view(call.bias, 1, &size, real)
+        y = view(call.y, ndim, shape, type_number)
+        if rows:
+            total = view(call.total, ndim, shape, type_number)
+            return x, residual, weight, bias, call.eps, y, total, mean, rstd
+        if kernel[1] == "apply":
+            return x, residual, weight, bias, call.activation, y, mean, rstd
+        var = view(call.var, ndim_stats, stats, real)
+        return x, residual, weight, bias, call.eps, call.activation, y, mean, var, rstd
+    grad_y = view(call.grad_y, ndim, shape, type_number)
+    gradients = (view(call.grad_x, ndim, shape, type_number),
+                 view(call.grad_weight, 1, &size, real), view(call.grad_bias, 1, &size, real))
+    if rows:
+        grad_total = view(call.grad_total, ndim, shape, type_number)
+        return grad_y, x, mean, rstd, weight, grad_total, *gradients
+    return grad_y, x, mean, rstd, weight, *gradients
 
 
 cdef inline int place(Statistics* statistics, Py_ssize_t count) except -1:
@@ -218,7 +271,8 @@ cdef object axis_norm(object x_, object residual, object normalized_shape, objec
     elif not number(eps_, &eps) or not (eps >= 0 and isfinite(eps)):
         return None
     count = trailing(x, normalized_shape)
-    if count < 0 or cnp.PyArray_SIZE(x) == 0 or not compiled(backend, x):
+    backend = chosen(backend, x)
+    if count < 0 or cnp.PyArray_SIZE(x) == 0 or backend is None:
         return None
     kept = cnp.PyArray_NDIM(x) - count
     if (not parameter(weight, kind, cnp.PyArray_DIMS(x) + kept, count)
@@ -246,13 +300,13 @@ cdef object axis_norm(object x_, object residual, object normalized_shape, objec
         rstd = empty(reals(kind), kept, cnp.PyArray_DIMS(x))
         mean = empty(reals(kind), kept, cnp.PyArray_DIMS(x)) if center else None
         call.mean, call.rstd = data(mean), data(rstd)
-        solve(tables[kind].rows_normalize, x, &call)
+        solve(backend, ("rows", "normalize"), tables[kind].rows_normalize, x, &call)
     else:
         place(&statistics, 2 * M)
         call.mean = statistics.scratch if center else NULL
         call.rstd = <double*> statistics.scratch + M
         try:
-            solve(tables[kind].rows_normalize, x, &call)
+            solve(backend, ("rows", "normalize"), tables[kind].rows_normalize, x, &call)
         finally:
             leave(&statistics)
     if return_stats is True:
@@ -296,7 +350,8 @@ cdef object axis_norm_backward(object grad_y, object x_, object normalized_shape
         return None
     x = x_
     count = trailing(x, normalized_shape)
-    if count < 0 or cnp.PyArray_SIZE(x) == 0 or not compiled(backend, x):
+    backend = chosen(backend, x)
+    if count < 0 or cnp.PyArray_SIZE(x) == 0 or backend is None:
         return None
     kept = cnp.PyArray_NDIM(x) - count
     mean, rstd = <object> (<tuple> stats)[0], <object> (<tuple> stats)[1]
@@ -320,7 +375,7 @@ cdef object axis_norm_backward(object grad_y, object x_, object normalized_shape
     call.grad_y, call.grad_total = data(grad_y), data(grad_sum)
     call.mean, call.rstd, call.weight = data(mean), data(rstd), data(weight)
     call.grad_x, call.grad_weight, call.grad_bias = data(grad_x), data(grad_weight), data(grad_bias)
-    solve(tables[kind].rows_backward, x, &call)
+    solve(backend, ("rows", "backward"), tables[kind].rows_backward, x, &call)
     return named(Gradients, (grad_x, grad_weight, grad_bias))
 
 
@@ -399,8 +454,10 @@ cdef object channel_norm(object x_, object running_mean, object running_var, obj
     x = x_
     if not (eps >= 0 and isfinite(eps)) or (eps == 0 and batch and not frozen):
         return None
-    if not channels_of(x, layout, per_image, groups, &c) or not compiled(backend, x):
+    backend = chosen(backend, x)
+    if not channels_of(x, layout, per_image, groups, &c) or backend is None:
         return None
+    problem = "channels_last" if c.last else "channels_first"
     count = c.stats[0] * c.stats[1]
     per_statistic = cnp.PyArray_SIZE(x) // count
     if not frozen and per_statistic == 1 and groups == 0:
@@ -449,9 +506,11 @@ cdef object channel_norm(object x_, object running_mean, object running_var, obj
             call.mean, call.rstd = data(mean), data(rstd)
         if frozen:
             take_running(kind, running_mean, running_var, eps, c.C, call.mean, call.rstd)
-            solve(table.last_apply if c.last else table.first_apply, x, &call)
+            solve(backend, (problem, "apply"),
+                  table.last_apply if c.last else table.first_apply, x, &call)
         else:
-            solve(table.last_normalize if c.last else table.first_normalize, x, &call)
+            solve(backend, (problem, "normalize"),
+                  table.last_normalize if c.last else table.first_normalize, x, &call)
             if running:
                 update_running(kind, running_mean, running_var, &call, momentum, per_statistic)
     finally:
@@ -567,8 +626,10 @@ cdef object channel_norm_backward(object grad_y, object x_, object stats, object
     if kind < 0 or type(stats) is not Stats or not common_need(need):
         return None
     x = x_
-    if not channels_of(x, layout, per_image, groups, &c) or not compiled(backend, x):
+    backend = chosen(backend, x)
+    if not channels_of(x, layout, per_image, groups, &c) or backend is None:
         return None
+    problem = "channels_last" if c.last else "channels_first"
     shape = &c.stats[0] if per_image else &c.stats[1]
     mean, rstd = <object> (<tuple> stats)[0], <object> (<tuple> stats)[1]
     if (not like(grad_y, x) or not parameter(weight, kind, &c.C, 1)
@@ -589,9 +650,11 @@ cdef object channel_norm_backward(object grad_y, object x_, object stats, object
     call.weight = data(weight)
     call.grad_x, call.grad_weight, call.grad_bias = data(grad_x), data(grad_weight), data(grad_bias)
     if frozen:
-        solve(table.last_backward_apply if c.last else table.first_backward_apply, x, &call)
+        solve(backend, (problem, "backward_apply"),
+              table.last_backward_apply if c.last else table.first_backward_apply, x, &call)
     else:
-        solve(table.last_backward if c.last else table.first_backward, x, &call)
+        solve(backend, (problem, "backward"),
+              table.last_backward if c.last else table.first_backward, x, &call)
     return named(Gradients, (grad_x, grad_weight, grad_bias))
 
 
