@@ -12,14 +12,17 @@ from cpython.long cimport PyLong_AsSsize_t, PyLong_CheckExact
 from cpython.tuple cimport PyTuple_CheckExact
 from cpython.unicode cimport PyUnicode_CheckExact
 from libc.float cimport DBL_EPSILON, FLT_EPSILON
-from libc.math cimport isfinite, sqrt
+from libc.math cimport isfinite
 from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy
 
 from ._memory cimport empty, empty_as
 from .backends.cython.call cimport Call, Table, Verb
 from .backends.cython.verbs cimport (
     FLOAT32, FLOAT64, element_of, new_call, run, tables,
 )
+
+import numpy as np
 
 from . import _auto, _dispatch, _threads
 from ._canonical import CHANNELS_LAST, Gradients, Stats
@@ -171,6 +174,15 @@ cdef object view(const void* data, int ndim, const cnp.npy_intp* shape, int type
     return cnp.PyArray_SimpleNewFromData(ndim, <cnp.npy_intp*> shape, type_number, <void*> data)
 
 
+cdef object frozen_rstd(cnp.ndarray var, const Call* call, object out):
+    """What the compiled kernels make of a running variance themselves."""
+    with np.errstate(all="ignore"):
+        rstd = (1 / np.sqrt(var.astype(np.float64) + call.eps)).astype(var.dtype)
+    if out is not None:
+        out[...] = rstd
+    return rstd
+
+
 cdef tuple arguments(tuple kernel, cnp.ndarray x_, const Call* call):
     """A call as backends/__init__.py has it."""
     cdef:
@@ -200,9 +212,9 @@ cdef tuple arguments(tuple kernel, cnp.ndarray x_, const Call* call):
         if rows:
             total = view(call.total, ndim, shape, type_number)
             return x, residual, weight, bias, call.eps, y, total, mean, rstd
-        if kernel[1] == "apply":
-            return x, residual, weight, bias, call.activation, y, mean, rstd
         var = view(call.var, ndim_stats, stats, real)
+        if kernel[1] == "apply":
+            return x, residual, weight, bias, call.activation, y, mean, frozen_rstd(var, call, rstd)
         return x, residual, weight, bias, call.eps, call.activation, y, mean, var, rstd
     grad_y = view(call.grad_y, ndim, shape, type_number)
     gradients = (view(call.grad_x, ndim, shape, type_number),
@@ -495,24 +507,29 @@ cdef object channel_norm(object x_, object running_mean, object running_var, obj
     call.N, call.C, call.S, call.B, call.G = c.N, c.C, c.S, c.stats[0], c.stats[1]
     call.residual, call.weight, call.bias = data(residual), data(weight), data(bias)
     call.eps, call.activation = eps, index
+    if return_stats is True:
+        mean = new_statistic(kind, &c)
+        rstd = new_statistic(kind, &c)
+    if frozen:
+        call.mean, call.var, call.rstd = data(running_mean), data(running_var), data(rstd)
+        solve(backend, (problem, "apply"),
+              table.last_apply if c.last else table.first_apply, x, &call)
+        if return_stats is True:
+            memcpy(data(mean), data(running_mean), cnp.PyArray_NBYTES(<cnp.ndarray> mean))
+        return (y, named(Stats, (mean, rstd))) if return_stats is True else y
     place(&statistics, 3 * count)
     try:
         call.mean = statistics.scratch
         call.rstd = <double*> statistics.scratch + count
         call.var = <double*> statistics.scratch + 2 * count
         if return_stats is True:
-            mean = new_statistic(kind, &c)
-            rstd = new_statistic(kind, &c)
             call.mean, call.rstd = data(mean), data(rstd)
-        if frozen:
-            take_running(kind, running_mean, running_var, eps, c.C, call.mean, call.rstd)
-            solve(backend, (problem, "apply"),
-                  table.last_apply if c.last else table.first_apply, x, &call)
-        else:
-            solve(backend, (problem, "normalize"),
-                  table.last_normalize if c.last else table.first_normalize, x, &call)
-            if running:
-                update_running(kind, running_mean, running_var, &call, momentum, per_statistic)
+        solve(backend, (problem, "normalize"),
+              table.last_normalize if c.last else table.first_normalize, x, &call)
+        if running:
+            call.running_mean, call.running_var = data(running_mean), data(running_var)
+            call.momentum = momentum
+            solve("cython", (), table.move_running, x, &call)
     finally:
         leave(&statistics)
     return (y, named(Stats, (mean, rstd))) if return_stats is True else y
@@ -521,56 +538,6 @@ cdef object channel_norm(object x_, object running_mean, object running_var, obj
 cdef inline cnp.ndarray new_statistic(int kind, const Channels* c):
     return empty(reals(kind), 2 if c.per_image else 1,
                  &c.stats[0] if c.per_image else &c.stats[1])
-
-
-ctypedef fused real:
-    float
-    double
-
-
-cdef void take(const real* running_mean, const real* running_var, double eps, Py_ssize_t C,
-               real* mean, real* rstd) noexcept nogil:
-    cdef Py_ssize_t c
-    for c in range(C):
-        mean[c] = running_mean[c]
-        rstd[c] = <real> (1 / sqrt(running_var[c] + eps))
-
-
-cdef void take_running(int kind, object running_mean, object running_var, double eps,
-                       Py_ssize_t C, void* mean, void* rstd):
-    if kind == FLOAT64:
-        take[double](<double*> data(running_mean), <double*> data(running_var), eps, C,
-                     <double*> mean, <double*> rstd)
-    else:
-        take[float](<float*> data(running_mean), <float*> data(running_var), eps, C,
-                    <float*> mean, <float*> rstd)
-
-
-cdef void update(real* running, const real* new, Py_ssize_t B, Py_ssize_t G, double factor,
-                 double momentum) noexcept nogil:
-    """Move towards the mean over B of what is new, times a factor."""
-    cdef Py_ssize_t b, g
-    cdef double mean
-    for g in range(G):
-        mean = 0
-        for b in range(B):
-            mean += new[b * G + g]
-        running[g] = <real> ((1 - momentum) * running[g] + momentum * (mean / B * factor))
-
-
-cdef void update_running(int kind, object running_mean, object running_var, const Call* call,
-                         double momentum, Py_ssize_t count):
-    cdef double unbiased = <double> count / (count - 1)
-    if kind == FLOAT64:
-        update[double](<double*> data(running_mean), <double*> call.mean, call.B, call.G, 1,
-                       momentum)
-        update[double](<double*> data(running_var), <double*> call.var, call.B, call.G, unbiased,
-                       momentum)
-    else:
-        update[float](<float*> data(running_mean), <float*> call.mean, call.B, call.G, 1,
-                      momentum)
-        update[float](<float*> data(running_var), <float*> call.var, call.B, call.G, unbiased,
-                      momentum)
 
 
 def batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, layout,
