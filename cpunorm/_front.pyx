@@ -16,6 +16,7 @@ from libc.math cimport isfinite
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
+from ._channels cimport Channels, settle
 from ._memory cimport empty, empty_as
 from .backends.cython.call cimport Call, Table, Verb
 from .backends.cython.verbs cimport (
@@ -410,13 +411,6 @@ def rms_norm_backward(grad_y, x, normalized_shape, stats, weight, axis, grad_sum
 # ----------------------------------------------------------- batch norm, instance norm, group norm
 
 
-cdef struct Channels:
-    bint last                   # the problem: channels_last, else channels_first
-    cnp.npy_intp stats[2]       # (B, G)
-    cnp.npy_intp N, C, S
-    bint per_image
-
-
 cdef bint channels_of(cnp.ndarray x, object layout, bint per_image, Py_ssize_t groups,
                       Channels* c):
     """The canonical problem of a call; 0 groups are as many as channels."""
@@ -435,13 +429,7 @@ cdef bint channels_of(cnp.ndarray x, object layout, bint per_image, Py_ssize_t g
     if c.C % groups:
         return False
     c.stats[0], c.stats[1] = c.N if per_image else 1, groups
-    # Where one of them is 1, it does not matter what lies inside what.
-    if c.S == 1:
-        c.last = not per_image
-    elif c.C == 1:
-        c.last = False
-    if c.last and not per_image:
-        c.N, c.S = 1, c.N * c.S
+    settle(c)
     return True
 
 
