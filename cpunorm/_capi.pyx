@@ -10,8 +10,10 @@ from .backends.cython.verbs cimport FLOAT32, FLOAT64, new_call, solve, tables
 
 import os
 
-from . import _threads
-from .backends import cython as _loaded  # which fills the tables, noqa: F401
+from . import _dispatch, _threads
+
+if not _dispatch.is_available("cython"):  # which fills the tables
+    raise ImportError("cpunorm's compiled backend is missing; see cpunorm.show_config()")
 
 cdef:
     Py_ssize_t serial_bytes = _threads.SERIAL_BYTES

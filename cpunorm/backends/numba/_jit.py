@@ -52,7 +52,6 @@ def _one_launch() -> AbstractContextManager[Any]:
     return threading.Lock() if numba.threading_layer() == "workqueue" else nullcontext()
 
 
-
 def _digest() -> str:
     """numba's cache only watches the file of the function itself; this watches the package."""
     sources = sorted(Path(__file__).parent.glob("*.py"))

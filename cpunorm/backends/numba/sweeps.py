@@ -24,7 +24,7 @@ from ._jit import Array, jit, jit_sum, once
 from .activations import RELU, activate
 
 BLOCK = 4096  # elements that are swept several times from L1
-PIECE = 16384 # elements of the least task worth a thread
+PIECE = 16384  # elements of the least task worth a thread
 SLAB = 512 * 1024  # bytes that stay in L2 between two sweeps
 TASKS = 16  # enough to keep the threads busy; where there would be fewer, statistics are cut
 SHORT_SUM = 32  # rows summed in the type of x before float64 takes over
