@@ -1,4 +1,4 @@
-"""`cpunorm.torch`: what accelerate promises of a model, and what the functions promise of tensors."""
+"""`cpunorm.torch`: what accelerate promises of a model, and the functions of tensors."""
 
 import copy
 import io
@@ -44,12 +44,12 @@ MODULES = {
     "RMSNorm with eps": (lambda **k: nn.RMSNorm(8, eps=1e-3, **k), (3, 5, 8)),
 }
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10, torch.float16: 4e-3, torch.bfloat16: 4e-2}
+TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 
 
 @pytest.fixture(autouse=True)
 def say_it_again():
-    _modules._say_once.cache_clear()
+    _modules._said.clear()
 
 
 def pair(name, dtype=torch.float32, **options):
@@ -96,6 +96,7 @@ def test_values_gradients_and_state_are_torchs(name, dtype):
             assert_close(mine(x), theirs(x), dtype)
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")  # torch of its own RMS norm
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", MODULES)
 def test_parameters_in_float32_beside_16_bits(name, dtype):
@@ -138,43 +139,21 @@ def test_any_strides(name):
         assert y_mine.stride() == y.stride()
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", MODULES)
-def test_gradcheck(name):
+def test_gradcheck(name, training):
+    """First and second derivatives, with respect to the input and every parameter."""
     _, mine, shape = pair(name, torch.float64)
-    shape = tuple(min(n, 4) if i != 1 and n != 8 and n != 6 else n for i, n in enumerate(shape))
-    if name == "LayerNorm over two axes":
-        shape = (2, 5, 8)
-    parameters = tuple(mine.parameters())
-    for training in (True, False):
-        mine.train(training)
+    mine.train(training)
+    names = [n for n, _ in mine.named_parameters()]
 
-        def function(x, *values):
-            names = [n for n, _ in mine.named_parameters()]
-            call = getattr(ours, mine_function)
-            options = dict(zip(names, values, strict=True))
-            return call(x, **options, **arguments)
+    def function(x, *parameters):
+        given = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(mine, given, x)
 
-        mine_function, arguments = as_function(mine)
-        x = inputs(shape, torch.float64)
-        assert torch.autograd.gradcheck(function, (x, *parameters))
-        assert torch.autograd.gradgradcheck(function, (x, *parameters))
-
-
-def as_function(module):
-    """The function of `cpunorm.torch` that a module calls, with what it takes besides tensors."""
-    eps = {"eps": module.eps}
-    if isinstance(module, nn.LayerNorm):
-        return "layer_norm", {"normalized_shape": module.normalized_shape, **eps}
-    if isinstance(module, nn.RMSNorm):
-        return "rms_norm", {"normalized_shape": module.normalized_shape, **eps}
-    if isinstance(module, nn.GroupNorm):
-        return "group_norm", {"num_groups": module.num_groups, **eps}
-    own = module.training or module.running_mean is None
-    # Updating them between evaluations would not change y, but leave them out all the same.
-    kept = {f"running_{k}": None if own else getattr(module, f"running_{k}") for k in ("mean", "var")}
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return "batch_norm", {**kept, "training": own, **eps}
-    return "instance_norm", {**kept, "use_input_stats": own, **eps}
+    arguments = inputs(shape, torch.float64), *mine.parameters()
+    assert torch.autograd.gradcheck(function, arguments, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, arguments, fast_mode=True)
 
 
 @pytest.mark.parametrize("axis", [1, (1,), (1, 3)])
@@ -185,12 +164,13 @@ def test_axis(operation, axis):
     weight = inputs(size, torch.float64, seed=2)
     function = lambda x, w: getattr(ours, operation)(x, size, w, axis=axis)  # noqa: E731
     last = tuple(range(-len(size), 0))
-    expected = getattr(F, operation)(x.movedim(axis, last), size, weight).movedim(last, axis)
+    axes = (axis,) if axis == 1 else axis
+    expected = getattr(F, operation)(x.movedim(axes, last), size, weight).movedim(last, axes)
     y = function(x, weight)
     torch.testing.assert_close(y, expected)
     assert y.stride() == x.stride()
-    assert torch.autograd.gradcheck(function, (x, weight))
-    assert torch.autograd.gradgradcheck(function, (x, weight))
+    assert torch.autograd.gradcheck(function, (x, weight), fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, (x, weight), fast_mode=True)
     permuted = x.detach().permute(0, 3, 1, 2)[:, :, :, ::2]
     torch.testing.assert_close(
         getattr(ours, operation)(permuted, 4, axis=2),
@@ -220,13 +200,19 @@ def test_kernels_get_and_give_the_tensors_own_memory(name, training, monkeypatch
     _, mine, shape = pair(name)
     mine.train(training)
     seen = []
-    module = _modules.OPERATIONS[{"Ba": "batch_norm", "La": "layer_norm"}.get(name[:2], "group_norm")]
+    module = _modules.OPERATIONS[
+        {"Ba": "batch_norm", "La": "layer_norm"}.get(name[:2], "group_norm")
+    ]
     from cpunorm import functional
 
     def watched(function):
         def call(*arguments, **options):
             result = function(*arguments, **options)
-            for a in (*arguments, *options.values(), *(result if type(result) is tuple else [result])):
+            for a in (
+                *arguments,
+                *options.values(),
+                *(result if type(result) is tuple else [result]),
+            ):
                 seen.extend(v for v in (a if isinstance(a, tuple) else [a]))
             return result
 
@@ -349,30 +335,38 @@ def test_not_a_module(call):
         call({})
 
 
-def test_fallbacks_say_so_once():
-    class Subclass(torch.Tensor):
-        pass
+class Subclass(torch.Tensor):
+    pass
 
-    model = ours.accelerate(nn.LayerNorm(4))
-    x = torch.ones(2, 4)
-    for odd, told in (
-        (x.as_subclass(Subclass), "Subclass"),
-        (x.to("meta"), "on meta"),
-        (x.double(), "of torch.float32"),
-    ):
-        with pytest.warns(UserWarning, match=f"LayerNorm falls back .*{told}"):
-            try:
-                y = model(odd)
-            except RuntimeError:
-                assert odd.dtype == torch.float64  # torch's own error
-            else:
-                assert type(y) is type(odd) and y.device == odd.device
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)
-            if odd.dtype != torch.float64:
-                model(odd)
-    with pytest.warns(UserWarning, match=r"dtype torch\.complex64"), pytest.raises(RuntimeError):
-        model(x.to(torch.complex64))
+
+@pytest.mark.parametrize(
+    ("module", "x", "told"),
+    [
+        (nn.LayerNorm(4), torch.ones(2, 4).as_subclass(Subclass), "is a Subclass"),
+        (nn.LayerNorm(4, device="meta"), torch.ones(2, 4, device="meta"), "is on meta"),
+        (nn.BatchNorm1d(4).double(), torch.ones(2, 4), r"a Parameter of torch\.float64"),
+        (nn.RMSNorm(4, dtype=torch.complex64), torch.ones(2, 4) + 1j, r"dtype torch\.complex64"),
+    ],
+)
+def test_fallbacks_say_so_once(module, x, told):
+    expected, failure = outcome(copy.deepcopy(module), x)
+    ours.accelerate(module)
+    with pytest.warns(UserWarning, match=f"{type(module).__name__} falls back .*{told}"):
+        y, mine = outcome(module, x)
+    assert type(mine) is type(failure)
+    if failure is None:
+        assert type(y) is type(expected) and y.device == expected.device
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        outcome(module, x)
+
+
+def outcome(module, x):
+    """What a call returns, or the error it raises."""
+    try:
+        return module(x), None
+    except RuntimeError as error:
+        return None, error
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
@@ -535,8 +529,6 @@ def test_torchs_number_of_threads_is_ours():
     """One OpenMP runtime serves both, so that torch's limit holds for our kernels too."""
     from cpunorm import _openmp, _threads
 
-    if not any("gomp" in line for line in open("/proc/self/maps")):
-        pytest.skip("no OpenMP of GNU here")
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)

@@ -172,8 +172,8 @@ def layer_norm(
     eps : float
         Added to the variance.
     axis : int or sequence of ints, optional
-        The normalised axes; None is the trailing ones. ``axis=1`` normalises an NCHW tensor over the
-        channels of every position, in either memory format, without a transpose.
+        The normalised axes; None is the trailing ones. ``axis=1`` normalises an NCHW tensor over
+        the channels of every position, in either memory format, without a transpose.
 
     Returns
     -------

@@ -6,7 +6,6 @@ module goes stale, and `isinstance` says what it said before.
 """
 
 import warnings
-from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -24,8 +23,8 @@ def accelerate(model: _Model) -> _Model:
     """Have a model's normalization modules run on cpunorm, forward and backward.
 
     BatchNorm1d, 2d and 3d, InstanceNorm1d, 2d and 3d, GroupNorm, LayerNorm and RMSNorm are moved
-    over; subclasses of them, SyncBatchNorm, lazy and parametrized modules are left alone. Parameters,
-    buffers, hooks and the state_dict stay as they are, and memory formats are kept.
+    over; subclasses of them, SyncBatchNorm, lazy and parametrized modules are left alone.
+    Parameters, buffers, hooks and the state_dict stay as they are, and memory formats are kept.
 
     A call that is not ours falls back to torch's own kernel, and a warning says so, once for each
     reason: tensors that are not on the CPU, of another dtype or of another class, and calls that
@@ -150,10 +149,15 @@ def _reason_against(x: Any, *tensors: Any) -> str | None:
     return None
 
 
+_said: set[tuple[str, str]] = set()
+
+
+# While torch compiles, this runs once, and leaves nothing in what is compiled.
 @torch.compiler.assume_constant_result
-@cache
 def _say_once(module: str, reason: str) -> None:
-    warnings.warn(f"{module} falls back to torch's own kernel: {reason}", stacklevel=2)
+    if (module, reason) not in _said:
+        _said.add((module, reason))
+        warnings.warn(f"{module} falls back to torch's own kernel: {reason}", stacklevel=2)
 
 
 class _Ours(nn.Module):
@@ -208,9 +212,7 @@ class GroupNorm(_Ours, nn.GroupNorm):
         if not self._is_for_us(x, self.weight, self.bias):
             return super().forward(x)
         options = {"num_groups": self.num_groups, "eps": self.eps}
-        return eager(
-            OPERATIONS["group_norm"], options, in_torch_order(x), self.weight, self.bias
-        )
+        return eager(OPERATIONS["group_norm"], options, in_torch_order(x), self.weight, self.bias)
 
 
 class LayerNorm(_Ours, nn.LayerNorm):

@@ -216,9 +216,7 @@ def _register(operation: Operation) -> None:
         given = list(arguments[:count])
         if has_running:
             given[:2] = (None if t is None else t.clone() for t in given[:2])
-        y, stats = operation.forward(
-            x, tuple(given), named(arguments[count:]), return_stats=True
-        )
+        y, stats = operation.forward(x, tuple(given), named(arguments[count:]), return_stats=True)
         running = tuple(_or_nothing(x, t) for t in given[:2]) if has_running else ()
         mean = x.new_empty(0) if stats.mean is None else tensor(stats.mean)
         return tensor(y), mean, tensor(stats.rstd), *running
