@@ -8,9 +8,9 @@ from pathlib import Path
 from ._demo.cli import Parser
 
 DESCRIPTION = """\
-Fold the batch norms of an ONNX model into the convolutions before them. The input is not touched; the
-output appears when it is complete. The exit code is 2 for a wrong argument or a file that cannot be
-read or written.
+Fold the batch norms of an ONNX model into the convolutions before them. The input is not touched;
+the output appears when it is complete. The exit code is 2 for a wrong argument, or a file that
+cannot be read or written.
 """
 
 

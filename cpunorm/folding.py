@@ -41,8 +41,8 @@ def fold_batch_norm(
         What the axes of `weight` are, a letter for each: ``O`` the output channels, ``I`` the input
         channels, any others the kernel's. A convolution is ``"OIHW"`` in torch and ONNX and
         ``"HWIO"`` in Keras, a transposed one ``"IOHW"`` (in Keras ``"HWOI"``), a linear layer
-        ``"OI"`` (``"IO"``), and Keras' depthwise convolution ``"HWIO"``. Groups follow from C: where
-        the axis ``O`` is shorter, it runs over the outputs of each group of input channels.
+        ``"OI"`` (``"IO"``), and Keras' depthwise convolution ``"HWIO"``. Groups follow from C:
+        where the axis ``O`` is shorter, it runs over the outputs of each group of input channels.
 
     Returns
     -------
@@ -112,7 +112,9 @@ def _arrays_of(bn: Any) -> tuple[dict[str, Array], float]:
         raise TypeError(f"bn must be a BatchNorm or a mapping, got {type(bn).__name__}")
     for name in STATISTICS:
         if given.get(name) is None:
-            raise ValueError(f"bn must have running statistics to be folded, but no {name} is there")
+            raise ValueError(
+                f"bn must have running statistics to be folded, but no {name} is there"
+            )
     channels = np.shape(given["running_mean"])
     if len(channels) != 1:
         raise ValueError(f"bn.running_mean must have one axis, got shape {channels}")
@@ -129,7 +131,11 @@ def _along(weight: Array, layout: Any, scale: Array) -> Array:
     """Return the scale of every output channel so that it broadcasts to the weight."""
     if not isinstance(layout, str):
         raise TypeError(f"layout must be a string, got {type(layout).__name__}")
-    if len(set(layout)) != len(layout) or len(layout) != weight.ndim or not {"O", "I"} <= set(layout):
+    if (
+        len(set(layout)) != len(layout)
+        or len(layout) != weight.ndim
+        or not {"O", "I"} <= set(layout)
+    ):
         raise ValueError(
             f"layout must have one letter for each of the {weight.ndim} axes of weight, O and I "
             f"among them, got {layout!r}"
