@@ -497,11 +497,11 @@ def test_functions_in_compiled_and_exported_code(training, channels_last):
 
 
 OPERATORS = {
-    "batch_norm": lambda x, w, r, o: (x, r.clone(), r.clone() + 1, w, w, o, 0.1, 1e-5),
-    "instance_norm": lambda x, w, r, o: (x, r.clone(), r.clone() + 1, w, None, o, 0.1, 1e-5),
+    "batch_norm": lambda x, w, r, o: (x, w, w, r.clone(), r.clone() + 1, o, 0.1, 1e-5),
+    "instance_norm": lambda x, w, r, o: (x, w, None, r.clone(), r.clone() + 1, o, 0.1, 1e-5),
     "group_norm": lambda x, w, r, o: (x, w, w if o else None, 2, 1e-5),
     "layer_norm": lambda x, w, r, o: (x, w, w, [4], [1] if o else [-3], 1e-5),
-    "rms_norm": lambda x, w, r, o: (x, w, [4], [1], None if o else 1e-5),
+    "rms_norm": lambda x, w, r, o: (x, w, None, [4], [1], None if o else 1e-5),
 }
 
 

@@ -57,8 +57,8 @@ def batch_norm(
             [ 1.,  1.]])
     """
     options = {"training": training, "momentum": momentum, "eps": eps}
-    tensors = running_mean, running_var, weight, bias
-    return _normalize("batch_norm", options, in_torch_order(x), tensors)
+    running = running_mean, running_var
+    return _normalize("batch_norm", options, in_torch_order(x), weight, bias, running)
 
 
 def instance_norm(
@@ -106,8 +106,8 @@ def instance_norm(
              [-1.,  1.]]])
     """
     options = {"use_input_stats": use_input_stats, "momentum": momentum, "eps": eps}
-    tensors = running_mean, running_var, weight, bias
-    return _normalize("instance_norm", options, in_torch_order(x), tensors)
+    running = running_mean, running_var
+    return _normalize("instance_norm", options, in_torch_order(x), weight, bias, running)
 
 
 def group_norm(
@@ -147,7 +147,7 @@ def group_norm(
     tensor([[-1.,  1., -1.,  1.]])
     """
     options = {"num_groups": num_groups, "eps": eps}
-    return _normalize("group_norm", options, in_torch_order(x), (weight, bias))
+    return _normalize("group_norm", options, in_torch_order(x), weight, bias)
 
 
 def layer_norm(
@@ -196,7 +196,7 @@ def layer_norm(
     True
     """
     options = _over_axes(normalized_shape, axis, eps)
-    return _normalize("layer_norm", options, _for_axis(x, axis), (weight, bias))
+    return _normalize("layer_norm", options, _for_axis(x, axis), weight, bias)
 
 
 def rms_norm(
@@ -240,7 +240,7 @@ def rms_norm(
     tensor([[0.8485, 1.1314]])
     """
     options = _over_axes(normalized_shape, axis, eps)
-    return _normalize("rms_norm", options, _for_axis(x, axis), (weight,))
+    return _normalize("rms_norm", options, _for_axis(x, axis), weight, None)
 
 
 def _over_axes(normalized_shape: Shape, axis: Shape | None, eps: float | None) -> dict[str, Any]:
@@ -257,9 +257,7 @@ def _for_axis(x: torch.Tensor, axis: Shape | None) -> torch.Tensor:
     return x
 
 
-def _normalize(
-    name: str, options: dict[str, Any], x: torch.Tensor, tensors: tuple[torch.Tensor | None, ...]
-) -> torch.Tensor:
+def _normalize(name: str, options: dict[str, Any], x: torch.Tensor, *tensors: Any) -> torch.Tensor:
     plain = type(x) in (torch.Tensor, torch.nn.Parameter) and x.is_cpu
     run = eager if plain and not is_traced() else traced
     return run(OPERATIONS[name], options, x, *tensors)

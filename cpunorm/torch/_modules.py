@@ -189,7 +189,7 @@ class _BatchNorm(_Ours):
             "eps": self.eps,
         }
         x = in_torch_order(x)
-        return eager(OPERATIONS["batch_norm"], options, x, *running, self.weight, self.bias)
+        return eager(OPERATIONS["batch_norm"], options, x, self.weight, self.bias, running)
 
 
 class _InstanceNorm(_Ours):
@@ -204,7 +204,7 @@ class _InstanceNorm(_Ours):
             "eps": self.eps,
         }
         x = in_torch_order(x)
-        return eager(OPERATIONS["instance_norm"], options, x, *running, self.weight, self.bias)
+        return eager(OPERATIONS["instance_norm"], options, x, self.weight, self.bias, running)
 
 
 class GroupNorm(_Ours, nn.GroupNorm):
@@ -228,7 +228,7 @@ class RMSNorm(_Ours, nn.RMSNorm):
         if not self._is_for_us(x, self.weight):
             return super().forward(x)
         options = {"normalized_shape": self.normalized_shape, "eps": self.eps, "axis": None}
-        return eager(OPERATIONS["rms_norm"], options, x.contiguous(), self.weight)
+        return eager(OPERATIONS["rms_norm"], options, x.contiguous(), self.weight, None)
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d): ...

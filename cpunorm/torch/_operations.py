@@ -10,42 +10,50 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from .. import functional
 from .._canonical import Stats
 from ._memory import array, tensor
 
 Options = dict[str, Any]
-Tensors = tuple[torch.Tensor | None, ...]
+Optional = torch.Tensor | None
+Running = tuple[()] | tuple[Optional, Optional]
 
 
 class Operation(NamedTuple):
-    """What sets an operation apart: its tensors besides x, its options, those of its backward."""
+    """What sets an operation apart: its options, and which of them its backward takes."""
 
     name: str
-    tensors: tuple[str, ...]
     options: dict[str, str]  # name -> type in a schema
     of_backward: tuple[str, ...]
+    own: str | None = None  # with running statistics: the option that says they are not used
 
-    def forward(self, x: torch.Tensor, tensors: Tensors, options: Options, **more: Any) -> Any:
+    def forward(
+        self, x: torch.Tensor, weight: Optional, bias: Optional, running: Running, options: Options
+    ) -> Any:
         """Call the function of `functional`; running statistics are updated in place."""
-        arrays = {name: array(t) for name, t in zip(self.tensors, tensors, strict=True)}
-        result = getattr(functional, self.name)(array(x), **arrays, **options, **more)
-        for name, t in zip(self.tensors, tensors, strict=True):
-            if name.startswith("running") and t is not None:
-                # What autograd keeps for others must notice that it was written to.
-                torch.autograd.graph.increment_version(t)
-        return result
+        call = {"weight": array(weight), **options}
+        if bias is not None:
+            call["bias"] = array(bias)
+        if running and running[0] is not None:
+            call["running_mean"], call["running_var"] = array(running[0]), array(running[1])
+            if self.own is not None and options[self.own]:
+                # What autograd keeps of them for others must notice that they are written to.
+                torch.autograd.graph.increment_version(running)
+        elif self.own == "training":
+            call["running_mean"] = call["running_var"] = None
+        return getattr(functional, self.name)(array(x), **call)
 
     def backward(
         self,
         grad_y: torch.Tensor,
         x: torch.Tensor,
-        weight: torch.Tensor | None,
+        weight: Optional,
         stats: Stats,
         options: Options,
         need: tuple[bool, ...],
-    ) -> tuple[torch.Tensor | None, ...]:
+    ) -> tuple[Optional, ...]:
         """Call the backward of `functional`: the gradients of x, weight and bias."""
         gradients = getattr(functional, f"{self.name}_backward")(
             array(grad_y),
@@ -55,29 +63,30 @@ class Operation(NamedTuple):
             need=need,
             **{name: options[name] for name in self.of_backward},
         )
-        return tuple(None if g is None else tensor(g) for g in gradients)
+        return tuple([None if g is None else tensor(g) for g in gradients])
 
     def in_torch(
-        self, x: torch.Tensor, tensors: Tensors, stats: Stats, options: Options
+        self, x: torch.Tensor, weight: Optional, bias: Optional, stats: Stats, options: Options
     ) -> torch.Tensor:
         """Compute the same with torch's differentiable operators."""
-        given = dict(zip(self.tensors, tensors, strict=True))
-        options = dict(options)
-        if "running_mean" in given:
-            if not options.get("training", options.get("use_input_stats")):
-                return _affine(x, stats, given["weight"], given["bias"])
-            given["running_mean"] = given["running_var"] = None
-        axis = options.pop("axis", None)
-        if axis is not None:
-            last = tuple(range(-len(axis), 0))
-            x = x.movedim(axis, last)
-        y: torch.Tensor = getattr(torch.nn.functional, self.name)(x, **given, **options)
-        return y if axis is None else y.movedim(last, axis)
+        call = {name: value for name, value in options.items() if name != "axis"}
+        if self.own is not None:
+            if not options[self.own]:
+                return _affine(x, stats, weight, bias)
+            call["running_mean"] = call["running_var"] = None
+        if bias is not None:
+            call["bias"] = bias
+        function = getattr(torch.nn.functional, self.name)
+        axis = options.get("axis")
+        if axis is None:
+            y: torch.Tensor = function(x, weight=weight, **call)
+            return y
+        last = tuple(range(-len(axis), 0))
+        y = function(x.movedim(axis, last), weight=weight, **call)
+        return y.movedim(last, axis)
 
 
-def _affine(
-    x: torch.Tensor, stats: Stats, weight: torch.Tensor | None, bias: torch.Tensor | None
-) -> torch.Tensor:
+def _affine(x: torch.Tensor, stats: Stats, weight: Optional, bias: Optional) -> torch.Tensor:
     """Normalise channels by constant statistics."""
     along = (-1, *(1,) * (x.ndim - 2))
     assert stats.mean is not None
@@ -89,38 +98,21 @@ def _affine(
     return y.to(x.dtype)
 
 
-_RUNNING = ("running_mean", "running_var", "weight", "bias")
-_OVER_AXES = {"normalized_shape": "SymInt[]", "axis": "int[]?"}
+_CHANNELS = {"momentum": "float", "eps": "float"}
+_AXES = {"normalized_shape": "SymInt[]", "axis": "int[]?"}
 OPERATIONS = {
     operation.name: operation
     for operation in (
-        Operation(
-            "batch_norm",
-            _RUNNING,
-            {"training": "bool", "momentum": "float", "eps": "float"},
-            ("training",),
-        ),
+        Operation("batch_norm", {"training": "bool", **_CHANNELS}, ("training",), "training"),
         Operation(
             "instance_norm",
-            _RUNNING,
-            {"use_input_stats": "bool", "momentum": "float", "eps": "float"},
+            {"use_input_stats": "bool", **_CHANNELS},
             ("use_input_stats",),
+            "use_input_stats",
         ),
-        Operation(
-            "group_norm",
-            ("weight", "bias"),
-            {"num_groups": "int", "eps": "float"},
-            ("num_groups",),
-        ),
-        Operation(
-            "layer_norm",
-            ("weight", "bias"),
-            {**_OVER_AXES, "eps": "float"},
-            ("normalized_shape", "axis"),
-        ),
-        Operation(
-            "rms_norm", ("weight",), {**_OVER_AXES, "eps": "float?"}, ("normalized_shape", "axis")
-        ),
+        Operation("group_norm", {"num_groups": "int", "eps": "float"}, ("num_groups",)),
+        Operation("layer_norm", {**_AXES, "eps": "float"}, ("normalized_shape", "axis")),
+        Operation("rms_norm", {**_AXES, "eps": "float?"}, ("normalized_shape", "axis")),
     )
 }
 
@@ -132,7 +124,7 @@ def is_traced() -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._is_tracing()
-        or torch.autograd.forward_ad._current_level >= 0
+        or forward_ad._current_level >= 0
     )
 
 
@@ -141,137 +133,154 @@ def is_traced() -> bool:
 
 class _Normalize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, operation: Operation, options: Options, x: Any, *tensors: Any) -> Any:
-        y, ctx.stats = operation.forward(x, tensors, options, return_stats=True)
+    def forward(
+        ctx: Any, operation: Operation, options: Options, running: Running, *tensors: Any
+    ) -> Any:
+        y, ctx.stats = operation.forward(*tensors, running, {**options, "return_stats": True})
         ctx.operation, ctx.options = operation, options
-        parameters = [
-            t if name in ("weight", "bias") else None
-            for name, t in zip(operation.tensors, tensors, strict=True)
-        ]
-        ctx.save_for_backward(x, *parameters)
+        ctx.save_for_backward(*tensors)
         return tensor(y)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        x, weight, bias = ctx.saved_tensors
+        need = ctx.needs_input_grad[3:]
         (grad_y,) = grad_outputs
-        operation: Operation = ctx.operation
-        x, *tensors = ctx.saved_tensors
-        need = dict(zip(("x", *operation.tensors), ctx.needs_input_grad[2:], strict=True))
-        if torch.is_grad_enabled():
-            # Gradients of gradients: of torch's formula.
-            inputs = {"x": x, **dict(zip(operation.tensors, tensors, strict=True))}
-            wanted = [name for name in inputs if need[name]]
-            y = operation.in_torch(x, tuple(tensors), ctx.stats, ctx.options)
-            found = torch.autograd.grad(
-                y, [inputs[name] for name in wanted], grad_y, create_graph=True
-            )
-            gradients: dict[str, Any] = dict(zip(wanted, found, strict=True))
-        else:
-            weight = tensors[operation.tensors.index("weight")]
-            order = ("x", "weight", "bias")
-            found = operation.backward(
-                grad_y, x, weight, ctx.stats, ctx.options,
-                tuple(need.get(name, False) for name in order),
-            )  # fmt: skip
-            gradients = dict(zip(order, found, strict=True))
-        return None, None, *(gradients.get(name) for name in need)
+        if not torch.is_grad_enabled():
+            found = ctx.operation.backward(grad_y, x, weight, ctx.stats, ctx.options, need)
+            return None, None, None, *found
+        # Gradients of gradients are those of torch's formula.
+        y = ctx.operation.in_torch(x, weight, bias, ctx.stats, ctx.options)
+        wanted = [t for t, n in zip((x, weight, bias), need, strict=True) if n]
+        found = iter(torch.autograd.grad(y, wanted, grad_y, create_graph=True))
+        return None, None, None, *(next(found) if n else None for n in need)
 
 
-def eager(operation: Operation, options: Options, x: torch.Tensor, *tensors: Any) -> torch.Tensor:
+def eager(
+    operation: Operation,
+    options: Options,
+    x: torch.Tensor,
+    weight: Optional,
+    bias: Optional,
+    running: Running = (),
+) -> torch.Tensor:
     """Normalise x, with gradients where they are wanted."""
     if torch.is_grad_enabled() and (
-        x.requires_grad or any(t is not None and t.requires_grad for t in tensors)
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
     ):
-        y: torch.Tensor = _Normalize.apply(operation, options, x, *tensors)
+        y: torch.Tensor = _Normalize.apply(operation, options, running, x, weight, bias)
         return y
-    return tensor(operation.forward(x, tensors, options))
+    return tensor(operation.forward(x, weight, bias, running, options))
 
 
 # ---------------------------------------------------------------------------- as custom operators
 
 
-def traced(operation: Operation, options: Options, x: torch.Tensor, *tensors: Any) -> torch.Tensor:
+def traced(
+    operation: Operation,
+    options: Options,
+    x: torch.Tensor,
+    weight: Optional,
+    bias: Optional,
+    running: Running = (),
+) -> torch.Tensor:
     """Normalise x by the custom operator."""
     in_order = (options[name] for name in operation.options)
-    y, _, _, *running = getattr(torch.ops.cpunorm, operation.name)(x, *tensors, *in_order)
+    operator = getattr(torch.ops.cpunorm, operation.name)
+    y, _, _, *new = operator(x, weight, bias, *running, *in_order)
     # A custom operator with a gradient writes to none of its arguments.
-    for target, new in zip(tensors, running, strict=False):
-        if target is not None:
-            target.copy_(new)
+    for old, updated in zip(running, new, strict=True):
+        if old is not None:
+            old.copy_(updated)
     return y
 
 
 def _register(operation: Operation) -> None:
-    """Define torch.ops.cpunorm.NAME and torch.ops.cpunorm.NAME_backward."""
-    name, count = operation.name, len(operation.tensors)
-    has_running = "running_mean" in operation.tensors
-    tensors = ", ".join(f"Tensor? {t}" for t in operation.tensors)
-    options = ", ".join(f"{kind} {o}" for o, kind in operation.options.items())
-    axis_norm = "normalized_shape" in operation.options
+    """Define torch.ops.cpunorm.NAME and torch.ops.cpunorm.NAME_backward.
 
-    def named(values: Sequence[Any]) -> Options:
-        return dict(zip(operation.options, values, strict=True))
+    An operator returns tensors: where there is nothing to return, one of size zero.
+    """
+    name = operation.name
+    statistics = 2 if operation.own is not None else 0
 
-    def forward(x: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
-        given = list(arguments[:count])
-        if has_running:
-            given[:2] = (None if t is None else t.clone() for t in given[:2])
-        y, stats = operation.forward(x, tuple(given), named(arguments[count:]), return_stats=True)
-        running = tuple(_or_nothing(x, t) for t in given[:2]) if has_running else ()
+    def split(arguments: Sequence[Any]) -> tuple[Sequence[Any], Options]:
+        options = zip(operation.options, arguments[statistics:], strict=True)
+        return arguments[:statistics], dict(options)
+
+    def forward(
+        x: torch.Tensor, weight: Optional, bias: Optional, *arguments: Any
+    ) -> tuple[torch.Tensor, ...]:
+        given, options = split(arguments)
+        running: Any = tuple(None if t is None else t.clone() for t in given)
+        options["return_stats"] = True
+        y, stats = operation.forward(x, weight, bias, running, options)
         mean = x.new_empty(0) if stats.mean is None else tensor(stats.mean)
-        return tensor(y), mean, tensor(stats.rstd), *running
+        updated = (x.new_empty(0) if t is None else t for t in running)
+        return tensor(y), mean, tensor(stats.rstd), *updated
 
-    def fake_forward(x: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
-        given, chosen = arguments[:count], named(arguments[count:])
-        rstd = x.new_empty(_statistic_shape(x, chosen), dtype=_statistic_dtype(x))
+    def fake_forward(
+        x: torch.Tensor, weight: Optional, bias: Optional, *arguments: Any
+    ) -> tuple[torch.Tensor, ...]:
+        running, options = split(arguments)
+        dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+        rstd = x.new_empty(_statistic_shape(x, options), dtype=dtype)
         mean = x.new_empty(0) if name == "rms_norm" else torch.empty_like(rstd)
-        running = (
-            tuple(x.new_empty(0) if t is None else torch.empty_like(t) for t in given[:2])
-            if has_running
-            else ()
-        )
-        return torch.empty_like(x), mean, rstd, *running
+        updated = (x.new_empty(0) if t is None else torch.empty_like(t) for t in running)
+        return torch.empty_like(x), mean, rstd, *updated
 
     def backward(
-        grad_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None,
-        mean: torch.Tensor, rstd: torch.Tensor, need: Sequence[bool], *arguments: Any,
-    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
+        grad_y: torch.Tensor,
+        x: torch.Tensor,
+        weight: Optional,
+        mean: torch.Tensor,
+        rstd: torch.Tensor,
+        need: Sequence[bool],
+        *arguments: Any,
+    ) -> tuple[torch.Tensor, ...]:
+        options = dict(zip(operation.options, arguments, strict=True))
         stats = Stats(None if name == "rms_norm" else array(mean), array(rstd))
-        gradients = operation.backward(grad_y, x, weight, stats, named(arguments), tuple(need))
-        return tuple(_or_nothing(x, g) for g in gradients)
+        found = operation.backward(grad_y, x, weight, stats, options, tuple(need))
+        return tuple(x.new_empty(0) if g is None else g for g in found)
 
     def fake_backward(
-        grad_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None,
-        mean: torch.Tensor, rstd: torch.Tensor, need: Sequence[bool], *arguments: Any,
-    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-        shape = named(arguments)["normalized_shape"] if axis_norm else (x.shape[1],)
+        grad_y: torch.Tensor,
+        x: torch.Tensor,
+        weight: Optional,
+        mean: torch.Tensor,
+        rstd: torch.Tensor,
+        need: Sequence[bool],
+        *arguments: Any,
+    ) -> tuple[torch.Tensor, ...]:
+        options = dict(zip(operation.options, arguments, strict=True))
+        shape = options.get("normalized_shape", x.shape[1:2])
         dtype = rstd.dtype if weight is None else weight.dtype
-        of_parameters = (x.new_empty(shape if n else 0, dtype=dtype if n else None)
-                         for n in need[1:])  # fmt: skip
-        return torch.empty_like(x) if need[0] else x.new_empty(0), *of_parameters
+        grad_x = torch.empty_like(x) if need[0] else x.new_empty(0)
+        affine = (x.new_empty(shape, dtype=dtype) if n else x.new_empty(0) for n in need[1:])
+        return grad_x, *affine
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        _, mean, rstd, *_ = output
-        weight = inputs[1 + operation.tensors.index("weight")]
-        ctx.save_for_backward(inputs[0], weight, mean, rstd)
-        ctx.options = inputs[1 + count :]
+        x, weight, _, *arguments = inputs
+        ctx.save_for_backward(x, weight, *output[1:3])
+        ctx.options = arguments[statistics:]
 
     def gradient(ctx: Any, grad_y: torch.Tensor, *_: Any) -> Any:
-        needed = dict(zip(("x", *operation.tensors), ctx.needs_input_grad, strict=False))
-        need = [needed.get(n, False) for n in ("x", "weight", "bias")]
-        found = getattr(torch.ops.cpunorm, f"{name}_backward")(
-            grad_y, *ctx.saved_tensors, need, *ctx.options
-        )
-        gradients = dict(zip(("x", "weight", "bias"), found, strict=True))
-        return *(gradients[n] if needed[n] else None for n in needed), *(None for _ in ctx.options)
+        need = list(ctx.needs_input_grad[:3])
+        operator = getattr(torch.ops.cpunorm, f"{name}_backward")
+        found = operator(grad_y, *ctx.saved_tensors, need, *ctx.options)
+        others = (None,) * (statistics + len(ctx.options))
+        return *(g if n else None for g, n in zip(found, need, strict=True)), *others
 
-    results = ", ".join(["Tensor"] * (5 if has_running else 3))
+    running = "Tensor? running_mean, Tensor? running_var, " if statistics else ""
+    options = ", ".join(f"{kind} {o}" for o, kind in operation.options.items())
+    results = ", ".join(["Tensor"] * (3 + statistics))
     op = torch.library.custom_op(
         f"cpunorm::{name}",
         forward,
         mutates_args=(),
         device_types="cpu",
-        schema=f"(Tensor x, {tensors}, {options}) -> ({results})",
+        schema=f"(Tensor x, Tensor? weight, Tensor? bias, {running}{options}) -> ({results})",
     )
     op.register_fake(fake_forward)
     op.register_autograd(gradient, setup_context=keep)
@@ -283,15 +292,6 @@ def _register(operation: Operation) -> None:
         schema="(Tensor grad_y, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, bool[] need, "
         f"{options}) -> (Tensor, Tensor, Tensor)",
     ).register_fake(fake_backward)
-
-
-def _or_nothing(x: torch.Tensor, t: torch.Tensor | None) -> torch.Tensor:
-    """An operator returns tensors: where there is none, one of size zero."""
-    return x.new_empty(0) if t is None else t
-
-
-def _statistic_dtype(x: torch.Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
 def _statistic_shape(x: torch.Tensor, options: Options) -> tuple[Any, ...]:
