@@ -87,7 +87,9 @@ class BatchNormalization(_Normalization):
             return (functional.batch_norm(x, *running, *affine, eps=epsilon),)
         # With a momentum of 1 the running statistics become those of the batch.
         new = [np.zeros(mean.shape, STATS_DTYPE[x.dtype]) for _ in range(2)]
-        y = functional.batch_norm(x, *new, *affine, training=True, momentum=1.0, eps=epsilon)
+        y = functional.batch_norm(
+            x, new[0], new[1], *affine, training=True, momentum=1.0, eps=epsilon
+        )
         count = x.size // x.shape[1]
         new[1] *= (count - 1) / count
         updated = (

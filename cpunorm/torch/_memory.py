@@ -1,6 +1,6 @@
 """Tensors as arrays and arrays as tensors: the same memory, never a copy."""
 
-from typing import overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,11 +22,7 @@ if bfloat16 is not None:
     DTYPES[torch.bfloat16] = (torch.bfloat16, torch.float32)
 
 
-@overload
-def array(tensor: torch.Tensor) -> Array: ...
-@overload
-def array(tensor: None) -> None: ...
-def array(tensor: torch.Tensor | None) -> Array | None:
+def array(tensor: torch.Tensor | None) -> Any:
     """Return a CPU tensor's memory as an array; gradients do not pass."""
     if tensor is None:
         return None
@@ -34,10 +30,8 @@ def array(tensor: torch.Tensor | None) -> Array | None:
         if bfloat16 is None:
             raise ImportError("tensors of torch.bfloat16 need the package ml-dtypes")
         # NumPy has no such dtype of its own, so torch gives it to nobody.
-        bits: Array = tensor.detach().view(torch.int16).numpy()
-        return bits.view(bfloat16)
-    found: Array = tensor.detach().numpy()
-    return found
+        return tensor.detach().view(torch.int16).numpy().view(bfloat16)
+    return tensor.detach().numpy()
 
 
 def tensor(array: Array) -> torch.Tensor:

@@ -7,7 +7,7 @@ and strides, and whose gradient is a custom operator too.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch.autograd import forward_ad
@@ -17,8 +17,8 @@ from .._canonical import Stats
 from ._memory import array, tensor
 
 Options = dict[str, Any]
-Optional = torch.Tensor | None
-Running = tuple[()] | tuple[Optional, Optional]
+Optional: TypeAlias = torch.Tensor | None
+Running: TypeAlias = tuple[()] | tuple[Optional, Optional]
 
 
 class Operation(NamedTuple):
@@ -133,12 +133,12 @@ def is_traced() -> bool:
 
 class _Normalize(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, operation: Operation, options: Options, running: Running, *tensors: Any
-    ) -> Any:
-        y, ctx.stats = operation.forward(*tensors, running, {**options, "return_stats": True})
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        operation, options, running, x, weight, bias = arguments
+        kept = {**options, "return_stats": True}
+        y, ctx.stats = operation.forward(x, weight, bias, running, kept)
         ctx.operation, ctx.options = operation, options
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(x, weight, bias)
         return tensor(y)
 
     @staticmethod
