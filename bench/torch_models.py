@@ -145,14 +145,14 @@ def without_norms(model: nn.Module) -> nn.Module:
     return model
 
 
-IMAGES = (4, 3, 96, 96)
+IMAGES = (16, 3, 96, 96)
 CASES = [
     ("residual net, batch norm", residual_net, accelerated, IMAGES, None),
     ("the same, channels_last", residual_net, accelerated, IMAGES, torch.channels_last),
     ("U-Net, group norm", UNet, accelerated, IMAGES, None),
     ("ConvNeXt, permute and layer norm", convnext, accelerated, IMAGES, None),
     ("the same, layer_norm(axis=1)", convnext, over_channels, IMAGES, None),
-    ("transformer, layer norm", transformer, accelerated, (4, 128, 256), None),
+    ("transformer, layer norm", transformer, accelerated, (16, 128, 256), None),
 ]
 
 

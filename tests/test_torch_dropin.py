@@ -48,8 +48,10 @@ TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10, torch.float16: 1e-2, tor
 
 
 @pytest.fixture(autouse=True)
-def say_it_again():
+def every_size_and_every_warning(monkeypatch):
     _modules._said.clear()
+    for module in _modules.OURS.values():
+        monkeypatch.setattr(module, "least_bytes", 0, raising=False)
 
 
 def pair(name, dtype=torch.float32, **options):
@@ -523,6 +525,16 @@ def test_wrong_arguments_of_functions():
         ours.layer_norm(x, 4, torch.ones(3))
     with pytest.raises(TypeError, match="weight must have dtype"):
         ours.group_norm(x, 2, torch.ones(4).double())
+
+
+def test_small_inputs_are_torchs_without_a_word(monkeypatch):
+    monkeypatch.setattr(_modules.LayerNorm, "least_bytes", 1024)
+    calls = []
+    eager = _modules.eager
+    monkeypatch.setattr(_modules, "eager", lambda *a: calls.append(a[2].shape) or eager(*a))
+    model = ours.accelerate(nn.LayerNorm(16))
+    model(torch.ones(15, 16)), model(torch.ones(16, 16))
+    assert calls == [(16, 16)]
 
 
 def test_torchs_number_of_threads_is_ours():

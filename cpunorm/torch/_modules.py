@@ -28,7 +28,8 @@ def accelerate(model: _Model) -> _Model:
 
     A call that is not ours falls back to torch's own kernel, and a warning says so, once for each
     reason: tensors that are not on the CPU, of another dtype or of another class, and calls that
-    torch compiles, exports, traces or transforms.
+    torch compiles, exports, traces or transforms. Small inputs are left to torch as well, without a
+    warning: its calls are shorter than any that begins in Python (`least_bytes` of our classes).
 
     Parameters
     ----------
@@ -163,14 +164,20 @@ def _say_once(module: str, reason: str) -> None:
 class _Ours(nn.Module):
     """What our classes share: a call is ours, or falls back to the class after us."""
 
-    def _is_for_us(self, *tensors: Any) -> bool:
-        reason = _reason_against(*tensors)
+    # Below this size of x the way from Python to our kernel costs more than the kernel wins.
+    least_bytes = 64 << 10
+
+    def _is_for_us(self, x: Any, *tensors: Any) -> bool:
+        reason = _reason_against(x, *tensors)
         if reason is not None:
             _say_once(type(self).__name__, reason)
-        return reason is None
+            return False
+        return bool(x.nbytes >= self.least_bytes)
 
 
 class _BatchNorm(_Ours):
+    least_bytes = 2 << 20
+
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         running = self.running_mean, self.running_var
         if not self._is_for_us(x, self.weight, self.bias, *running):
@@ -208,6 +215,8 @@ class _InstanceNorm(_Ours):
 
 
 class GroupNorm(_Ours, nn.GroupNorm):
+    least_bytes = 2 << 20
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self._is_for_us(x, self.weight, self.bias):
             return super().forward(x)
@@ -216,6 +225,8 @@ class GroupNorm(_Ours, nn.GroupNorm):
 
 
 class LayerNorm(_Ours, nn.LayerNorm):
+    least_bytes = 2 << 20
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self._is_for_us(x, self.weight, self.bias):
             return super().forward(x)
