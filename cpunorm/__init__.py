@@ -21,6 +21,7 @@ from ._threads import get_num_threads, set_num_threads  # isort: split
 from ._canonical import Gradients, Stats
 from ._dispatch import available_backends, show_config, use_backend, warn_if_not_compiled
 from ._version import __version__ as __version__
+from .folding import fold_batch_norm
 from .functional import (
     add_layer_norm,
     add_rms_norm,
@@ -50,6 +51,7 @@ __all__ = [
     "available_backends",
     "batch_norm",
     "batch_norm_backward",
+    "fold_batch_norm",
     "get_num_threads",
     "group_norm",
     "group_norm_backward",

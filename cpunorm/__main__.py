@@ -1,8 +1,13 @@
-"""``python -m cpunorm``: check the library, try it on real images, time it."""
+"""``python -m cpunorm``: check the library, try it on real images, time it; or ``fold`` a model."""
 
 import sys
 
-from ._demo.cli import main
-
 if __name__ == "__main__":
-    sys.exit(main())
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["fold"]:
+        from ._fold import main
+
+        arguments = arguments[1:]
+    else:
+        from ._demo.cli import main
+    sys.exit(main(arguments))

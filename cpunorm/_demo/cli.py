@@ -20,11 +20,15 @@ each normalization by layout and backend, next to a memory copy and plain NumPy.
 minute. The exit code is 1 if a check failed, 2 for a wrong argument.
 """
 
+EPILOG = """\
+Another command is `python -m cpunorm fold`, which folds the batch norms of an ONNX model.
+"""
+
 # Where Numba compiles slowly, this keeps the whole within a minute.
 SHORTEN_AFTER_SECONDS = 40
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Say what is wrong in one line; the usage is a `--help` away."""
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
@@ -126,7 +130,7 @@ def _finite(value: Any) -> Any:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m cpunorm", description=DESCRIPTION)
+    parser = Parser(prog="python -m cpunorm", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument(
         "--json", action="store_true", help="print the results as JSON, and nothing else"
     )

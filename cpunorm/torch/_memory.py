@@ -1,0 +1,51 @@
+"""Tensors as arrays and arrays as tensors: the same memory, never a copy."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from .._frame import Array
+
+try:
+    from ml_dtypes import bfloat16
+except ImportError:
+    bfloat16 = None
+
+# The dtypes of x, each with those that parameters and statistics may have beside it.
+DTYPES = {
+    torch.float16: (torch.float16, torch.float32),
+    torch.float32: (torch.float32,),
+    torch.float64: (torch.float64,),
+}
+if bfloat16 is not None:
+    DTYPES[torch.bfloat16] = (torch.bfloat16, torch.float32)
+
+
+def array(tensor: torch.Tensor | None) -> Any:
+    """Return a CPU tensor's memory as an array; gradients do not pass."""
+    if tensor is None:
+        return None
+    if tensor.dtype is torch.bfloat16:
+        if bfloat16 is None:
+            raise ImportError("tensors of torch.bfloat16 need the package ml-dtypes")
+        # NumPy has no such dtype of its own, so torch gives it to nobody.
+        return tensor.detach().view(torch.int16).numpy().view(bfloat16)
+    return tensor.detach().numpy()
+
+
+def tensor(array: Array) -> torch.Tensor:
+    """Return an array's memory as a tensor."""
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def in_torch_order(x: torch.Tensor) -> torch.Tensor:
+    """Return x in C order or, if it lies so, in channels-last order: what torch's kernels keep."""
+    if x.is_contiguous():
+        return x
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
+    if channels_last is not None and x.is_contiguous(memory_format=channels_last):
+        return x
+    return x.contiguous()
