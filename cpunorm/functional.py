@@ -728,13 +728,13 @@ def batch_norm_backward(
 ):
     r"""Return the gradients of `batch_norm` with respect to x, weight and bias.
 
-    With :math:`\hat x = (x - \text{mean}) \cdot \text{rstd}` and :math:`g = \text{grad}_y \cdot \text{weight}`,
+    With :math:`\hat x = (x - \text{mean}) \cdot \text{rstd}` and :math:`g = \text{grad_y} \cdot \text{weight}`,
 
-    .. math:: \text{grad}_x = \text{rstd} \cdot (g - \mathrm{E}[g] - \hat x \cdot \mathrm{E}[g \hat x])
+    .. math:: \text{grad_x} = \text{rstd} \cdot (g - \mathrm{E}[g] - \hat x \cdot \mathrm{E}[g \hat x])
 
     where the means are taken over what the statistics cover; the weight's gradient is the sum of
-    :math:`\text{grad}_y \cdot \hat x`, the bias's that of :math:`\text{grad}_y`. With frozen statistics
-    :math:`\text{grad}_x = \text{rstd} \cdot g`.
+    :math:`\text{grad_y} \cdot \hat x`, the bias's that of :math:`\text{grad_y}`. With frozen statistics
+    :math:`\text{grad_x} = \text{rstd} \cdot g`.
 
     Parameters
     ----------
@@ -807,13 +807,13 @@ def instance_norm_backward(
 ):
     r"""Return the gradients of `instance_norm` with respect to x, weight and bias.
 
-    With :math:`\hat x = (x - \text{mean}) \cdot \text{rstd}` and :math:`g = \text{grad}_y \cdot \text{weight}`,
+    With :math:`\hat x = (x - \text{mean}) \cdot \text{rstd}` and :math:`g = \text{grad_y} \cdot \text{weight}`,
 
-    .. math:: \text{grad}_x = \text{rstd} \cdot (g - \mathrm{E}[g] - \hat x \cdot \mathrm{E}[g \hat x])
+    .. math:: \text{grad_x} = \text{rstd} \cdot (g - \mathrm{E}[g] - \hat x \cdot \mathrm{E}[g \hat x])
 
     where the means are taken over what the statistics cover; the weight's gradient is the sum of
-    :math:`\text{grad}_y \cdot \hat x`, the bias's that of :math:`\text{grad}_y`. With frozen statistics
-    :math:`\text{grad}_x = \text{rstd} \cdot g`.
+    :math:`\text{grad_y} \cdot \hat x`, the bias's that of :math:`\text{grad_y}`. With frozen statistics
+    :math:`\text{grad_x} = \text{rstd} \cdot g`.
 
     Parameters
     ----------
@@ -888,12 +888,12 @@ def group_norm_backward(
 ):
     r"""Return the gradients of `group_norm` with respect to x, weight and bias.
 
-    With :math:`\hat x = (x - \text{mean}) \cdot \text{rstd}` and :math:`g = \text{grad}_y \cdot \text{weight}`,
+    With :math:`\hat x = (x - \text{mean}) \cdot \text{rstd}` and :math:`g = \text{grad_y} \cdot \text{weight}`,
 
-    .. math:: \text{grad}_x = \text{rstd} \cdot (g - \mathrm{E}[g] - \hat x \cdot \mathrm{E}[g \hat x])
+    .. math:: \text{grad_x} = \text{rstd} \cdot (g - \mathrm{E}[g] - \hat x \cdot \mathrm{E}[g \hat x])
 
     where the means are taken over what the statistics cover; the weight's gradient is the sum of
-    :math:`\text{grad}_y \cdot \hat x`, the bias's that of :math:`\text{grad}_y`.
+    :math:`\text{grad_y} \cdot \hat x`, the bias's that of :math:`\text{grad_y}`.
 
     Parameters
     ----------
@@ -967,12 +967,12 @@ def layer_norm_backward(
 ):
     r"""Return the gradients of `layer_norm` or `add_layer_norm` with respect to x, weight and bias.
 
-    With :math:`\hat x = (x - \text{mean}) \cdot \text{rstd}` and :math:`g = \text{grad}_y \cdot \text{weight}`,
+    With :math:`\hat x = (x - \text{mean}) \cdot \text{rstd}` and :math:`g = \text{grad_y} \cdot \text{weight}`,
 
-    .. math:: \text{grad}_x = \text{rstd} \cdot (g - \mathrm{E}[g] - \hat x \cdot \mathrm{E}[g \hat x])
+    .. math:: \text{grad_x} = \text{rstd} \cdot (g - \mathrm{E}[g] - \hat x \cdot \mathrm{E}[g \hat x])
 
     where the means are taken over what the statistics cover; the weight's gradient is the sum of
-    :math:`\text{grad}_y \cdot \hat x`, the bias's that of :math:`\text{grad}_y`.
+    :math:`\text{grad_y} \cdot \hat x`, the bias's that of :math:`\text{grad_y}`.
 
     Parameters
     ----------
@@ -1052,11 +1052,11 @@ def rms_norm_backward(
 ):
     r"""Return the gradients of `rms_norm` or `add_rms_norm` with respect to x, weight and bias.
 
-    With :math:`\hat x = x \cdot \text{rstd}` and :math:`g = \text{grad}_y \cdot \text{weight}`,
+    With :math:`\hat x = x \cdot \text{rstd}` and :math:`g = \text{grad_y} \cdot \text{weight}`,
 
-    .. math:: \text{grad}_x = \text{rstd} \cdot (g - \hat x \cdot \mathrm{E}[g \hat x])
+    .. math:: \text{grad_x} = \text{rstd} \cdot (g - \hat x \cdot \mathrm{E}[g \hat x])
 
-    and the weight's gradient is the sum of :math:`\text{grad}_y \cdot \hat x`. There is no bias, and its
+    and the weight's gradient is the sum of :math:`\text{grad_y} \cdot \hat x`. There is no bias, and its
     gradient is None.
 
     Parameters

@@ -13,6 +13,7 @@ templates_path = ["_templates"]
 
 extensions = ["myst_parser", "numpydoc", "sphinx.ext.autodoc", "sphinx.ext.autosummary"]
 default_role = "py:obj"
+autodoc_preserve_defaults = True
 autodoc_typehints = "none"  # the docstrings say more
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
@@ -20,6 +21,8 @@ numpydoc_show_class_members = False  # the template does
 numpydoc_validation_checks = {"all", "ES01", "EX01", "SA01", "YD01"}  # all but these
 
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_title = f"cpunorm {release}"
 html_math_renderer = "mathml"
 html_copy_source = False
