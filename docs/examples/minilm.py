@@ -44,7 +44,7 @@ class Encoder:
         self.layers = [f"encoder.layer.{i}." for i in range(config["num_hidden_layers"])]
         try:
             self(["Does every weight fit?"])
-        except (KeyError, ValueError) as error:
+        except (LookupError, TypeError, ValueError) as error:
             raise ValueError(f"{weights} does not fit the model: {error}") from None
 
     def __call__(self, texts):
@@ -137,7 +137,7 @@ def by_torch():
     return add_norm
 
 
-def by_onnxruntime(eps):
+def by_onnxruntime(eps=1e-12):
     """Return the same by ONNX Runtime's fused operator."""
     from onnx import helper
 
@@ -169,7 +169,7 @@ def main():
     if shares.installed("torch"):
         normalizations["torch"] = by_torch()
     if shares.installed("onnx", "onnxruntime"):
-        normalizations["onnxruntime"] = by_onnxruntime(encode.eps)
+        normalizations["onnxruntime"] = by_onnxruntime()
     print(*shares.table(run, normalizations, args.rounds), sep="\n")
 
 
