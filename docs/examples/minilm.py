@@ -165,7 +165,11 @@ def main():
         encode.add_norm = normalize
         encode(texts)
 
-    normalizations = {"NumPy": by_numpy, "cpunorm": add_norm}
+    normalizations = {
+        "NumPy": by_numpy,
+        "cpunorm": add_norm,
+        "cpunorm, one thread": shares.on_one_thread(add_norm),
+    }
     if shares.installed("torch"):
         normalizations["torch"] = by_torch()
     if shares.installed("onnx", "onnxruntime"):

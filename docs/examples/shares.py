@@ -48,6 +48,20 @@ def table(run, normalizations, rounds):
         yield f"| {name} | {network:.0f} | {norms:.1f} | {ratios} |"
 
 
+def on_one_thread(function):
+    """Return the function with cpunorm limited to one thread."""
+
+    def limited(*arguments):
+        before = cpunorm.get_num_threads()
+        cpunorm.set_num_threads(1)
+        try:
+            return function(*arguments)
+        finally:
+            cpunorm.set_num_threads(before)
+
+    return limited
+
+
 def installed(*packages):
     """Return whether all packages are there, and say which one is not."""
     absent = [name for name in packages if find_spec(name) is None]

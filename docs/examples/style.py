@@ -150,7 +150,11 @@ def main():
     parser.add_argument("--rounds", type=int, default=9, help="how often to measure")
     args = parser.parse_args()
     photos, weights = photographs(), random_weights()
-    normalizations = {"NumPy": by_numpy, "cpunorm": normalise}
+    normalizations = {
+        "NumPy": by_numpy,
+        "cpunorm": normalise,
+        "cpunorm, one thread": shares.on_one_thread(normalise),
+    }
     if shares.installed("torch"):
         normalizations["torch"] = by_torch()
     if shares.installed("onnx", "onnxruntime"):
