@@ -38,7 +38,8 @@ def batch_norm(
 ):
     r"""Normalise every channel over the batch and its positions.
 
-    .. math:: y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} \cdot \text{weight} + \text{bias}
+    .. math:: y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}}
+              \cdot \text{weight} + \text{bias}
 
     with mean and (biased) variance of each channel: those of `x` in training, the running
     statistics otherwise [1]_.
@@ -367,7 +368,8 @@ def layer_norm(
 ):
     r"""Normalise over the trailing axes, or any others.
 
-    .. math:: y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} \cdot \text{weight} + \text{bias}
+    .. math:: y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}}
+              \cdot \text{weight} + \text{bias}
 
     with mean and (biased) variance over the normalised axes, and the affine step along them [1]_.
 
@@ -726,15 +728,15 @@ def batch_norm_backward(
     need=(True, True, True),
     backend=None,
 ):
-    r"""Return the gradients of `batch_norm` with respect to x, weight and bias.
+    """Return the gradients of `batch_norm` with respect to x, weight and bias.
 
-    With :math:`\hat x = (x - \text{mean}) \cdot \text{rstd}` and :math:`g = \text{grad_y} \cdot \text{weight}`,
+    With ``g = grad_y * weight`` and ``xhat = (x - mean) * rstd``::
 
-    .. math:: \text{grad_x} = \text{rstd} \cdot (g - \mathrm{E}[g] - \hat x \cdot \mathrm{E}[g \hat x])
+        grad_x = rstd * (g - mean(g) - xhat * mean(g * xhat))
 
     where the means are taken over what the statistics cover; the weight's gradient is the sum of
-    :math:`\text{grad_y} \cdot \hat x`, the bias's that of :math:`\text{grad_y}`. With frozen statistics
-    :math:`\text{grad_x} = \text{rstd} \cdot g`.
+    ``grad_y * xhat``, the bias's that of ``grad_y``. With frozen statistics
+    ``grad_x = rstd * g``.
 
     Parameters
     ----------
@@ -805,15 +807,15 @@ def instance_norm_backward(
     need=(True, True, True),
     backend=None,
 ):
-    r"""Return the gradients of `instance_norm` with respect to x, weight and bias.
+    """Return the gradients of `instance_norm` with respect to x, weight and bias.
 
-    With :math:`\hat x = (x - \text{mean}) \cdot \text{rstd}` and :math:`g = \text{grad_y} \cdot \text{weight}`,
+    With ``g = grad_y * weight`` and ``xhat = (x - mean) * rstd``::
 
-    .. math:: \text{grad_x} = \text{rstd} \cdot (g - \mathrm{E}[g] - \hat x \cdot \mathrm{E}[g \hat x])
+        grad_x = rstd * (g - mean(g) - xhat * mean(g * xhat))
 
     where the means are taken over what the statistics cover; the weight's gradient is the sum of
-    :math:`\text{grad_y} \cdot \hat x`, the bias's that of :math:`\text{grad_y}`. With frozen statistics
-    :math:`\text{grad_x} = \text{rstd} \cdot g`.
+    ``grad_y * xhat``, the bias's that of ``grad_y``. With frozen statistics
+    ``grad_x = rstd * g``.
 
     Parameters
     ----------
@@ -886,14 +888,14 @@ def group_norm_backward(
     need=(True, True, True),
     backend=None,
 ):
-    r"""Return the gradients of `group_norm` with respect to x, weight and bias.
+    """Return the gradients of `group_norm` with respect to x, weight and bias.
 
-    With :math:`\hat x = (x - \text{mean}) \cdot \text{rstd}` and :math:`g = \text{grad_y} \cdot \text{weight}`,
+    With ``g = grad_y * weight`` and ``xhat = (x - mean) * rstd``::
 
-    .. math:: \text{grad_x} = \text{rstd} \cdot (g - \mathrm{E}[g] - \hat x \cdot \mathrm{E}[g \hat x])
+        grad_x = rstd * (g - mean(g) - xhat * mean(g * xhat))
 
     where the means are taken over what the statistics cover; the weight's gradient is the sum of
-    :math:`\text{grad_y} \cdot \hat x`, the bias's that of :math:`\text{grad_y}`.
+    ``grad_y * xhat``, the bias's that of ``grad_y``.
 
     Parameters
     ----------
@@ -965,14 +967,14 @@ def layer_norm_backward(
     need=(True, True, True),
     backend=None,
 ):
-    r"""Return the gradients of `layer_norm` or `add_layer_norm` with respect to x, weight and bias.
+    """Return the gradients of `layer_norm` or `add_layer_norm` with respect to x, weight and bias.
 
-    With :math:`\hat x = (x - \text{mean}) \cdot \text{rstd}` and :math:`g = \text{grad_y} \cdot \text{weight}`,
+    With ``g = grad_y * weight`` and ``xhat = (x - mean) * rstd``::
 
-    .. math:: \text{grad_x} = \text{rstd} \cdot (g - \mathrm{E}[g] - \hat x \cdot \mathrm{E}[g \hat x])
+        grad_x = rstd * (g - mean(g) - xhat * mean(g * xhat))
 
     where the means are taken over what the statistics cover; the weight's gradient is the sum of
-    :math:`\text{grad_y} \cdot \hat x`, the bias's that of :math:`\text{grad_y}`.
+    ``grad_y * xhat``, the bias's that of ``grad_y``.
 
     Parameters
     ----------
@@ -1050,13 +1052,13 @@ def rms_norm_backward(
     need=(True, True, True),
     backend=None,
 ):
-    r"""Return the gradients of `rms_norm` or `add_rms_norm` with respect to x, weight and bias.
+    """Return the gradients of `rms_norm` or `add_rms_norm` with respect to x, weight and bias.
 
-    With :math:`\hat x = x \cdot \text{rstd}` and :math:`g = \text{grad_y} \cdot \text{weight}`,
+    With ``g = grad_y * weight`` and ``xhat = x * rstd``::
 
-    .. math:: \text{grad_x} = \text{rstd} \cdot (g - \hat x \cdot \mathrm{E}[g \hat x])
+        grad_x = rstd * (g - xhat * mean(g * xhat))
 
-    and the weight's gradient is the sum of :math:`\text{grad_y} \cdot \hat x`. There is no bias, and its
+    and the weight's gradient is the sum of ``grad_y * xhat``. There is no bias, and its
     gradient is None.
 
     Parameters
