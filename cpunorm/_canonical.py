@@ -37,7 +37,7 @@ CHANNELS_LAST = {"NCHW": False, "channels_first": False, "NHWC": True, "channels
 class Stats(NamedTuple):
     """What the backward pass needs of the forward pass.
 
-    Attributes
+    Parameters
     ----------
     mean : ndarray or None
         The mean of every normalised unit; None for RMS norm.
@@ -50,7 +50,15 @@ class Stats(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients with respect to x, weight and bias; None where they were not asked for."""
+    """What a backward pass returns.
+
+    Parameters
+    ----------
+    x : ndarray or None
+        The gradient with respect to x; None where it was not asked for.
+    weight, bias : ndarray or None
+        The same for the parameters.
+    """
 
     x: Array | None
     weight: Array | None

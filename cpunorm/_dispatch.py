@@ -112,13 +112,14 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def available_backends() -> tuple[str, ...]:
-    """Return the names of the backends that can be used here, best first.
+    """Return the backends that can be used here.
 
     The first call imports Numba to find out, which takes a moment.
 
     Returns
     -------
     tuple of str
+        Their names, best first.
 
     Examples
     --------

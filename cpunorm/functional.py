@@ -38,7 +38,8 @@ def batch_norm(
 ):
     r"""Normalise every channel over the batch and its positions.
 
-    .. math:: y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} \, weight + bias
+    .. math:: y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}}
+              \cdot \text{weight} + \text{bias}
 
     with mean and (biased) variance of each channel: those of `x` in training, the running
     statistics otherwise [1]_.
@@ -46,7 +47,7 @@ def batch_norm(
     Parameters
     ----------
     x : ndarray, shape (N, C, ...) or, with channels last, (N, ..., C)
-        float16, bfloat16, float32 or float64.
+        Of dtype float16, bfloat16, float32 or float64.
     running_mean, running_var : ndarray, shape (C,), or None
         Used when not training. In training they are updated in place,
         ``running = (1 - momentum) * running + momentum * new``, with the unbiased variance.
@@ -168,7 +169,7 @@ def instance_norm(
     Parameters
     ----------
     x : ndarray, shape (N, C, ...) or, with channels last, (N, ..., C)
-        float16, bfloat16, float32 or float64.
+        Of dtype float16, bfloat16, float32 or float64.
     running_mean, running_var : ndarray, shape (C,), optional
         Used without `use_input_stats`. With it they are updated in place, with the means over N of
         the means and of the unbiased variances. Dtypes as for `weight`.
@@ -280,7 +281,7 @@ def group_norm(
     Parameters
     ----------
     x : ndarray, shape (N, C, ...) or, with channels last, (N, ..., C)
-        float16, bfloat16, float32 or float64.
+        Of dtype float16, bfloat16, float32 or float64.
     num_groups : int
         Divides C.
     weight, bias : ndarray, shape (C,), optional
@@ -367,7 +368,8 @@ def layer_norm(
 ):
     r"""Normalise over the trailing axes, or any others.
 
-    .. math:: y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} \, weight + bias
+    .. math:: y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}}
+              \cdot \text{weight} + \text{bias}
 
     with mean and (biased) variance over the normalised axes, and the affine step along them [1]_.
 
@@ -458,7 +460,7 @@ def rms_norm(
 ):
     r"""Divide by the root mean square over the trailing axes, or any others.
 
-    .. math:: y = \frac{x}{\sqrt{\mathrm{E}[x^2] + \epsilon}} \, weight
+    .. math:: y = \frac{x}{\sqrt{\mathrm{E}[x^2] + \epsilon}} \cdot \text{weight}
 
     with the mean square over the normalised axes, and the affine step along them [1]_.
 
@@ -726,15 +728,15 @@ def batch_norm_backward(
     need=(True, True, True),
     backend=None,
 ):
-    r"""Gradients of `batch_norm` with respect to x, weight and bias.
+    """Return the gradients of `batch_norm` with respect to x, weight and bias.
 
-    With :math:`\hat x = (x - mean) \, rstd` and :math:`g = grad_y \, weight`,
+    With ``g = grad_y * weight`` and ``xhat = (x - mean) * rstd``::
 
-    .. math:: grad_x = rstd \, (g - \mathrm{E}[g] - \hat x \, \mathrm{E}[g \hat x])
+        grad_x = rstd * (g - mean(g) - xhat * mean(g * xhat))
 
     where the means are taken over what the statistics cover; the weight's gradient is the sum of
-    :math:`grad_y \, \hat x`, the bias's that of :math:`grad_y`. With frozen statistics
-    :math:`grad_x = rstd \, g`.
+    ``grad_y * xhat``, the bias's that of ``grad_y``. With frozen statistics
+    ``grad_x = rstd * g``.
 
     Parameters
     ----------
@@ -805,15 +807,15 @@ def instance_norm_backward(
     need=(True, True, True),
     backend=None,
 ):
-    r"""Gradients of `instance_norm` with respect to x, weight and bias.
+    """Return the gradients of `instance_norm` with respect to x, weight and bias.
 
-    With :math:`\hat x = (x - mean) \, rstd` and :math:`g = grad_y \, weight`,
+    With ``g = grad_y * weight`` and ``xhat = (x - mean) * rstd``::
 
-    .. math:: grad_x = rstd \, (g - \mathrm{E}[g] - \hat x \, \mathrm{E}[g \hat x])
+        grad_x = rstd * (g - mean(g) - xhat * mean(g * xhat))
 
     where the means are taken over what the statistics cover; the weight's gradient is the sum of
-    :math:`grad_y \, \hat x`, the bias's that of :math:`grad_y`. With frozen statistics
-    :math:`grad_x = rstd \, g`.
+    ``grad_y * xhat``, the bias's that of ``grad_y``. With frozen statistics
+    ``grad_x = rstd * g``.
 
     Parameters
     ----------
@@ -886,14 +888,14 @@ def group_norm_backward(
     need=(True, True, True),
     backend=None,
 ):
-    r"""Gradients of `group_norm` with respect to x, weight and bias.
+    """Return the gradients of `group_norm` with respect to x, weight and bias.
 
-    With :math:`\hat x = (x - mean) \, rstd` and :math:`g = grad_y \, weight`,
+    With ``g = grad_y * weight`` and ``xhat = (x - mean) * rstd``::
 
-    .. math:: grad_x = rstd \, (g - \mathrm{E}[g] - \hat x \, \mathrm{E}[g \hat x])
+        grad_x = rstd * (g - mean(g) - xhat * mean(g * xhat))
 
     where the means are taken over what the statistics cover; the weight's gradient is the sum of
-    :math:`grad_y \, \hat x`, the bias's that of :math:`grad_y`.
+    ``grad_y * xhat``, the bias's that of ``grad_y``.
 
     Parameters
     ----------
@@ -965,14 +967,14 @@ def layer_norm_backward(
     need=(True, True, True),
     backend=None,
 ):
-    r"""Gradients of `layer_norm` or `add_layer_norm` with respect to x, weight and bias.
+    """Return the gradients of `layer_norm` or `add_layer_norm` with respect to x, weight and bias.
 
-    With :math:`\hat x = (x - mean) \, rstd` and :math:`g = grad_y \, weight`,
+    With ``g = grad_y * weight`` and ``xhat = (x - mean) * rstd``::
 
-    .. math:: grad_x = rstd \, (g - \mathrm{E}[g] - \hat x \, \mathrm{E}[g \hat x])
+        grad_x = rstd * (g - mean(g) - xhat * mean(g * xhat))
 
     where the means are taken over what the statistics cover; the weight's gradient is the sum of
-    :math:`grad_y \, \hat x`, the bias's that of :math:`grad_y`.
+    ``grad_y * xhat``, the bias's that of ``grad_y``.
 
     Parameters
     ----------
@@ -1050,13 +1052,13 @@ def rms_norm_backward(
     need=(True, True, True),
     backend=None,
 ):
-    r"""Gradients of `rms_norm` or `add_rms_norm` with respect to x, weight and bias.
+    """Return the gradients of `rms_norm` or `add_rms_norm` with respect to x, weight and bias.
 
-    With :math:`\hat x = x \, rstd` and :math:`g = grad_y \, weight`,
+    With ``g = grad_y * weight`` and ``xhat = x * rstd``::
 
-    .. math:: grad_x = rstd \, (g - \hat x \, \mathrm{E}[g \hat x])
+        grad_x = rstd * (g - xhat * mean(g * xhat))
 
-    and the weight's gradient is the sum of :math:`grad_y \, \hat x`. There is no bias, and its
+    and the weight's gradient is the sum of ``grad_y * xhat``. There is no bias, and its
     gradient is None.
 
     Parameters

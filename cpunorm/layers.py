@@ -139,12 +139,29 @@ class _Layer(ABC):
         return grad_x
 
     def train(self, mode: bool = True) -> Self:
-        """Switch to training mode (evaluation mode if `mode` is False) and return the layer."""
+        """Switch to training mode, or to evaluation mode.
+
+        Parameters
+        ----------
+        mode : bool
+            True for training.
+
+        Returns
+        -------
+        Self
+            The layer.
+        """
         self.training = bool(mode)
         return self
 
     def eval(self) -> Self:
-        """Switch to evaluation mode and return the layer."""
+        """Switch to evaluation mode.
+
+        Returns
+        -------
+        Self
+            The layer.
+        """
         return self.train(False)
 
     def _state(self) -> dict[str, Array]:
@@ -623,8 +640,8 @@ class _AxisNorm(_Layer):
         Parameters
         ----------
         x : ndarray
-            (..., *normalized_shape), or with `axis` any array with these sizes on these axes; the
-            layer's dtype, or one of 16 bits beside float32.
+            ``(..., *normalized_shape)``, or with `axis` any array with these sizes on these axes;
+            the layer's dtype, or one of 16 bits beside float32.
         out : ndarray, optional
             Where to write the result; x's shape and dtype, and may be x (then `backward` is not
             possible).
@@ -676,7 +693,7 @@ class LayerNorm(_AxisNorm):
 
     Notes
     -----
-    Shapes: x and y (..., *normalized_shape), or with `axis` any.
+    Shapes: x and y ``(..., *normalized_shape)``, or with `axis` any.
 
     Ba, Kiros & Hinton, "Layer Normalization", 2016, arXiv:1607.06450.
 
@@ -758,7 +775,7 @@ class RMSNorm(_AxisNorm):
 
     Notes
     -----
-    Shapes: x and y (..., *normalized_shape), or with `axis` any.
+    Shapes: x and y ``(..., *normalized_shape)``, or with `axis` any.
 
     Zhang & Sennrich, "Root Mean Square Layer Normalization", 2019, arXiv:1910.07467.
 
