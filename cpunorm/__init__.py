@@ -15,6 +15,8 @@ The way of the data, top to bottom::
     backends/        cython   numba   numpy
 """
 
+from typing import TYPE_CHECKING, Any
+
 from ._canonical import Gradients, Stats
 from ._dispatch import available_backends, show_config, use_backend, warn_if_not_compiled
 from ._threads import get_num_threads, set_num_threads
@@ -35,7 +37,11 @@ from .functional import (
 )
 from .layers import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 
+if TYPE_CHECKING:
+    from ._advice import Advice, advise
+
 __all__ = [
+    "Advice",
     "BatchNorm",
     "Gradients",
     "GroupNorm",
@@ -45,6 +51,7 @@ __all__ = [
     "Stats",
     "add_layer_norm",
     "add_rms_norm",
+    "advise",
     "available_backends",
     "batch_norm",
     "batch_norm_backward",
@@ -61,5 +68,15 @@ __all__ = [
     "show_config",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # What no computation needs is imported when first asked for.
+    if name in ("Advice", "advise"):
+        from . import _advice
+
+        return getattr(_advice, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 warn_if_not_compiled()

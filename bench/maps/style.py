@@ -1,0 +1,162 @@
+"""What figures share: a `Figure` with its numbers, colours and markers, the line about the run."""
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Drawing
+
+from .table import NAMES, Measured
+
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "0.9",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "cpunorm",
+}
+# Okabe and Ito's palette, which the colour-blind can tell apart; each with a marker and a letter.
+ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
+BLUE, VERMILION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#999999"
+OPERATIONS = {
+    "batch_norm": (BLUE, "o", "B"),
+    "layer_norm": (ORANGE, "s", "L"),
+    "instance_norm": (PURPLE, "^", "I"),
+    "group_norm": (GREEN, "D", "G"),
+    "rms_norm": (VERMILION, "v", "R"),
+}
+IMPLEMENTATIONS = {
+    "cython": (BLUE, "o", "C"),
+    "numba": (ORANGE, "s", "N"),
+    "numpy": (GREY, "x", "P"),
+    "plain": ("black", "+", "p"),
+    "torch": (VERMILION, "^", "t"),
+    "onnxruntime": (GREEN, "D", "o"),
+    "openvino": (PURPLE, "v", "v"),
+    "jax": (SKY, "P", "j"),
+    "copy": ("black", "_", "c"),
+}
+SHOWN = {"cython": "cpunorm (cython)", "numba": "cpunorm (numba)", "numpy": "cpunorm (numpy)"}
+SHOWN |= {"plain": "plain NumPy"}
+
+
+@dataclass
+class Figure:
+    """A drawing, what it shows, and the numbers in it.
+
+    Parameters
+    ----------
+    name : str
+        Of its files.
+    title, caption : str
+    drawing : matplotlib figure
+    columns, rows
+        The numbers, as a table.
+    """
+
+    name: str
+    title: str
+    caption: str
+    drawing: Drawing
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+    def files(self, measured: Measured) -> dict[str, str]:
+        """Return the texts of the figure's files by name."""
+        table = io.StringIO()
+        writer = csv.writer(table, lineterminator="\n")
+        writer.writerows([self.columns, *self.rows])
+        lines = ",\n".join(
+            json.dumps(dict(zip(self.columns, row, strict=True)), ensure_ascii=False)
+            for row in self.rows
+        )
+        about = {"title": self.title, **about_run(measured)}
+        head = json.dumps(about, ensure_ascii=False)[:-1]
+        return {
+            f"{self.name}.svg": self._svg(measured),
+            f"{self.name}.csv": table.getvalue(),
+            f"{self.name}.json": f'{head}, "rows": [\n{lines}\n]}}\n',
+        }
+
+    def _svg(self, measured: Measured) -> str:
+        self.drawing.text(0.005, 0.005, footer(measured), fontsize=6, color="0.35", va="bottom")
+        text = io.StringIO()
+        with plt.rc_context(STYLE):
+            self.drawing.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+        plt.close(self.drawing)
+        return "".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines())
+
+
+def about_run(measured: Measured) -> dict[str, Any]:
+    """Return what the numbers depend on."""
+    return {
+        "machine": measured.machine_line(),
+        "versions": measured.machine["versions"],
+        "threads": measured.threads,
+        "date": measured.date,
+        "measured with": measured.machine["command"],
+        "drawn with": "python -m bench report",
+    }
+
+
+def footer(measured: Measured) -> str:
+    """Return the two lines under every figure."""
+    threads = " or ".join(map(str, measured.threads))
+    return (
+        f"{measured.machine_line()}; {threads} threads; measured {measured.date} with "
+        f"`{measured.machine['command']}`, drawn with `python -m bench report`\n"
+        f"{measured.versions_line()}"
+    )
+
+
+def panels(
+    lines: int, columns: int, width: float, height: float, **options: Any
+) -> tuple[Drawing, Any]:
+    """Return a drawing with room for the footer, and a matrix of axes."""
+    with plt.rc_context(STYLE):
+        drawing, axes = plt.subplots(
+            lines, columns, figsize=(width, height), squeeze=False, layout="constrained", **options
+        )
+    low = 0.36 / height
+    drawing.get_layout_engine().set(rect=(0, low, 1, 1 - low), h_pad=0.06, w_pad=0.06)
+    return drawing, axes
+
+
+def scatter(axes: Axes, xs: Iterable[float], ys: Iterable[float], look: Sequence[str], name: str):
+    """Draw points that colour and marker tell apart."""
+    color, marker, _ = look
+    filled = marker not in "x+_"
+    axes.plot(
+        list(xs), list(ys), marker, color=color, label=name, ms=4, alpha=0.85,
+        mec="white" if filled else color, mew=0.4 if filled else 1.2,
+    )  # fmt: skip
+
+
+def common_legend(drawing: Drawing, axes: Iterable[Axes], columns: int = 8) -> None:
+    """Put one legend for all axes above them."""
+    found: dict[str, Any] = {}
+    for one in axes:
+        for handle, name in zip(*one.get_legend_handles_labels(), strict=True):
+            found.setdefault(name, handle)
+    drawing.legend(
+        found.values(), found.keys(), loc="outside upper center", ncols=min(columns, len(found)),
+        fontsize=8,
+    )  # fmt: skip
+
+
+def titled(operation: str, pass_: str | None = None, layout: str | None = None) -> str:
+    """Return the title of a panel."""
+    return ", ".join(filter(None, (NAMES[operation], pass_, layout)))
