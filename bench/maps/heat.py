@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib import patheffects
 from matplotlib.axes import Axes
-from matplotlib.colors import Colormap, LogNorm, TwoSlopeNorm, to_rgb
+from matplotlib.colors import Colormap, LogNorm, to_rgb
 from matplotlib.patches import Rectangle
 
 from .table import Plane, label
@@ -73,7 +72,7 @@ def ratios(
     plane: Plane,
     cells: Mapping[Cell, tuple[float, str]],
     cmap: Colormap,
-    norm: LogNorm | TwoSlopeNorm,
+    norm: LogNorm,
     boundary: bool = False,
 ) -> Any:
     """Colour every cell by a ratio and write a text in it; return what a colour bar needs."""
@@ -109,7 +108,3 @@ def number(value: float) -> str:
     if value >= 9.95:
         return f"{value:.0f}"
     return f"{value:.1f}" if value >= 0.995 else f"{value:.2f}"
-
-
-__all__ = ["around_one", "crossover", "frame", "number", "ratios", "winners"]
-_ = patheffects
