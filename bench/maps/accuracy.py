@@ -104,8 +104,8 @@ def _next_to_speed(measured: Measured, entries: list[Accuracy]) -> Figure:
     title = "Accuracy next to speed"
     caption = (
         f"Forward with statistics, float32: the largest error up to an offset of {offset:g} "
-        "against the time ÷ cpunorm's (geometric mean over the cases that both compute). Best is below, on "
-        "the left."
+        "against the time ÷ cpunorm's (geometric mean over the cases that both compute). Best is "
+        "below, on the left."
     )
     return Figure("accuracy-speed", title, caption, drawing, SPEED_COLUMNS, numbers)
 

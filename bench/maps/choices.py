@@ -65,10 +65,8 @@ def _layouts(measured: Measured, plane: Plane) -> Figure:
             image = heat.ratios(
                 one, plane, cells, colormaps["PuOr"], heat.around_one(MOST), boundary=True
             )
-    drawing.colorbar(
-        image, ax=panel, label="time in NCHW ÷ in NHWC (above 1: NHWC is faster)", shrink=0.8,
-        ticks=[1 / 4, 1 / 2, 1, 2, 4], format="%g", extend="both", aspect=40,
-    )  # fmt: skip
+    text = "time in NCHW ÷ in NHWC (above 1: NHWC is faster)"
+    heat.colour_bar(image, panel, text, [1 / 4, 1 / 2, 1, 2, 4], extend="both")
     title = "NCHW or NHWC"
     drawing.suptitle(f"{title} (float32, {measured.most_threads} threads, {plane})")
     caption = (

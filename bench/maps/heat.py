@@ -89,6 +89,14 @@ def ratios(
     return image
 
 
+def colour_bar(image: Any, axes: Any, text: str, ticks: Sequence[float], **options: Any) -> None:
+    """Put a bar beside many axes that says what their colours mean."""
+    axes[0][0].figure.colorbar(
+        image, ax=axes, label=text, shrink=0.8, aspect=40, format="%g", **options
+    ).set_ticks(ticks, minor=False)
+    axes[0][0].figure.axes[-1].minorticks_off()
+
+
 def _write(axes: Axes, line: int, column: int, text: str, background: Any) -> None:
     red, green, blue = to_rgb(background)
     dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.55

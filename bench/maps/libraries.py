@@ -62,10 +62,8 @@ def _map(measured: Measured, plane: Plane, pass_: str) -> Figure:
             image = heat.ratios(
                 one, plane, cells, colormaps["PuOr"], heat.around_one(MOST), boundary=True
             )
-    drawing.colorbar(
-        image, ax=panel, label="best peer's time ÷ cpunorm's\n(above 1: cpunorm is faster)",
-        shrink=0.8, ticks=[1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8], format="%g", extend="both", aspect=40,
-    )  # fmt: skip
+    text = "best peer's time ÷ cpunorm's\n(above 1: cpunorm is faster)"
+    heat.colour_bar(image, panel, text, [1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8], extend="both")
     title = f"cpunorm beside the best peer: {pass_}"
     drawing.suptitle(f"{title} (float32, {measured.most_threads} threads, {plane})")
     letters = ", ".join(f"{LOOKS[n][2]} {n}" for n in measured.implementations(PEERS))

@@ -55,7 +55,7 @@ def _figure(measured: Measured, found: list[Cells], pass_: str, layout: str) -> 
     numbers, image = [], None
     for line, (plane, cells) in enumerate(zip(measured.planes, found, strict=True)):
         first, *others = axes[line]
-        heat.frame(first, plane, f"cheapest, and how far the next is\n({plane})")
+        heat.frame(first, plane, f"the cheapest, next ÷ it\n({plane})")
         heat.winners(first, plane, {cell: winner(some) for cell, some in cells.items()}, LOOKS)
         least = {c: min(row.median for row in some.values()) for c, some in cells.items()}
         for one, operation in zip(others, operations, strict=True):
@@ -79,10 +79,8 @@ def _figure(measured: Measured, found: list[Cells], pass_: str, layout: str) -> 
                         row.version,
                     )
                 )
-    drawing.colorbar(
-        image, ax=axes, label="time ÷ the cheapest's", shrink=0.8, ticks=[1, 1.5, 2, 3, 4],
-        format="%g", extend="max", aspect=40, pad=0.01,
-    )  # fmt: skip
+    ticks = [1, 1.5, 2, 3, 4]
+    heat.colour_bar(image, axes, "time ÷ the cheapest's", ticks, extend="max", pad=0.01)
     fixed = " and ".join(f"{p.fixed} = {label(p.fixed, p.value)}" for p in measured.planes)
     what = "layer and RMS norm over the channels of every position, group norm of gcd(C, 32) groups"
     title = f"Cheapest normalization: {pass_}, {layout}"

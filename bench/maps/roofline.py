@@ -37,7 +37,7 @@ def figures(measured: Measured) -> Iterator[Figure]:
             line = [(size, median(some)) for size, some in sorted(copies.items())]
             name = "copy (backward: triad)"
             one.plot(*zip(*line, strict=True), color="black", lw=1.5, label=name, zorder=1)
-        one.set_yscale("log")
+        one.set_yscale("log", base=2)
         one.yaxis.set_major_formatter("{x:g}")
         one.set_title(pass_)
         size_axis(one)
@@ -54,7 +54,7 @@ def figures(measured: Measured) -> Iterator[Figure]:
     title = "Roofline: how far from memory speed"
     caption = (
         "Bytes that have to be moved at least ÷ time, in float32 and both layouts, by the size of "
-        "x; the line is a parallel copy of as many bytes (in backward passes the triad, which reads "
-        "two arrays and writes one). Dotted: the sizes of the caches (L1 and L2 of one core)."
+        "x; the line is a parallel copy of as many bytes (in backward passes the triad, which "
+        "reads two arrays and writes one). Dotted: the sizes of the caches (L1 and L2 of one core)."
     )
     yield Figure("roofline", title, caption, drawing, COLUMNS, numbers)
