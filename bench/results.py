@@ -1,8 +1,8 @@
 """The results file: pytest-benchmark's own JSON, with what cpunorm's reports need beside it.
 
-``machine_info["cpunorm"]`` says where and how a run was made, ``extra_info`` of every benchmark what
-was measured (the fields of `Row`), ``accuracy`` holds the errors of `Accuracy`, and ``absent`` who
-could not compute what (`Absent`).
+``machine_info["cpunorm"]`` says where and how a run was made, ``extra_info`` of every benchmark
+what was measured (the fields of `Row`), ``accuracy`` holds the errors of `Accuracy`, and ``absent``
+who could not compute what (`Absent`).
 """
 
 import json
@@ -93,6 +93,17 @@ class Row:
             self.operation, self.pass_, self.layout, self.dtype, self.shape, self.num_groups
         )  # fmt: skip
 
+    @property
+    def text(self) -> str:
+        """The case in words."""
+        same_forward = self.pass_ == "inference" and self.operation != "batch_norm"
+        parts = [self.operation, "forward" if same_forward else self.pass_.replace("_", " ")]
+        parts += [self.layout] * (len(self.shape) > 2)
+        parts.append("x".join(map(str, self.shape)))
+        parts += [f"G={self.num_groups}"] * (self.num_groups is not None)
+        parts += [self.dtype] * (self.dtype != "float32")
+        return " ".join(parts)
+
     def serves(self, pass_: str) -> bool:
         """Whether the row holds what a pass costs; one forward pass may serve two."""
         same_forward = self.operation != "batch_norm" and pass_ in ("training", "inference")
@@ -159,13 +170,17 @@ def read(path: str | os.PathLike[str]) -> Results:
     ResultsError
         If the file cannot be read, was cut off, is of another format or is no results file.
     """
+    return check(read_document(path), path)
+
+
+def read_document(path: str | os.PathLike[str]) -> Any:
+    """Return the plain data of a JSON file, or raise `ResultsError`."""
     try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ResultsError(f"{path}: {error.strerror}") from None
     except ValueError as error:
         raise ResultsError(f"{path}: no complete JSON, {error}") from None
-    return check(document, path)
 
 
 def check(document: Any, path: str | os.PathLike[str]) -> Results:
