@@ -464,7 +464,7 @@ def _words(advice: Advice) -> Iterator[str]:
         return
     threads = f"{advice.threads} thread{'s'[: advice.threads != 1]}"
     yield f"{what}, {threads}: {_verdict(advice.ranking)}"
-    yield f"It takes {_time(best)}, {_ratio(best.times_copy)} times as long as {_traffic(advice)}."
+    yield f"It takes {time_of(best)}, {_ratio(best.times_copy)} times as long as {_traffic(advice)}."
     yield ""
     yield f"{'':16}{'time':>9}  {'spread':17}{'÷ copy':>7}  fastest with"
     for e in advice.ranking:
@@ -526,8 +526,9 @@ def _name(e: Estimate) -> str:
     return e.normalization.replace("_", " ").replace("rms", "RMS")
 
 
-def _time(e: Estimate) -> str:
-    return f"about {_short(e.seconds)} ({_spread(e)})"
+def time_of(e: Estimate) -> str:
+    """Return a time and its spread for people."""
+    return f"{_short(e.seconds)} ({_spread(e)})"
 
 
 def _spread(e: Estimate) -> str:
