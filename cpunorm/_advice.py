@@ -464,7 +464,8 @@ def _words(advice: Advice) -> Iterator[str]:
         return
     threads = f"{advice.threads} thread{'s'[: advice.threads != 1]}"
     yield f"{what}, {threads}: {_verdict(advice.ranking)}"
-    yield f"It takes {time_of(best)}, {_ratio(best.times_copy)} times as long as {_traffic(advice)}."
+    ratio = _ratio(best.times_copy)
+    yield f"It takes {time_of(best)}, {ratio} times as long as {_traffic(advice)}."
     yield ""
     yield f"{'':16}{'time':>9}  {'spread':17}{'÷ copy':>7}  fastest with"
     for e in advice.ranking:
@@ -509,7 +510,7 @@ def _how_sure(e: Estimate) -> str:
     n, c, positions = e.nearest
     near = f"N={n}, C={c}" + (f", {positions} positions" if positions > 1 else "")
     return {
-        "measured": "measured at this very shape; half of the blocks of calls are within the spread.",
+        "measured": "measured at this very shape; half of the blocks of calls lie in the spread.",
         "inside": f"inside the measured region, interpolated (nearest: {near}). Measured shapes "
         "that were left out and interpolated came out within such a spread nine times in ten.",
         "outside": f"outside the measured region (nearest: {near}): a guess.",

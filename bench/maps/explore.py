@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..results import COPY, PLAIN
-from .style import OPERATIONS, SHOWN, footer
 from .style import IMPLEMENTATIONS as LOOKS
+from .style import OPERATIONS, SHOWN, footer
 from .table import NAMES, PASSES, Measured, spread
 
 TEMPLATE = Path(__file__).with_name("explore.html")

@@ -63,7 +63,7 @@ def _page(measured: Measured, found: dict[str, list[Figure]]) -> Iterator[str]:
         f"{measured.versions_line()}. `{measured.machine['command']}` measures, "
         "`python -m bench report` draws.\n"
     )
-    yield "Choose operation, pass, layout and type yourself: [the interactive page](explore.html).\n"
+    yield "Choose operation, pass, layout and type: [the interactive page](explore.html).\n"
     for title, figures in found.items():
         yield f"## {title}\n"
         if not figures:
@@ -149,7 +149,7 @@ def _ranks(given: Advice) -> list[str]:
         f"{marks[e.sure]}{_advice.time_of(e)}"
         for e in given.ranking[:2]
     ]
-    return (some + ["not known", "–"])[:2] if len(some) == 0 else (some + ["–"])[:2]
+    return [*some, *("not known", "–")[len(some) :]]
 
 
 def _lost(measured: Measured) -> Iterator[str]:
@@ -174,7 +174,8 @@ def _lost(measured: Measured) -> Iterator[str]:
     shown = lost[:MOST_LOST]
     if len(lost) > len(shown):
         yield f"The {len(shown)} worst; the figures' files have all of float32."
-    yield "\n| best peer ÷ cpunorm | operation | pass | layout | type | shape | peer | cpunorm µs | |"
+    heads = "best peer ÷ cpunorm | operation | pass | layout | type | shape | peer | cpunorm µs"
+    yield f"\n| {heads} | |"
     yield "|---|---|---|---|---|---|---|---|---|"
     for ratio, row, peer, is_clear in shown:
         groups = f", G={row.num_groups}" if row.num_groups else ""

@@ -7,10 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
 from PIL import Image
@@ -28,7 +25,7 @@ STYLE = {
     "legend.frameon": False,
 }
 DPI, COLOURS = 105, 200
-plt.rcParams.update(STYLE)
+rcParams.update(STYLE)
 # Okabe and Ito's palette, which the colour-blind can tell apart; each with a marker and a letter.
 ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
 BLUE, VERMILION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#999999"
@@ -94,7 +91,6 @@ class Figure:
         self.drawing.text(0.005, 0.005, footer(measured), fontsize=7, color="0.3", va="bottom")
         full, small = io.BytesIO(), io.BytesIO()
         self.drawing.savefig(full, format="png", dpi=DPI)
-        plt.close(self.drawing)
         with Image.open(full) as image:
             method, dither = Image.Quantize.MAXCOVERAGE, Image.Dither.NONE
             palette = image.convert("RGB").quantize(COLOURS, method, dither=dither)
@@ -128,9 +124,8 @@ def panels(
     lines: int, columns: int, width: float, height: float, **options: Any
 ) -> tuple[Drawing, Any]:
     """Return a drawing with room for the footer, and a matrix of axes."""
-    drawing, axes = plt.subplots(
-        lines, columns, figsize=(width, height), squeeze=False, layout="constrained", **options
-    )
+    drawing = Drawing(figsize=(width, height), layout="constrained")
+    axes = drawing.subplots(lines, columns, squeeze=False, **options)
     low = 0.4 / height
     drawing.get_layout_engine().set(rect=(0, low, 1, 1 - low), h_pad=0.06, w_pad=0.06)
     return drawing, axes
