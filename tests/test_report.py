@@ -21,9 +21,9 @@ from .synthetic import document, write_results
 
 FIGURES = {
     *(
-        f"normalization-{p}-{l}"
+        f"normalization-{p}-{layout}"
         for p in ("training", "inference", "backward")
-        for l in ("nchw", "nhwc")
+        for layout in ("nchw", "nhwc")
     ),
     *(
         f"{what}-{p}"

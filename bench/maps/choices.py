@@ -9,7 +9,7 @@ from ..results import DTYPES, LAYOUTS, OPERATIONS, Row
 from . import heat
 from .libraries import size_axis
 from .style import OPERATIONS as LOOKS
-from .style import Figure, common_legend, panels, scatter
+from .style import Figure, common_legend, panels, ratio_axis, scatter
 from .table import NAMES, PASSES, Measured, Plane, nbytes
 
 COLUMNS = ("shape", "num_groups", "pass", "operation", "of", "µs", "against", "its µs", "ratio")
@@ -129,8 +129,7 @@ def _dtypes(measured: Measured) -> Figure:
         one.set_title(pass_)
         one.set_xticks(range(len(names)), names)
         one.set_xlim(-0.5, len(names) - 0.5)
-        one.set_yscale("log", base=2)
-        one.yaxis.set_major_formatter("{x:g}")
+        ratio_axis(one)
         one.grid(axis="x", visible=False)
     panel[0][0].set_ylabel("time in float32 ÷ in this type")
     common_legend(drawing, panel[0])

@@ -8,7 +8,7 @@ from matplotlib import colormaps
 from ..results import LAYOUTS, OPERATIONS, PEERS, Row
 from . import heat
 from .style import IMPLEMENTATIONS as LOOKS
-from .style import Figure, common_legend, panels, scatter
+from .style import Figure, common_legend, panels, ratio_axis, scatter
 from .table import NAMES, PASSES, Measured, Plane, geometric_mean, nbytes, size, spread
 
 COLUMNS = (
@@ -102,15 +102,13 @@ def _all(measured: Measured) -> Figure:
         ratios = [ratio for some in points.values() for _, ratio in some]
         won = sum(ratio >= 1 for ratio in ratios)
         mean = geometric_mean(ratios)
-        one.axhline(1, color="black", lw=1.2)
         one.set_title(
             f"{pass_}: {mean:.2f} in the geometric mean,\nahead on {won} of {len(ratios)} cases"
             if ratios
             else pass_
         )
         size_axis(one)
-        one.set_yscale("log", base=2)
-        one.yaxis.set_major_formatter("{x:g}")
+        ratio_axis(one)
     panel[0][0].set_ylabel("best peer's time ÷ cpunorm's")
     common_legend(drawing, panel[0])
     title = "cpunorm beside the best peer: all cases"
@@ -156,11 +154,9 @@ def _rows(measured: Measured) -> Iterator[Figure]:
             numbers += [_numbers(r, p) for r in some if (p := measured.best_peer(r))]
         above.set_title(word)
         for axes in (above, below):
-            axes.axhline(1, color="black", lw=1.2)
             axes.set_xscale("log", base=2)
-            axes.set_yscale("log", base=2)
             axes.xaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_major_formatter("{x:g}")
+            ratio_axis(axes)
         below.set_xlabel(heat.AXIS["D"])
     panel[0][0].set_ylabel("time ÷ a copy's (a triad's)")
     panel[1][0].set_ylabel("best peer's time ÷ cpunorm's")

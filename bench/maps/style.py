@@ -25,6 +25,7 @@ STYLE = {
     "legend.frameon": False,
 }
 DPI, COLOURS = 105, 200
+RATIOS = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 100, 200)
 rcParams.update(STYLE)
 # Okabe and Ito's palette, which the colour-blind can tell apart; each with a marker and a letter.
 ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
@@ -139,6 +140,15 @@ def scatter(axes: Axes, xs: Iterable[float], ys: Iterable[float], look: Sequence
         list(xs), list(ys), marker, color=color, label=name, ms=4, alpha=0.85,
         mec="white" if filled else color, mew=0.4 if filled else 1.2,
     )  # fmt: skip
+
+
+def ratio_axis(axes: Axes) -> None:
+    """Make y a logarithmic axis of ratios, with a line where both are equal."""
+    axes.set_yscale("log", base=2)
+    low, high = axes.get_ylim()
+    ticks = [t for t in RATIOS if low <= t <= high]
+    axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
+    axes.axhline(1, color="black", lw=1.2)
 
 
 def common_legend(drawing: Drawing, axes: Iterable[Axes], columns: int = 8) -> None:
