@@ -175,11 +175,6 @@ class Suite:
         pairs = [(t, name) for t in self.plan.tasks if t.timed == timed for name in t.names]
         metafunc.parametrize(("task", "name"), pairs, ids=[f"{t}-{name}" for t, name in pairs])
 
-    @pytest.fixture(scope="session")
-    def suite(self) -> "Suite":
-        """This."""
-        return self
-
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Remember what failed."""
         if report.failed:

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .results import COPY, OURS, Row
+from .results import COPY, OPERATIONS, OURS, Row
 
 # More cases than these are summed up by operation, pass, layout and type.
 MOST_LINES = 80
@@ -20,7 +20,7 @@ def summary(console: Console, rows: Iterable[Row], document: Mapping[str, Any]) 
     """Print the table of a run, and who is missing from it."""
     facts = document["machine_info"]["cpunorm"]
     by_case: dict[tuple[Any, ...], Found] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: (OPERATIONS.index(row.operation), row.text)):
         by_case.setdefault((*row.case, row.threads), {})[row.implementation] = row
     several = len({key[-1] for key in by_case}) > 1
     table = (_by_group if len(by_case) > MOST_LINES else _by_case)(by_case, several)
@@ -37,9 +37,10 @@ def summary(console: Console, rows: Iterable[Row], document: Mapping[str, Any]) 
 
 
 def ratios(above: Row, below: Row) -> tuple[float, float, float]:
-    """Return one time ÷ another, block by block: the median, the least and the largest."""
+    """Return one time ÷ another, block by block: the median and the quartiles around it."""
     pairs = [a / b for a, b in zip(above.seconds, below.seconds, strict=False)]
-    return statistics.median(pairs), min(pairs), max(pairs)
+    low, middle, high = statistics.quantiles(pairs, n=4, method="inclusive")
+    return middle, low, high
 
 
 def fastest(rows: Iterable[Row]) -> Row | None:
@@ -55,9 +56,9 @@ def verdict(found: Found) -> tuple[Row, Row | None]:
     return pair[0], pair[1] if len(pair) > 1 else None
 
 
-def _text(median: float, least: float, largest: float, unit: str = "") -> str:
-    digits = 0 if unit else 2
-    return f"{median:.{digits}f}{unit or '×'} ({least:.{digits}f}–{largest:.{digits}f})"
+def _text(middle: float, low: float, high: float, unit: str = "×") -> str:
+    digits = 2 if unit == "×" else 0
+    return f"{middle:.{digits}f}{unit} ({low:.{digits}f}–{high:.{digits}f})"
 
 
 def _share(found: Found, row: Row) -> str:
@@ -85,9 +86,9 @@ def _by_case(by_case: Mapping[tuple[Any, ...], Found], several: bool) -> Table:
         parts += [f"{key[-1]} threads"] * several
         winner, margin, over = f"[bold]{first.implementation}[/]", "–", "–"
         if second:
-            middle, least, largest = ratios(second, first)
-            margin, over = _text(middle, least, largest), second.implementation
-            if least <= 1:
+            middle, low, high = ratios(second, first)
+            margin, over = _text(middle, low, high), second.implementation
+            if low <= 1:
                 winner = f"no difference ({first.implementation})"
         table.add_row(" ".join(parts), winner, margin, over, _share(found, first))
     return table

@@ -29,7 +29,7 @@ FEWEST_CALLS = 4
 MOST_CALLS = 10_000
 
 # A call that takes longer is measured in no more blocks than needed for a spread.
-SLOW_SECONDS = 0.1
+SLOW_SECONDS = 0.03
 FEWEST_BLOCKS = 3
 PATIENCE_SECONDS = 2
 
@@ -190,6 +190,7 @@ def measure(case: Case, workers: Sequence[Worker], blocks: int) -> Result:
                 ready.remove(worker)
     for worker in workers:
         worker.send("release")
+    for worker in workers:
         worker.receive()
     return result
 

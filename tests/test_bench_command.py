@@ -29,16 +29,19 @@ ROOT = Path(__file__).parent.parent
 OURS = [name for name in ("cython", "numpy") if name in AVAILABLE]
 TINY = ("--shape", "4,6", "--backend", ",".join(OURS), "--against", "", "--blocks", "2")
 
+# Inside xdist, pytest-benchmark measures nothing.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if "XDIST" not in name}
+
 ROW = Row(
     "batch_norm", "training", "NCHW", "float32", (8, 16, 7, 7), None, "grid", None, 2,
     "cython", "0.1.0", 50176, 10.0, 0.5, 1e-7, (1e-5, 1.1e-5, 1.05e-5, 1.02e-5, 1.03e-5),
 )  # fmt: skip
 
 
-def bench(*arguments, **options):
+def bench(*arguments):
     """Run the command from start to end."""
     command = [sys.executable, "-m", "bench", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
 
 
 def document(*rows, machine=None):
@@ -84,6 +87,7 @@ def test_an_interrupted_run_goes_on(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "bench", *arguments],
         cwd=ROOT,
+        env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -183,7 +187,7 @@ def test_compare(tmp_path, capsys, factors, verdict, code):
     new = written(tmp_path / "new.json", scaled(ROW, *factors), *others)
     assert compare.main([str(old), str(new)]) == code
     lines = [line for line in capsys.readouterr().out.splitlines() if "%" in line]
-    (changed, *_) = [c for c in compare.changes(results.read(old), results.read(new))]
+    changed, *_ = compare.changes(results.read(old), results.read(new))
     assert changed.verdict(1.0) == verdict
     assert any(verdict in line for line in lines)
 
