@@ -30,8 +30,10 @@ def _data(measured: Measured) -> dict[str, Any]:
         if row.pass_ in PASSES:
             shape = shapes.setdefault(row.shape, len(shapes))
             of = row.operation, row.pass_, row.layout, row.dtype, row.threads, row.implementation
-            times = (float(f"{s * 1e6:.3g}") for s in (row.median, *spread(row)))
-            tables.setdefault(of, []).append((shape, row.num_groups or 0, *times))
+            # The quartiles in percent, which is shorter.
+            percent = (round(100 * (s / row.median - 1)) for s in spread(row))
+            numbers = float(f"{row.median * 1e6:.3g}"), *percent
+            tables.setdefault(of, []).append((shape, row.num_groups or 0, *numbers))
     shown = SHOWN | {PLAIN: "plain NumPy", COPY: "copy, in backward passes triad"}
     return {
         "footer": footer(measured),

@@ -25,7 +25,7 @@ def figures(measured: Measured) -> Iterator[Figure]:
             if rows:
                 points = ([nbytes(r) for r in rows], [r.gb_per_s for r in rows])
                 scatter(one, *points, LOOKS[operation], NAMES[operation])
-            for r in rows:
+            for r in (r for r in rows if r.pass_ == pass_):
                 share = r.share_of_copy and round(r.share_of_copy, 3)
                 shape = "x".join(map(str, r.shape))
                 speed = float(f"{r.gb_per_s:.3g}")
