@@ -12,6 +12,8 @@ from matplotlib.patches import Rectangle
 from .table import Plane, label
 
 Cell = tuple[int, int]
+# Nearer to 1 than this is equal.
+CLEAR = 1.05
 AXIS = {
     "N": "N (images)",
     "C": "C (channels)",
@@ -85,7 +87,8 @@ def ratios(
     for (line, column), (value, text) in cells.items():
         _write(axes, line, column, text, cmap(norm(value)))
     if boundary:
-        crossover(axes, {cell: value >= 1 for cell, (value, _) in cells.items()})
+        sides = {c: (value > CLEAR) - (value < 1 / CLEAR) for c, (value, _) in cells.items()}
+        crossover(axes, sides)
     return image
 
 

@@ -69,8 +69,8 @@ def _map(measured: Measured, plane: Plane, pass_: str) -> Figure:
     letters = ", ".join(f"{LOOKS[n][2]} {n}" for n in measured.implementations(PEERS))
     caption = (
         f"The fastest peer's time ÷ cpunorm's (cython) at {plane}; the letter is that peer "
-        f"({letters}). Heavy lines are where the two are equal: below 1 the peer is faster. Empty "
-        "cells: no peer computes the case."
+        f"({letters}). Below 1 the peer is faster; heavy lines part who is ahead by 5 % from the "
+        "rest. Empty cells: no peer computes the case."
     )
     return Figure(f"library-{pass_}", title, caption, drawing, COLUMNS, numbers)
 
