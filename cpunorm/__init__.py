@@ -15,6 +15,8 @@ The way of the data, top to bottom::
     backends/        cython   numba   numpy
 """
 
+from typing import TYPE_CHECKING, Any
+
 # First, for it says how OpenMP starts.
 from ._threads import get_num_threads, set_num_threads  # isort: split
 
@@ -38,7 +40,11 @@ from .functional import (
 )
 from .layers import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 
+if TYPE_CHECKING:
+    from ._advice import Advice, advise
+
 __all__ = [
+    "Advice",
     "BatchNorm",
     "Gradients",
     "GroupNorm",
@@ -48,6 +54,7 @@ __all__ = [
     "Stats",
     "add_layer_norm",
     "add_rms_norm",
+    "advise",
     "available_backends",
     "batch_norm",
     "batch_norm_backward",
@@ -65,5 +72,15 @@ __all__ = [
     "show_config",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # What no computation needs is imported when first asked for.
+    if name in ("Advice", "advise"):
+        from . import _advice
+
+        return getattr(_advice, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 warn_if_not_compiled()

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any, NoReturn
 
 from .. import get_num_threads, show_config
+from .._advice import DTYPES, LAYOUTS, NORMALIZATIONS, advise
 from .._dispatch import check_backend, config
 from ..backends import BACKENDS
 from . import checks, neighbours, pipeline, report, timing, warmup
@@ -39,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
+        if options.command == "advise":
+            return _advise(options)
         usable, broken = _backends(options.backend)
         if options.backend in broken:
             parser.error(f"argument --backend: {broken[options.backend]}")
@@ -115,6 +118,19 @@ def _run(backends: Sequence[str], broken: dict[str, str], options: argparse.Name
     return 0 if ok else 1
 
 
+def _advise(options: argparse.Namespace) -> int:
+    advice = advise(
+        options.tensor,
+        options.layout,
+        options.training,
+        normalization=options.normalization,
+        dtype=options.dtype,
+        threads=options.threads,
+    )
+    print(json.dumps({**asdict(advice), "sure": advice.sure}, indent=1) if options.json else advice)
+    return 0
+
+
 def _ansi() -> bool:
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     return sys.stdout.isatty() and not plain
@@ -150,7 +166,35 @@ def _parser() -> argparse.ArgumentParser:
         help="blocks of calls per time, of which the median is shown (default: "
         f"{timing.BLOCKS}, or 1 for what is left after {SHORTEN_AFTER_SECONDS} seconds)",
     )
+    commands = parser.add_subparsers(dest="command", metavar="advise")
+    _add_advise(
+        commands.add_parser(
+            "advise",
+            help="instead, say what is cheapest for a shape: advise 32,256,14,14",
+            description="Say which normalization, layout and backend is cheapest for a shape, by "
+            "times that were measured with every release, and how sure that is.",
+        )
+    )
     return parser
+
+
+def _add_advise(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "tensor", type=_shape, metavar="N,C,...", help="the shape, channels second in any layout"
+    )
+    parser.add_argument("--layout", choices=LAYOUTS, help="where the channels lie (default: both)")
+    parser.add_argument(
+        "--training", action="store_true", help="forward and backward, instead of inference"
+    )
+    parser.add_argument("--normalization", choices=NORMALIZATIONS, help="consider this one alone")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="float32 by default")
+    parser.add_argument(
+        "--threads", type=_positive, metavar="N", help="(default: as many as cpunorm would use)"
+    )
+    # Without a default of its own, or it would undo the same option before the command.
+    parser.add_argument(
+        "--json", action="store_true", default=argparse.SUPPRESS, help="print the numbers as JSON"
+    )
 
 
 def _shape(text: str) -> tuple[int, ...]:

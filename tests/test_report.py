@@ -1,0 +1,182 @@
+"""The report: every figure with its numbers, the page, the interactive page in a browser."""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from PIL import Image
+
+from bench import report
+from bench.maps import explore, libraries, normalizations
+from bench.maps.table import Measured
+from bench.results import ResultsError, check
+
+from .synthetic import document, write_results
+
+FIGURES = {
+    *(
+        f"normalization-{p}-{layout}"
+        for p in ("training", "inference", "backward")
+        for layout in ("nchw", "nhwc")
+    ),
+    *(
+        f"{what}-{p}"
+        for what in ("backend", "library")
+        for p in ("training", "inference", "backward")
+    ),
+    *("library-all", "rows", "layout", "threads", "dtypes", "groups", "roofline"),
+    *("accuracy-forward", "accuracy-backward", "accuracy-speed"),
+}
+
+
+def make(folder, change=None, name="docs"):
+    source = write_results(folder / f"{name}-results.json", change)
+    output = folder / name
+    assert (
+        report.main([str(source), "--output", str(output), "--advice", str(folder / "a.json")]) == 0
+    )
+    return output
+
+
+@pytest.fixture(scope="module")
+def docs(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("report"))
+
+
+def test_every_figure_has_its_numbers(docs):
+    assert {path.stem for path in docs.glob("*.png")} == FIGURES
+    for name in FIGURES:
+        with Image.open(docs / f"{name}.png") as image:
+            assert min(image.size) > 300
+        with open(docs / f"{name}.csv", encoding="utf-8") as file:
+            columns, *rows = csv.reader(file)
+        content = json.loads((docs / f"{name}.json").read_text(encoding="utf-8"))
+        assert content["columns"] == columns
+        assert len(content["rows"]) == len(rows) > 0
+        assert content["machine"] == "Model CPU, 2 cores, x86_64_v4"
+        assert content["date"] == "2026-01-02"
+        assert content["drawn with"] == "python -m bench report"
+
+
+def test_the_page_answers_first_and_links_what_is_there(docs):
+    text = (docs / "index.md").read_text(encoding="utf-8")
+    assert "For (8, 512, 7, 7) in inference take batch norm" in "\n".join(text.splitlines()[:4])
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert {f"{name}.{end}" for name in FIGURES for end in ("png", "csv", "json")} <= set(links)
+    for link in links:
+        assert (docs / link).exists()
+
+
+def test_lost_shapes_are_named(docs):
+    text = (docs / "index.md").read_text(encoding="utf-8")
+    lost = text[text.index("## Where cpunorm loses") :]
+    assert re.search(
+        r"\| 0\.\d\d \| group norm \| forward \| NCHW .*8, 512, 7, 7.* torch 1\.0", lost
+    )
+    assert "batch norm" not in lost
+    found = libraries.lost(Measured(check(document(), "synthetic")))
+    assert f"A peer is faster on {len(found)} of them" in lost
+    assert all(ratio < 1 for ratio, *_ in found)
+
+
+def test_the_winner_is_the_fastest_and_its_lead_the_next_one_over_it():
+    measured = Measured(check(document(), "synthetic"))
+    plane, _ = measured.planes
+    assert (plane.x, plane.y, plane.fixed, plane.value) == ("HW", "C", "N", 8)
+    rows = {
+        operation: measured.on(plane, measured.select(operation, "inference", "NCHW"))[0, 0]
+        for operation in ("batch_norm", "layer_norm", "instance_norm")
+    }
+    first, text = normalizations.winner(rows)
+    medians = sorted(row.median for row in rows.values())
+    assert first == "batch_norm"
+    assert text.endswith(f"{medians[1] / medians[0]:.2f}")
+
+
+def test_what_was_not_measured_is_left_out_and_said(tmp_path):
+    def only_ours(content):
+        content["accuracy"] = []
+        content["benchmarks"] = [
+            b
+            for b in content["benchmarks"]
+            if b["extra_info"]["implementation"] in ("cython", "copy")
+            and b["extra_info"]["threads"] == 2
+            and b["extra_info"]["pass"] != "backward"
+        ]
+
+    make(tmp_path)
+    output = make(tmp_path, only_ours)
+    names = {path.stem for path in output.glob("*.png")}
+    assert not any(n.startswith(("library", "accuracy", "threads", "backend")) for n in names)
+    assert {"normalization-inference-nchw", "layout", "roofline"} <= names
+    assert "accuracy-speed.csv" not in {path.name for path in output.iterdir()}
+    text = (output / "index.md").read_text(encoding="utf-8")
+    assert text.count("Left out") == 3
+    assert "no other library was measured" in text
+
+
+def test_a_bad_results_file_changes_nothing(tmp_path):
+    advice, output = tmp_path / "a.json", tmp_path / "docs"
+    advice.write_text("before")
+    for text in ("{", "{}", json.dumps({**document(), "benchmarks": []})):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(ResultsError, match=r"bad\.json"):
+            report.main(
+                [str(tmp_path / "bad.json"), "--output", str(output), "--advice", str(advice)]
+            )
+    assert advice.read_text() == "before"
+    assert not output.exists()
+
+
+def test_the_latest_results_are_taken(tmp_path):
+    for day, name in ((1, "b.json"), (2, "a.json")):
+        (tmp_path / name).write_text(json.dumps({"datetime": f"2026-01-0{day}T00:00:00"}))
+    assert report.latest(tmp_path).name == "a.json"
+    with pytest.raises(ResultsError, match="no results file"):
+        report.latest(tmp_path / "none")
+
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to open the interactive page in")
+@pytest.mark.parametrize(
+    ("choice", "shows"),
+    [
+        ("", "batch norm"),
+        ("view=lead&operation=group_norm&pass=inference&layout=NCHW", "1 is equal"),
+        ("view=library&operation=rms_norm&pass=backward&layout=NHWC", "cython"),
+        ("view=us&dtype=float16&implementation=torch", "shapes"),
+    ],
+)
+def test_the_interactive_page_draws(docs, tmp_path, choice, shows):
+    done = subprocess.run(
+        [
+            *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"),
+            *("--v=0", f"--user-data-dir={tmp_path}", "--virtual-time-budget=8000", "--dump-dom"),
+            f"{(docs / 'explore.html').as_uri()}#{choice}",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert "CONSOLE" not in done.stderr, done.stderr
+    cells = int(re.search(r'data-cells="(\d+)"', done.stdout)[1])
+    assert cells > 8
+    # Plotly's own elements: one mark per cell, with its text.
+    assert len(re.findall(r'<path class="point"', done.stdout)) == cells
+    assert shows in re.search(r'id="status"[^>]*>([^<]*)', done.stdout)[1]
+
+
+def test_the_page_asks_no_network(docs):
+    text = (docs / "explore.html").read_text(encoding="utf-8")
+    assert not re.search(r"https?://", text)
+    assert all((docs / name).exists() for name in explore.BUNDLED)
