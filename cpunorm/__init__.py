@@ -34,6 +34,7 @@ from .functional import (
     rms_norm_backward,
 )
 from .layers import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
+from .moments import Moments, RunningStatistics
 
 __all__ = [
     "BatchNorm",
@@ -41,7 +42,9 @@ __all__ = [
     "GroupNorm",
     "InstanceNorm",
     "LayerNorm",
+    "Moments",
     "RMSNorm",
+    "RunningStatistics",
     "Stats",
     "add_layer_norm",
     "add_rms_norm",

@@ -57,6 +57,9 @@ CONVENTIONS = {
     "onnx": Convention(0.9, 1e-5, of_old=True, unbiased=False),
 }
 
+# Beyond so many deviations from zero float32 rounds a mean too coarsely to merge variances by.
+FAR = 8.0
+
 CHANNELS_LAST = {"NCHW": False, "channels_first": False, "NHWC": True, "channels_last": True}
 
 
@@ -708,6 +711,40 @@ def channel_norm(
     return y
 
 
+def channel_moments(
+    x: Any, num_features: int, *, layout: Any, mask: Any, backend: str | None
+) -> tuple[Array, Array, int, np.dtype[Any]]:
+    """Mean and biased variance of every channel of x in float64, of how many values each, and the
+    dtype that statistics of x have."""
+    x = _input(x)
+    acc = STATS_DTYPE[x.dtype]
+    channels = _channels("batch_norm", x, layout, None, False)
+    if channels.size != num_features:
+        raise ValueError(
+            f"x must have {num_features} channels on axis {channels.axis}, got shape {x.shape}"
+        )
+    mask = _mask(mask, x, channels.axis)
+    backend = _dispatch.resolve(backend)
+    frame, positions = _channel_problem(x, channels, mask)
+    solve = _solver(positions)
+    mean, rest, var, rstd = np.zeros((4, *channels.stats), acc)
+    if x.size:
+        lain = frame.lay(x)
+        solve(frame.problem, "moments", backend, x.nbytes, lain, mean, var)
+        with np.errstate(all="ignore"):
+            far = bool(np.any(np.square(mean) > FAR**2 * var))
+        if far and x.dtype == np.float32:
+            centred = np.empty_like(lain)
+            inputs = lain, None, None, None, 0
+            rstd.fill(1)
+            solve(frame.problem, "apply", backend, x.nbytes, *inputs, centred, mean, rstd)
+            solve(frame.problem, "moments", backend, x.nbytes, centred, rest, var)
+    counts = [x.size // max(1, channels.size)] if positions is None else positions.counts()
+    with np.errstate(all="ignore"):
+        exact = np.add(mean[0], rest[0], dtype=np.float64)
+    return exact, var[0].astype(np.float64), int(counts[0]), acc
+
+
 def _update_running_statistics(
     statistics: dict[str, Array],
     mean: Array,
@@ -720,16 +757,17 @@ def _update_running_statistics(
 
     What covers fewer than two values says nothing about a variance, and is left out.
     """
-    count = np.broadcast_to(np.asarray(counts, np.float64), len(mean))[:, None]
-    enough = count[:, 0] > 1
+    count = np.asarray(counts, np.float64)  # one for all images, or one for each
+    enough = count > 1
     if not enough.any():
         return
-    mean, var, count = (a[enough] for a in (mean, var, count))
-    factor = count / (count - 1) if unbiased else 1.0
+    factor = count[enough] / (count[enough] - 1) if unbiased else np.ones(1)
+    if len(count) > 1:
+        mean, var, factor = mean[enough], var[enough] * factor[:, None], np.ones(1)
     with np.errstate(all="ignore"):
         new = {
             "running_mean": mean.mean(axis=0, dtype=np.float64),
-            "running_var": (var * factor).mean(axis=0, dtype=np.float64),
+            "running_var": var.mean(axis=0, dtype=np.float64) * factor,
         }
         for name, old in statistics.items():
             old[...] = (1 - weight_of_new) * old.astype(np.float64) + weight_of_new * new[name]

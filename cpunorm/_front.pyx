@@ -499,14 +499,14 @@ cdef void take_running(int kind, object running_mean, object running_var, double
 
 cdef void update(real* running, const real* new, Py_ssize_t B, Py_ssize_t G, double factor,
                  double momentum) noexcept nogil:
-    """Move towards the mean over B of what is new times a factor."""
+    """Move towards the mean over B of what is new, times a factor."""
     cdef Py_ssize_t b, g
     cdef double mean
     for g in range(G):
         mean = 0
         for b in range(B):
-            mean += new[b * G + g] * factor
-        running[g] = <real> ((1 - momentum) * running[g] + momentum * (mean / B))
+            mean += new[b * G + g]
+        running[g] = <real> ((1 - momentum) * running[g] + momentum * (mean / B * factor))
 
 
 cdef void update_running(int kind, object running_mean, object running_var, const Call* call,

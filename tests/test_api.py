@@ -6,18 +6,20 @@ import pytest
 
 import cpunorm
 
-COMMON = 'layout="NCHW", activation=None, residual=None, out=None, return_stats=False, backend=None'
-BACKWARD = 'layout="NCHW", need=(True, True, True), backend=None'
-AXIS_BACKWARD = "axis=None, grad_sum=None, need=(True, True, True), backend=None"
-AXIS = "axis=None, out=None, return_stats=False, backend=None"
+OUT = "out=None, return_stats=False, backend=None"
+GROUP = f'layout="NCHW", activation=None, residual=None, mask=None, {OUT}'
+RUNNING = f'layout="NCHW", activation=None, residual=None, mask=None, convention="torch", {OUT}'
+BACKWARD = 'layout="NCHW", mask=None, need=(True, True, True), backend=None'
+AXIS_BACKWARD = "axis=None, grad_sum=None, mask=None, need=(True, True, True), backend=None"
+AXIS = f"axis=None, mask=None, {OUT}"
 ADD = "axis=None, out=None, sum_out=None, return_stats=False, backend=None"
 
 SIGNATURES = {
     "batch_norm": "x, running_mean, running_var, weight=None, bias=None, training=False, "
-    f"momentum=0.1, eps=1e-5, *, {COMMON}",
+    f"momentum=0.1, eps=1e-5, *, {RUNNING}",
     "instance_norm": "x, running_mean=None, running_var=None, weight=None, bias=None, "
-    f"use_input_stats=True, momentum=0.1, eps=1e-5, *, {COMMON}",
-    "group_norm": f"x, num_groups, weight=None, bias=None, eps=1e-5, *, {COMMON}",
+    f"use_input_stats=True, momentum=0.1, eps=1e-5, *, {RUNNING}",
+    "group_norm": f"x, num_groups, weight=None, bias=None, eps=1e-5, *, {GROUP}",
     "layer_norm": f"x, normalized_shape, weight=None, bias=None, eps=1e-5, *, {AXIS}",
     "rms_norm": f"x, normalized_shape, weight=None, eps=None, *, {AXIS}",
     "add_layer_norm": f"x, residual, normalized_shape, weight=None, bias=None, eps=1e-5, *, {ADD}",

@@ -1,4 +1,4 @@
-"""A mask leaves positions out: of statistics and gradients, and of the result, where they are zero."""
+"""A mask leaves positions out: of statistics, gradients, and the result, which is zero there."""
 
 from dataclasses import replace
 
@@ -187,7 +187,9 @@ def test_a_padded_batch_gives_what_its_images_give(op, layout, lengths, seed):
     y = call(lain, mask=mask)
     if op == "batch_norm":
         together = np.concatenate(images, axis=1)[None]
-        alone = call(together)[0] if together.shape[-1] > 1 else np.tile(bias[:, None], sum(lengths))
+        alone = (
+            call(together)[0] if together.shape[-1] > 1 else np.tile(bias[:, None], sum(lengths))
+        )
     else:
         parts = [call(i[None])[0] if i.shape[1] > 1 else i - i + bias[:, None] for i in images]
         if op == "layer_norm":
