@@ -43,14 +43,16 @@ def test_signature(name):
 def test_public_names():
     functions = set(SIGNATURES)
     around = {"Stats", "Gradients", "use_backend", "set_num_threads", "get_num_threads"}
-    around |= {"show_config", "available_backends"}
+    around |= {"show_config", "available_backends", "Moments", "RunningStatistics"}
     assert functions | around <= set(cpunorm.__all__)
     assert len(cpunorm.__all__) == len(set(cpunorm.__all__))
     for name in cpunorm.__all__:
         assert hasattr(cpunorm, name)
 
 
-@pytest.mark.parametrize("name", [*SIGNATURES, "set_num_threads", "get_num_threads", "use_backend"])
+@pytest.mark.parametrize(
+    "name", [*SIGNATURES, "set_num_threads", "get_num_threads", "use_backend", "Moments"]
+)
 def test_documented(name):
     """Every function says what it takes, what it gives, and shows an example."""
     doc = inspect.getdoc(getattr(cpunorm, name))
@@ -61,4 +63,5 @@ def test_documented(name):
 
 def test_results_are_named_tuples():
     assert cpunorm.Stats._fields == ("mean", "rstd")
+    assert cpunorm.RunningStatistics._fields == ("running_mean", "running_var")
     assert cpunorm.Gradients._fields == ("x", "weight", "bias")

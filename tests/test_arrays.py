@@ -120,10 +120,7 @@ def test_every_argument(source):
     x, (weight, bias) = x_of(), np.random.default_rng(1).normal(1, 1, (2, 6)).astype("float32")
     mask = np.random.default_rng(2).random((2, 5, 3)) < 0.7
     plain = cpunorm.group_norm(x, 2, weight, bias, residual=x, mask=mask)
-    if source is arrows:
-        foreign_mask = mask  # Arrow's tensors have no bool
-    else:
-        foreign_mask = source(mask)
+    foreign_mask = mask if source is arrows else source(mask)  # Arrow's tensors have no bool
     given = (source(a) for a in (x, weight, bias, x))
     x_, weight_, bias_, residual = given
     y = cpunorm.group_norm(x_, 2, weight_, bias_, residual=residual, mask=foreign_mask)
@@ -192,7 +189,7 @@ class OnlyConverts:
     ("value", "text"),
     [
         (np.ma.masked_array(x_of()), "MaskedArray"),
-        (np.matrix(np.ones((4, 6), "float32")), "numpy.matrix"),
+        (np.ones((4, 6), "float32").view(np.matrix), "numpy.matrix"),
         (x_of().view(Subclass), "Subclass"),
         (OnlyConverts(), "OnlyConverts"),
         (x_of().tolist(), "builtins.list"),

@@ -127,6 +127,7 @@ def test_torch(given):
     np.testing.assert_allclose(ours.running_var, theirs.running_var, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("given", [{}, {"momentum": 0.3}])
 def test_keras(given):
     os.environ.setdefault("KERAS_BACKEND", "torch")
