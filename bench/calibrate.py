@@ -10,16 +10,15 @@ import argparse
 import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing
 from pathlib import Path
 
 from cpunorm import _auto
 from cpunorm._dispatch import config
 
 from . import peers
-from .shapes import ITEM, Case, Shape
-from .speed import machine
-from .workers import Contestant, Worker, measure
+from .machine import machine
+from .shapes import Case, Shape
+from .workers import Contestant, Worker, crew, measure
 
 MIB = 2**20
 # Where each class begins and what it is measured on. Below the first, the detour that leads to
@@ -36,21 +35,22 @@ def cases(nbytes: int) -> Iterator[tuple[str, Case]]:
     """Yield kernels, as the table names them, with cases of so many bytes or a little more."""
 
     def fill(*rest: int) -> Shape:
-        return (math.ceil(nbytes / (math.prod(rest) * ITEM)), *rest)
+        return (math.ceil(nbytes / (math.prod(rest) * 4)), *rest)
 
-    for direction, verb in (("forward", "normalize"), ("backward", "backward")):
+    for pass_, verb in (("inference", "normalize"), ("backward", "backward")):
         for length in ROWS:
-            yield f"rows {verb}", Case("layer_norm", direction, False, "NCHW", fill(length))
+            yield f"rows {verb}", Case("layer_norm", pass_, "NCHW", fill(length))
         for image in PIXELS:
             shape = fill(*image)
-            over_channels = Case("layer_norm", direction, False, "NCHW", shape, None, True)
-            yield f"columns {verb}", over_channels
+            yield f"columns {verb}", Case("layer_norm", pass_, "NCHW", shape)
             for problem, layout in (("channels_first", "NCHW"), ("channels_last", "NHWC")):
+                statistics = "training" if pass_ == "inference" else pass_
                 name = f"{problem} {verb}"
-                yield name, Case("batch_norm", direction, False, layout, shape)
-                yield name, Case("group_norm", direction, False, layout, shape, 32)
-                name = f"{problem} {'apply' if direction == 'forward' else 'backward_apply'}"
-                yield name, Case("batch_norm", direction, True, layout, shape)
+                yield name, Case("batch_norm", statistics, layout, shape)
+                yield name, Case("group_norm", pass_, layout, shape, 32)
+                constants = "inference" if pass_ == "inference" else "backward_frozen"
+                name = f"{problem} {'apply' if pass_ == 'inference' else 'backward_apply'}"
+                yield name, Case("batch_norm", constants, layout, shape)
 
 
 def fastest(ratios: dict[str, dict[int, list[float]]]) -> dict[str, list[str]]:
@@ -88,7 +88,7 @@ def _measure(workers: Sequence[Worker], blocks: int) -> dict[str, dict[int, list
         for name, case in cases(nbytes):
             result = measure(case, workers, blocks)
             if result.notes:
-                raise SystemExit("\n".join(result.notes))
+                raise SystemExit("\n".join(f"{n}: {why}" for n, why in result.notes.items()))
             cython, numba = (result.seconds[backend] for backend in _auto.CHOICES)
             # Side by side, since the machine drifts.
             pairs = zip(*(result.blocks[backend] for backend in _auto.CHOICES), strict=True)
@@ -110,12 +110,13 @@ def main() -> None:
     where.add_argument("--write", action="store_true", help=f"keep it in {_auto.own_path()}")
     where.add_argument("--ship", action="store_true", help=f"keep it in {_auto.SHIPPED}")
     args = parser.parse_args()
-    with ExitStack() as stack:
-        workers = []
-        for backend in _auto.CHOICES:
-            contestant = Contestant(backend, peers.OURS, args.threads, {"backend": backend})
-            workers.append(stack.enter_context(closing(Worker(contestant))))
-            workers[-1].receive()
+    everyone = [
+        Contestant(backend, peers.OURS, args.threads, {"backend": backend})
+        for backend in _auto.CHOICES
+    ]
+    with crew(everyone) as (workers, left_out):
+        if left_out:
+            raise SystemExit("\n".join(f"{name}: {why}" for name, why in left_out.items()))
         ratios = _measure(workers, args.blocks)
     facts = machine(args.threads)
     versions = facts["versions"]

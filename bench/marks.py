@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from cpunorm.backends.cython.caches import cache_bytes
 
-from .shapes import BACKWARD, INFERENCE, ROWS, WITH_STATISTICS, Case
+from .shapes import BACKWARD, INFERENCE, WITH_STATISTICS, Case
 from .workers import Result
 
 if TYPE_CHECKING:
@@ -61,13 +61,13 @@ def _marks(report: "Report") -> Iterator[Mark]:
     def of_channels(case: Case) -> bool:
         return (
             case.kind == WITH_STATISTICS
-            and case.operation not in ROWS
+            and not case.over_rows
             and case.slab <= l2
             and case.spatial_size >= 49
         )
 
     def one_sweep(case: Case) -> bool:
-        return (case.kind == WITH_STATISTICS and case.operation in ROWS) or case.kind == INFERENCE
+        return (case.kind == WITH_STATISTICS and case.over_rows) or case.kind == INFERENCE
 
     def backward(case: Case) -> bool:
         return case.kind == BACKWARD and case.nbytes >= 4 * MIB

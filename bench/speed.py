@@ -8,26 +8,20 @@ where it takes any.
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import math
-import os
-import platform
 import re
 import statistics
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cpunorm._dispatch import config
-from cpunorm.backends.cython.caches import cache_bytes
-
 from . import marks, peers
-from .shapes import CLASSES, Case, suite
-from .workers import Contestant, Failed, Result, Worker, measure
+from .machine import machine
+from .shapes import CLASSES, Case
+from .suites import suite
+from .workers import Contestant, Result, crew, measure
 
 COPY = "copy|triad"
 WORST = 5
@@ -59,37 +53,6 @@ def contestants(args: argparse.Namespace) -> list[Contestant]:
     # Ours right after the copy, where the eye looks for it.
     memory = [c for c in found if c.peer == peers.MEMORY]
     return [*memory, *ours, *(c for c in found if c.peer != peers.MEMORY)]
-
-
-def machine(threads: int) -> dict[str, Any]:
-    """Return what the figures depend on."""
-    packages = ("numpy", "numba", *peers.PEERS)
-    versions = {"cpunorm": config()["cpunorm"]}
-    for package in packages:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu(),
-        "cores": os.cpu_count(),
-        "l2": cache_bytes(2),
-        "instruction set": config()["instruction set"],
-        "threads": threads,
-        "python": platform.python_version(),
-        "versions": versions,
-    }
-
-
-def _cpu() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor()
-    found = re.search(r"model name\s*:\s*(.+)", text)
-    return found[1] if found else platform.processor()
 
 
 def geometric_mean(values: Iterable[float]) -> float:
@@ -127,7 +90,7 @@ class Report:
             f"{'–':>11}" if math.isnan(ratio) else f"{ratio:11.2f}"
             for ratio in (self.lead(result), self.over_copy(result))
         )
-        notes = "".join(f"\n    {note}" for note in result.notes)
+        notes = "".join(f"\n    {name}: {why}" for name, why in result.notes.items())
         return f"{result.case!s:56}{times}{ratios}{notes}"
 
     def lead(self, result: Result) -> float:
@@ -222,14 +185,9 @@ def main() -> None:
     )
     report = Report(everyone)
     print(report.header())
-    with ExitStack() as stack:
-        workers = [stack.enter_context(closing(Worker(c))) for c in everyone]
-        for worker in list(workers):
-            try:
-                worker.receive()
-            except Failed as failure:
-                print(f"left out: {worker.contestant.name}, {failure}")
-                workers.remove(worker)
+    with crew(everyone) as (workers, left_out):
+        for name, why in left_out.items():
+            print(f"left out: {name}, {why}")
         try:
             for case in cases:
                 print(report.add(measure(case, workers, args.blocks)), flush=True)

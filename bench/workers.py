@@ -13,14 +13,13 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
-import numpy as np
-
-from . import peers
+from . import oracle, peers
 from .shapes import Case
 
 BLOCK_SECONDS = 0.003
@@ -29,8 +28,10 @@ PAUSE_SECONDS = 0.015
 FEWEST_CALLS = 4
 MOST_CALLS = 10_000
 
-SAMPLES = 64
-TOLERANCE = 2e-3
+# A call that takes longer is measured in no more blocks than needed for a spread.
+SLOW_SECONDS = 0.03
+FEWEST_BLOCKS = 3
+PATIENCE_SECONDS = 2
 
 
 @dataclass(frozen=True)
@@ -93,18 +94,50 @@ class Worker:
         return answer
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, whatever it does."""
         self.pipe.close()
+        self.process.join(PATIENCE_SECONDS)
+        self.process.kill()
         self.process.join()
+
+
+@contextmanager
+def crew(contestants: Sequence[Contestant]) -> Iterator[tuple[list[Worker], dict[str, str]]]:
+    """Start everyone; give those who are ready, and of the others the names and reasons."""
+    workers = [Worker(contestant) for contestant in contestants]
+    try:
+        ready, left_out = [], {}
+        for worker in workers:
+            try:
+                worker.receive()
+                ready.append(worker)
+            except Failed as failure:
+                left_out[worker.contestant.name] = str(failure)
+        yield ready, left_out
+    finally:
+        for worker in workers:
+            worker.close()
 
 
 @dataclass
 class Result:
-    """What was found for a case: seconds of a call in each block, and notes on who failed."""
+    """What was found for a case, by name of contestant.
+
+    Parameters
+    ----------
+    case : Case
+    blocks : dict of list of float
+        Seconds of a call in each block.
+    errors : dict of float
+        Distance from the oracle.
+    notes : dict of str
+        Who failed or was wrong, and how.
+    """
 
     case: Case
     blocks: dict[str, list[float]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    errors: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -113,35 +146,52 @@ class Result:
 
 
 def measure(case: Case, workers: Sequence[Worker], blocks: int) -> Result:
-    """Measure a case with everyone who can compute it, and see that they agree."""
+    """Have a case computed by everyone who can, compare with the oracle, and measure blocks.
+
+    Everyone keeps the fastest of its forms, of those that are right. With no blocks only errors are
+    found, and no form is wrong.
+    """
     result = Result(case)
-    try:
-        for worker in workers:
-            worker.send("prepare", case)
-        ready = [worker for worker in workers if _answer(result, worker)]
-        samples = {}
+
+    def ask(worker: Worker, *question: Any) -> Any:
+        worker.send(*question)
+        return _answer(result, worker)
+
+    for worker in workers:
+        worker.send("prepare", case)
+    expected = oracle.expected(peers.Data(case))
+    able = [worker for worker in workers if _answer(result, worker)]
+    ready = []
+    for worker in able:
+        name = worker.contestant.name
+        samples = ask(worker, "check")
+        if samples is None:
+            continue
+        # A peer that is no normalization has samples without values.
+        errors = [oracle.error(s, expected) if s is not None else 0.0 for s in samples]
+        right = [i for i, e in enumerate(errors) if not (blocks and oracle.wrong(e, case.dtype))]
+        if not right:
+            result.errors[name] = min(errors)
+            result.notes[name] = f"wrong, off by {min(errors):.2g}"
+            continue
+        form = ask(worker, "settle", right)
+        time.sleep(PAUSE_SECONDS)
+        if form is not None:
+            ready.append(worker)
+            if samples[form] is not None:
+                result.errors[name] = errors[form]
+    for block in range(1, blocks + 1):
         for worker in list(ready):
-            worker.send("settle")
-            sample = _answer(result, worker)
+            seconds = ask(worker, "block")
             time.sleep(PAUSE_SECONDS)
-            if sample is None:
+            if seconds is not None:
+                result.blocks.setdefault(worker.contestant.name, []).append(seconds)
+            if seconds is None or (seconds > SLOW_SECONDS and block >= FEWEST_BLOCKS):
                 ready.remove(worker)
-            elif sample.size:
-                samples[worker.contestant.name] = sample
-        for _ in range(blocks):
-            for worker in list(ready):
-                worker.send("block")
-                seconds = _answer(result, worker)
-                time.sleep(PAUSE_SECONDS)
-                if seconds is None:
-                    ready.remove(worker)
-                else:
-                    result.blocks.setdefault(worker.contestant.name, []).append(seconds)
-    finally:
-        for worker in workers:
-            worker.send("release")
-            worker.receive()
-    compare(result, samples)
+    for worker in workers:
+        worker.send("release")
+    for worker in workers:
+        worker.receive()
     return result
 
 
@@ -150,17 +200,8 @@ def _answer(result: Result, worker: Worker) -> Any:
     try:
         return worker.receive()
     except Failed as failure:
-        result.notes.append(f"{worker.contestant.name}: {failure}")
+        result.notes[worker.contestant.name] = str(failure)
         return None
-
-
-def compare(result: Result, samples: dict[str, peers.Array]) -> None:
-    """Note who has a form that is far from the median of all forms."""
-    middle = np.median(np.concatenate(list(samples.values())), axis=0) if samples else 0
-    for name, sample in samples.items():
-        off = float(np.max(np.abs(sample - middle) / (1 + np.abs(middle))))
-        if not off <= TOLERANCE:
-            result.notes.append(f"{name} is off by {off:.2g}")
 
 
 def _serve(pipe: Connection, contestant: Contestant) -> None:
@@ -205,25 +246,28 @@ class _Table:
         self.forms = list(self.peer.forms(case, self.data))
         return len(self.forms)
 
-    def settle(self) -> peers.Array:
-        """Warm up, keep the fastest form, return a sample of the result of each."""
-        times, samples = [], []
-        for call in self.forms:
-            samples.append(self._sample(call()))
+    def check(self) -> list[peers.Array | None]:
+        """Return the sampled result of each form, None if the peer is no normalization."""
+        return [self._sample(call()) for call in self.forms]
+
+    def _sample(self, returned: Any) -> peers.Array | None:
+        answer = self.peer.answer(returned, self.data)
+        return None if answer is None else self.data.sample(answer)
+
+    def settle(self, right: list[int]) -> int:
+        """Warm up, keep the fastest of some forms and say which that is."""
+        times = {}
+        for form in right:
+            call = self.forms[form]
+            call()
             seconds = _seconds(call, 1)
-            if len(self.forms) > 1:
+            if len(right) > 1:
                 count = min(MOST_CALLS, math.ceil(BLOCK_SECONDS / seconds))
                 seconds = min(_seconds(call, count) for _ in range(3))
-            times.append(seconds)
-        self.forms = [self.forms[times.index(min(times))]]
-        return np.array(samples)
-
-    def _sample(self, returned: Any) -> peers.Array:
-        answer = self.peer.answer(returned, self.data)
-        if answer is None:
-            return np.empty(0, np.float32)
-        flat = answer.reshape(-1)
-        return flat[np.linspace(0, flat.size - 1, SAMPLES).astype(int)]
+            times[form] = seconds
+        fastest = min(times, key=times.__getitem__)
+        self.forms = [self.forms[fastest]]
+        return fastest
 
     def block(self) -> float:
         """Return the seconds of one call."""

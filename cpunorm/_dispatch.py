@@ -27,6 +27,11 @@ def _load(name: str) -> ModuleType | str:
         return str(error)
 
 
+def is_available(name: str) -> bool:
+    """Whether a backend can be used here; the first time, by loading it."""
+    return not isinstance(_load(name), str)
+
+
 def check_backend(name: str) -> None:
     """Raise if `name` is neither 'auto' nor a backend that is available here."""
     if not isinstance(name, str):
@@ -51,7 +56,7 @@ def auto() -> str:
     That is the compiled one, and NumPy where it could not be built: Numba would have to compile
     before it answers.
     """
-    return "numpy" if isinstance(_load("cython"), str) else "cython"
+    return "cython" if is_available("cython") else "numpy"
 
 
 def kernel(problem: str, verb: str, backend: str) -> Callable[..., None]:
@@ -121,7 +126,7 @@ def available_backends() -> tuple[str, ...]:
     >>> "numpy" in cpunorm.available_backends()
     True
     """
-    return tuple(name for name in BACKENDS if not isinstance(_load(name), str))
+    return tuple(filter(is_available, BACKENDS))
 
 
 def config() -> dict[str, Any]:

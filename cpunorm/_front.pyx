@@ -1,8 +1,8 @@
 """The front door: the common case of every operation, from arguments to kernel in compiled code.
 
-A call is common if its arrays are C-contiguous and of plain kinds, and the compiled backend is the
-one in use. What is not, or is not right, is declined: the function returns None, nothing has been
-written, and `_canonical.py` deals with the call, errors included.
+A call is common if its arrays are C-contiguous and of plain kinds, and it is for the compiled
+backend or for Numba. What is not, or is not right, is declined: the function returns None, nothing
+has been written, and `_canonical.py` deals with the call, errors included.
 """
 
 cimport numpy as cnp
@@ -12,16 +12,20 @@ from cpython.long cimport PyLong_AsSsize_t, PyLong_CheckExact
 from cpython.tuple cimport PyTuple_CheckExact
 from cpython.unicode cimport PyUnicode_CheckExact
 from libc.float cimport DBL_EPSILON, FLT_EPSILON
-from libc.math cimport isfinite, sqrt
+from libc.math cimport isfinite
 from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy
 
+from ._channels cimport Channels, settle
 from ._memory cimport empty, empty_as
 from .backends.cython.call cimport Call, Table, Verb
 from .backends.cython.verbs cimport (
     FLOAT32, FLOAT64, element_of, new_call, run, tables,
 )
 
-from . import _auto, _threads
+import numpy as np
+
+from . import _auto, _dispatch, _threads
 from ._canonical import CHANNELS_LAST, Gradients, Stats
 from ._dispatch import _current
 from .backends import ACTIVATIONS
@@ -31,6 +35,8 @@ cnp.import_array()
 cdef:
     object take_threads = _threads.take_threads
     object give_back = _threads.give_back
+    object is_available = _dispatch.is_available
+    object solve_elsewhere = _dispatch.solve
     Py_ssize_t serial_bytes = _threads.SERIAL_BYTES
     cnp.dtype float32 = cnp.PyArray_DescrFromType(cnp.NPY_FLOAT32)
     cnp.dtype float64 = cnp.PyArray_DescrFromType(cnp.NPY_FLOAT64)
@@ -115,16 +121,15 @@ cdef inline bint writable_for(object out, cnp.ndarray x, object residual) noexce
                  or apart(out, residual)))
 
 
-cdef inline bint compiled(object backend, cnp.ndarray x):
-    """Whether `backend=` asks for the compiled kernels, or leaves a choice that falls on them."""
+cdef inline object chosen(object backend, cnp.ndarray x):
+    """The backend, or 'auto' where that is to be decided; None for what is not common."""
     if backend is None:
         backend = get_value(_current)
     if not PyUnicode_CheckExact(backend):
-        return False
+        return None
     if backend == "auto":
-        return (cnp.PyArray_NBYTES(x) < serial_bytes
-                or cnp.PyArray_NBYTES(x) < <Py_ssize_t> _auto.first_bytes)
-    return backend == "cython"
+        return (backend if cnp.PyArray_NBYTES(x) >= <Py_ssize_t> _auto.first_bytes else "cython")
+    return backend if backend == "cython" or backend == "numba" and is_available(backend) else None
 
 
 cdef inline bint number(object value, double* out) noexcept:
@@ -148,9 +153,12 @@ cdef inline Call call_for(cnp.ndarray x, object y):
     return call
 
 
-cdef int solve(Verb verb, cnp.ndarray x, Call* call) except -1:
+cdef int solve(object backend, tuple kernel, Verb verb, cnp.ndarray x, Call* call) except -1:
     """Run a kernel on the threads that are free; one thread needs no leave."""
     cdef Py_ssize_t nbytes = cnp.PyArray_NBYTES(x)
+    if backend != "cython":
+        solve_elsewhere(*kernel, backend, nbytes, *arguments(kernel, x, call))
+        return 0
     if nbytes < serial_bytes:
         return run(verb, call)
     call.threads = take_threads(nbytes)
@@ -158,6 +166,64 @@ cdef int solve(Verb verb, cnp.ndarray x, Call* call) except -1:
         return run(verb, call)
     finally:
         give_back()
+
+
+cdef object view(const void* data, int ndim, const cnp.npy_intp* shape, int type_number):
+    """The array that a pointer of a call stands for; it must not outlive the call."""
+    if data is NULL:
+        return None
+    return cnp.PyArray_SimpleNewFromData(ndim, <cnp.npy_intp*> shape, type_number, <void*> data)
+
+
+cdef object frozen_rstd(cnp.ndarray var, const Call* call, object out):
+    """What the compiled kernels make of a running variance themselves."""
+    with np.errstate(all="ignore"):
+        rstd = (1 / np.sqrt(var.astype(np.float64) + call.eps)).astype(var.dtype)
+    if out is not None:
+        out[...] = rstd
+    return rstd
+
+
+cdef tuple arguments(tuple kernel, cnp.ndarray x_, const Call* call):
+    """A call as backends/__init__.py has it."""
+    cdef:
+        bint rows = kernel[0] == "rows"
+        int type_number = cnp.PyArray_TYPE(x_)
+        int real = cnp.NPY_FLOAT64 if type_number == cnp.NPY_FLOAT64 else cnp.NPY_FLOAT32
+        int ndim = 2 if rows else 3, ndim_stats = 1 if rows else 2
+        cnp.npy_intp shape[3]
+        cnp.npy_intp stats[2]
+        cnp.npy_intp size
+    if rows:
+        shape[0], shape[1] = call.M, call.D
+        stats[0], size = call.M, call.D
+    else:
+        shape[0], shape[1], shape[2] = call.N, call.C, call.S
+        stats[0], stats[1], size = call.B, call.G, call.C
+        if kernel[0] == "channels_last":
+            shape[1], shape[2] = call.S, call.C
+    x = view(call.x, ndim, shape, type_number)
+    weight = view(call.weight, 1, &size, real)
+    mean = view(call.mean, ndim_stats, stats, real)
+    rstd = view(call.rstd, ndim_stats, stats, real)
+    if kernel[1] in ("normalize", "apply"):
+        residual = view(call.residual, ndim, shape, type_number)
+        bias = view(call.bias, 1, &size, real)
+        y = view(call.y, ndim, shape, type_number)
+        if rows:
+            total = view(call.total, ndim, shape, type_number)
+            return x, residual, weight, bias, call.eps, y, total, mean, rstd
+        var = view(call.var, ndim_stats, stats, real)
+        if kernel[1] == "apply":
+            return x, residual, weight, bias, call.activation, y, mean, frozen_rstd(var, call, rstd)
+        return x, residual, weight, bias, call.eps, call.activation, y, mean, var, rstd
+    grad_y = view(call.grad_y, ndim, shape, type_number)
+    gradients = (view(call.grad_x, ndim, shape, type_number),
+                 view(call.grad_weight, 1, &size, real), view(call.grad_bias, 1, &size, real))
+    if rows:
+        grad_total = view(call.grad_total, ndim, shape, type_number)
+        return grad_y, x, mean, rstd, weight, grad_total, *gradients
+    return grad_y, x, mean, rstd, weight, *gradients
 
 
 cdef inline int place(Statistics* statistics, Py_ssize_t count) except -1:
@@ -218,7 +284,8 @@ cdef object axis_norm(object x_, object residual, object normalized_shape, objec
     elif not number(eps_, &eps) or not (eps >= 0 and isfinite(eps)):
         return None
     count = trailing(x, normalized_shape)
-    if count < 0 or cnp.PyArray_SIZE(x) == 0 or not compiled(backend, x):
+    backend = chosen(backend, x)
+    if count < 0 or cnp.PyArray_SIZE(x) == 0 or backend is None:
         return None
     kept = cnp.PyArray_NDIM(x) - count
     if (not parameter(weight, kind, cnp.PyArray_DIMS(x) + kept, count)
@@ -246,13 +313,13 @@ cdef object axis_norm(object x_, object residual, object normalized_shape, objec
         rstd = empty(reals(kind), kept, cnp.PyArray_DIMS(x))
         mean = empty(reals(kind), kept, cnp.PyArray_DIMS(x)) if center else None
         call.mean, call.rstd = data(mean), data(rstd)
-        solve(tables[kind].rows_normalize, x, &call)
+        solve(backend, ("rows", "normalize"), tables[kind].rows_normalize, x, &call)
     else:
         place(&statistics, 2 * M)
         call.mean = statistics.scratch if center else NULL
         call.rstd = <double*> statistics.scratch + M
         try:
-            solve(tables[kind].rows_normalize, x, &call)
+            solve(backend, ("rows", "normalize"), tables[kind].rows_normalize, x, &call)
         finally:
             leave(&statistics)
     if return_stats is True:
@@ -300,7 +367,8 @@ cdef object axis_norm_backward(object grad_y, object x_, object normalized_shape
         return None
     x = x_
     count = trailing(x, normalized_shape)
-    if count < 0 or cnp.PyArray_SIZE(x) == 0 or not compiled(backend, x):
+    backend = chosen(backend, x)
+    if count < 0 or cnp.PyArray_SIZE(x) == 0 or backend is None:
         return None
     kept = cnp.PyArray_NDIM(x) - count
     mean, rstd = <object> (<tuple> stats)[0], <object> (<tuple> stats)[1]
@@ -324,7 +392,7 @@ cdef object axis_norm_backward(object grad_y, object x_, object normalized_shape
     call.grad_y, call.grad_total = data(grad_y), data(grad_sum)
     call.mean, call.rstd, call.weight = data(mean), data(rstd), data(weight)
     call.grad_x, call.grad_weight, call.grad_bias = data(grad_x), data(grad_weight), data(grad_bias)
-    solve(tables[kind].rows_backward, x, &call)
+    solve(backend, ("rows", "backward"), tables[kind].rows_backward, x, &call)
     return named(Gradients, (grad_x, grad_weight, grad_bias))
 
 
@@ -353,13 +421,6 @@ def rms_norm_backward(grad_y, x, normalized_shape, stats, weight, axis, grad_sum
 # ----------------------------------------------------------- batch norm, instance norm, group norm
 
 
-cdef struct Channels:
-    bint last                   # the problem: channels_last, else channels_first
-    cnp.npy_intp stats[2]       # (B, G)
-    cnp.npy_intp N, C, S
-    bint per_image
-
-
 cdef bint channels_of(cnp.ndarray x, object layout, bint per_image, Py_ssize_t groups,
                       Channels* c):
     """The canonical problem of a call; 0 groups are as many as channels."""
@@ -378,13 +439,7 @@ cdef bint channels_of(cnp.ndarray x, object layout, bint per_image, Py_ssize_t g
     if c.C % groups:
         return False
     c.stats[0], c.stats[1] = c.N if per_image else 1, groups
-    # Where one of them is 1, it does not matter what lies inside what.
-    if c.S == 1:
-        c.last = not per_image
-    elif c.C == 1:
-        c.last = False
-    if c.last and not per_image:
-        c.N, c.S = 1, c.N * c.S
+    settle(c)
     return True
 
 
@@ -409,8 +464,10 @@ cdef object channel_norm(object x_, object running_mean, object running_var, obj
     x = x_
     if not (eps >= 0 and isfinite(eps)) or (eps == 0 and batch and not frozen):
         return None
-    if not channels_of(x, layout, per_image, groups, &c) or not compiled(backend, x):
+    backend = chosen(backend, x)
+    if not channels_of(x, layout, per_image, groups, &c) or backend is None:
         return None
+    problem = "channels_last" if c.last else "channels_first"
     count = c.stats[0] * c.stats[1]
     per_statistic = cnp.PyArray_SIZE(x) // count
     if not frozen and per_statistic == 1 and groups == 0:
@@ -448,22 +505,29 @@ cdef object channel_norm(object x_, object running_mean, object running_var, obj
     call.N, call.C, call.S, call.B, call.G = c.N, c.C, c.S, c.stats[0], c.stats[1]
     call.residual, call.weight, call.bias = data(residual), data(weight), data(bias)
     call.eps, call.activation = eps, index
+    if return_stats is True:
+        mean = new_statistic(kind, &c)
+        rstd = new_statistic(kind, &c)
+    if frozen:
+        call.mean, call.var, call.rstd = data(running_mean), data(running_var), data(rstd)
+        solve(backend, (problem, "apply"),
+              table.last_apply if c.last else table.first_apply, x, &call)
+        if return_stats is True:
+            memcpy(data(mean), data(running_mean), cnp.PyArray_NBYTES(<cnp.ndarray> mean))
+        return (y, named(Stats, (mean, rstd))) if return_stats is True else y
     place(&statistics, 3 * count)
     try:
         call.mean = statistics.scratch
         call.rstd = <double*> statistics.scratch + count
         call.var = <double*> statistics.scratch + 2 * count
         if return_stats is True:
-            mean = new_statistic(kind, &c)
-            rstd = new_statistic(kind, &c)
             call.mean, call.rstd = data(mean), data(rstd)
-        if frozen:
-            take_running(kind, running_mean, running_var, eps, c.C, call.mean, call.rstd)
-            solve(table.last_apply if c.last else table.first_apply, x, &call)
-        else:
-            solve(table.last_normalize if c.last else table.first_normalize, x, &call)
-            if running:
-                update_running(kind, running_mean, running_var, &call, momentum, per_statistic)
+        solve(backend, (problem, "normalize"),
+              table.last_normalize if c.last else table.first_normalize, x, &call)
+        if running:
+            call.running_mean, call.running_var = data(running_mean), data(running_var)
+            call.momentum = momentum
+            solve("cython", (), table.move_running, x, &call)
     finally:
         leave(&statistics)
     return (y, named(Stats, (mean, rstd))) if return_stats is True else y
@@ -472,56 +536,6 @@ cdef object channel_norm(object x_, object running_mean, object running_var, obj
 cdef inline cnp.ndarray new_statistic(int kind, const Channels* c):
     return empty(reals(kind), 2 if c.per_image else 1,
                  &c.stats[0] if c.per_image else &c.stats[1])
-
-
-ctypedef fused real:
-    float
-    double
-
-
-cdef void take(const real* running_mean, const real* running_var, double eps, Py_ssize_t C,
-               real* mean, real* rstd) noexcept nogil:
-    cdef Py_ssize_t c
-    for c in range(C):
-        mean[c] = running_mean[c]
-        rstd[c] = <real> (1 / sqrt(running_var[c] + eps))
-
-
-cdef void take_running(int kind, object running_mean, object running_var, double eps,
-                       Py_ssize_t C, void* mean, void* rstd):
-    if kind == FLOAT64:
-        take[double](<double*> data(running_mean), <double*> data(running_var), eps, C,
-                     <double*> mean, <double*> rstd)
-    else:
-        take[float](<float*> data(running_mean), <float*> data(running_var), eps, C,
-                    <float*> mean, <float*> rstd)
-
-
-cdef void update(real* running, const real* new, Py_ssize_t B, Py_ssize_t G, double factor,
-                 double momentum) noexcept nogil:
-    """Move towards the mean over B of what is new, times a factor."""
-    cdef Py_ssize_t b, g
-    cdef double mean
-    for g in range(G):
-        mean = 0
-        for b in range(B):
-            mean += new[b * G + g]
-        running[g] = <real> ((1 - momentum) * running[g] + momentum * (mean / B * factor))
-
-
-cdef void update_running(int kind, object running_mean, object running_var, const Call* call,
-                         double momentum, Py_ssize_t count):
-    cdef double unbiased = <double> count / (count - 1)
-    if kind == FLOAT64:
-        update[double](<double*> data(running_mean), <double*> call.mean, call.B, call.G, 1,
-                       momentum)
-        update[double](<double*> data(running_var), <double*> call.var, call.B, call.G, unbiased,
-                       momentum)
-    else:
-        update[float](<float*> data(running_mean), <float*> call.mean, call.B, call.G, 1,
-                      momentum)
-        update[float](<float*> data(running_var), <float*> call.var, call.B, call.G, unbiased,
-                      momentum)
 
 
 cdef inline bint torchs(object convention):
@@ -581,8 +595,10 @@ cdef object channel_norm_backward(object grad_y, object x_, object stats, object
     if kind < 0 or type(stats) is not Stats or not common_need(need):
         return None
     x = x_
-    if not channels_of(x, layout, per_image, groups, &c) or not compiled(backend, x):
+    backend = chosen(backend, x)
+    if not channels_of(x, layout, per_image, groups, &c) or backend is None:
         return None
+    problem = "channels_last" if c.last else "channels_first"
     shape = &c.stats[0] if per_image else &c.stats[1]
     mean, rstd = <object> (<tuple> stats)[0], <object> (<tuple> stats)[1]
     if (not like(grad_y, x) or not parameter(weight, kind, &c.C, 1)
@@ -603,9 +619,11 @@ cdef object channel_norm_backward(object grad_y, object x_, object stats, object
     call.weight = data(weight)
     call.grad_x, call.grad_weight, call.grad_bias = data(grad_x), data(grad_weight), data(grad_bias)
     if frozen:
-        solve(table.last_backward_apply if c.last else table.first_backward_apply, x, &call)
+        solve(backend, (problem, "backward_apply"),
+              table.last_backward_apply if c.last else table.first_backward_apply, x, &call)
     else:
-        solve(table.last_backward if c.last else table.first_backward, x, &call)
+        solve(backend, (problem, "backward"),
+              table.last_backward if c.last else table.first_backward, x, &call)
     return named(Gradients, (grad_x, grad_weight, grad_bias))
 
 

@@ -1,4 +1,4 @@
-"""The named cases: one list of operations, shapes and modes, which tests and benchmarks share.
+"""The named cases: operations in every mode, on shapes that tests and benchmarks share.
 
 A `Case` says which public function is called, on which shape of x and with which arguments that
 are not arrays; `Case.arrays` makes the arrays. Sizes stand around the vector lengths (1, 15, 16,
@@ -13,6 +13,8 @@ from typing import Any
 from zlib import crc32
 
 import numpy as np
+
+from bench.shapes import SHAPES
 
 CHANNEL_OPS = ("batch_norm", "instance_norm", "group_norm")
 ROW_OPS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
@@ -150,61 +152,20 @@ def row_cases(shape: tuple[int, ...], normalized: Any, axis: Any = None) -> Iter
         yield Case(op, shape, {"normalized_shape": normalized, "axis": axis})
 
 
-# (N, C, *spatial) and the numbers of groups.
+# From the one list of shapes: (N, C, *spatial) and the numbers of groups.
 CHANNEL_SHAPES: dict[tuple[int, ...], tuple[int, ...]] = {
-    (2, 3): (1, 3),
-    (1, 1): (1,),
-    (1, 1, 2): (1,),
-    (5, 1, 15): (1,),
-    (3, 16, 1): (4,),
-    (7, 17, 1, 1): (17,),
-    (17, 33): (3, 11),
-    (4099, 33): (11,),
-    (5, 7, 11): (7,),
-    (1, 31, 16): (1,),
-    (3, 32, 17): (8,),
-    (2, 33, 31): (11,),
-    (2, 6, 7, 7): (1, 2, 3, 6),
-    (1, 15, 8, 4): (5,),
-    (2, 3, 17, 33): (3,),
-    (3, 64, 5, 3): (32,),
-    (2, 130, 3, 11): (2, 10),
-    (2, 515, 2): (5,),
-    (1, 3, 129, 129): (1, 3),
-    (301, 3, 5): (1,),
-    (301, 33, 7): (3,),
-    (1, 18_000, 9): (1, 6),
-    (66, 2, 71, 73): (1,),
-    (2, 16, 131, 65): (2, 8),
-    (2, 4, 3, 5, 2): (2,),
-    (1, 6, 1, 1, 9): (3,),
+    tuple(shape): tuple(groups) for shape, groups in SHAPES["edges"]["channels"]
 }
 
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
 # (shape, normalized_shape, axis)
-ROW_SHAPES: tuple[tuple[tuple[int, ...], Any, Any], ...] = (
-    ((5,), 5, None),
-    ((1, 1), 1, None),
-    ((7, 1), (1,), None),
-    *(((5, d), d, None) for d in (2, 15, 16, 17, 31, 32, 33, 64, 65)),
-    ((4099, 33), 33, None),
-    ((3, 768), 768, None),
-    ((2, 9001), 9001, None),
-    ((2, 140_003), 140_003, None),
-    ((17, 3, 11), (3, 11), None),
-    ((2, 3, 4, 5), [3, 4, 5], None),
-    ((2, 3, 4, 5), (2, 3, 4, 5), None),
-    ((1, 2, 3, 2, 5), 5, -1),
-    ((2, 3, 17, 33), 3, 1),
-    ((2, 33, 7, 7), (33,), 1),
-    ((3, 17, 31), 17, -2),
-    ((1, 96, 1, 16), 96, (1,)),
-    ((2, 5, 65, 67), 5, 1),
-    ((1, 770, 5), 770, 1),
-    ((2, 3, 4, 5, 6), (4, 5), (2, 3)),
-    ((31, 15), 31, 0),
-    ((2, 3, 5, 7), (7, 5), (3, 2)),
-    ((2, 3, 5, 7), (3, 7), (1, 3)),
-    ((2, 3, 5, 7), (7, 2), (-1, 0)),
+ROW_SHAPES: tuple[tuple[tuple[int, ...], Any, Any], ...] = tuple(
+    (tuple(shape), normalized, _as_tuple(axis))
+    for shape, normalized, axis in SHAPES["edges"]["rows"]
 )
 
 CASES: tuple[Case, ...] = (

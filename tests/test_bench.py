@@ -1,73 +1,140 @@
 """The speed harness: what it compares computes the same thing."""
 
-import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from bench import peers
-from bench.shapes import Case, suite
-from bench.workers import Contestant, Result, Worker, compare, measure
+from bench.results import DTYPES
+from bench.shapes import Case
+from bench.suites import SUITES, on_shape, suite
+from bench.workers import Contestant, Failed, _Table, crew, measure
+from cpunorm import reference
 
-SHAPES = ((3, 32, 5, 4), (2, 8, 5), (2, 3, 5, 7, 11))
+from .support import AVAILABLE
+
+IN_FLOAT32 = ("openvino", "onnxruntime")
+SHAPES = {"float32": ((3, 32, 5, 4), (7, 33))}
 
 
 @pytest.fixture(scope="module")
 def workers():
-    """Return a worker for cpunorm and for each library that is installed."""
+    """Return a worker for each backend and each library that is installed."""
     pytest.importorskip("torch")
-    names = [name for name in (peers.OURS, *peers.PEERS) if peers.missing(name) is None]
-    workers = [Worker(Contestant(name, name, 1)) for name in names]
-    assert [worker.receive() for worker in workers] == ["ready"] * len(workers)
-    yield workers
-    for worker in workers:
-        worker.close()
+    names = [name for name in (*peers.PEERS, peers.PLAIN) if peers.missing(name) is None]
+    everyone = [Contestant(name, peers.OURS, 1, {"backend": name}) for name in AVAILABLE]
+    everyone += [Contestant(name, name, 1) for name in names]
+    with crew(everyone) as (workers, left_out):
+        assert left_out == {}
+        yield workers
 
 
 def _cases():
-    for shape in SHAPES:
-        for layout in ("NCHW", "NHWC"):
-            for direction in ("forward", "backward"):
-                for frozen in (False, True):
-                    yield Case("batch_norm", direction, frozen, layout, shape)
-                yield Case("instance_norm", direction, False, layout, shape)
-                yield Case("group_norm", direction, False, layout, shape, math.gcd(shape[1], 2))
-    for operation in ("layer_norm", "rms_norm"):
-        for direction in ("forward", "backward"):
-            yield Case(operation, direction, False, "NCHW", (7, 33))
+    for dtype in DTYPES:
+        for shape in SHAPES.get(dtype, ((7, 33),)):
+            # Of images, and of other types, every other case.
+            step = 1 if dtype == "float32" and len(shape) == 2 else 2
+            for case in on_shape(shape)[::step]:
+                yield replace(case, dtype=dtype)
 
 
 @pytest.mark.parametrize("case", list(_cases()), ids=str)
-def test_everyone_agrees(case, workers):
+def test_everyone_agrees_with_the_oracle(case, workers):
     result = measure(case, workers, blocks=1)
-    assert result.notes == []
-    assert len(result.blocks) >= 2
+    wrong = {name: why for name, why in result.notes.items() if "wrong" in why}
+    if case.dtype == "float64":
+        # They compute in float32.
+        wrong = {
+            name: why for name, why in wrong.items() if name not in ("openvino", "onnxruntime")
+        }
+    assert wrong == {}
+    assert set(AVAILABLE) <= set(result.blocks)
     assert all(seconds > 0 for seconds in result.seconds.values())
 
 
-def test_a_failure_is_noted(workers):
-    case = Case("layer_norm", "forward", False, "NCHW", (7, 33))
-    broken = Worker(Contestant("broken", peers.OURS, 1, {"backend": "no such thing"}))
-    try:
-        assert broken.receive() == "ready"
-        (note,) = measure(case, [*workers, broken], blocks=1).notes
-        assert note.startswith("broken: ValueError")
-    finally:
-        broken.close()
+class Fake:
+    """A library, by what it returns for a case; it is asked without a process."""
+
+    def __init__(self, name, *answers):
+        self.contestant = Contestant(name, name, 1)
+        self.answers, self.calls = answers, 0
+        self.table = _Table(self)
+
+    def forms(self, case, data):
+        def form(answer):
+            def call():
+                self.calls += 1
+                return answer(case, data)
+
+            return call
+
+        return map(form, self.answers)
+
+    def answer(self, returned, data):
+        return returned
+
+    def send(self, verb, *arguments):
+        self.question = verb, arguments
+
+    def receive(self):
+        verb, arguments = self.question
+        try:
+            return getattr(self.table, verb)(*arguments)
+        except Exception as error:
+            raise Failed(str(error)) from None
 
 
-def test_a_wrong_answer_is_noted():
-    result = Result(Case("layer_norm", "forward", False, "NCHW", (7, 33)))
-    right, wrong = np.ones((1, 64), np.float32), np.full((1, 64), np.nan, np.float32)
-    compare(result, {"one": right, "two": right, "three": right})
-    assert result.notes == []
-    compare(result, {"one": right, "two": right, "three": right + np.float32(0.1)})
-    assert result.notes == ["three is off by 0.05"]
-    compare(result, {"one": wrong})
-    assert len(result.notes) == 2
+CASE = Case("rms_norm", "inference", "NCHW", (7, 33))
 
 
-@pytest.mark.parametrize("name", ["quick", "marks", "full"])
+def right(case, data):
+    return reference.rms_norm(data.x, case.features, data.weight, peers.EPS).y.astype(case.type)
+
+
+def off(case, data):
+    return right(case, data) + np.float32(0.1)
+
+
+def nan(case, data):
+    return np.full(case.shape, np.nan, np.float32)
+
+
+def broken(case, data):
+    raise RuntimeError("no such kernel")
+
+
+def test_what_is_wrong_or_fails_is_noted_and_not_timed():
+    everyone = [Fake("right", right), Fake("off", off), Fake("nan", nan), Fake("broken", broken)]
+    result = measure(CASE, [*everyone, Fake("unable")], blocks=3)
+    assert list(result.blocks) == ["right"]
+    assert len(result.blocks["right"]) == 3
+    assert result.errors["right"] < 1e-6
+    assert result.notes.pop("off").startswith("wrong, off by 0.")
+    assert result.notes == {"nan": "wrong, off by nan", "broken": "no such kernel"}
+    assert everyone[1].calls == 1
+
+
+def test_a_wrong_form_does_not_hide_a_right_one():
+    result = measure(CASE, [Fake("both", nan, right)], blocks=2)
+    assert len(result.blocks["both"]) == 2
+    assert result.errors["both"] < 1e-6
+
+
+def test_errors_alone():
+    result = measure(replace(CASE, offset=1e3), [Fake("off", off), Fake("right", right)], blocks=0)
+    assert result.blocks == result.notes == {}
+    assert result.errors["off"] > 1e-2 > 1e-5 > result.errors["right"]
+
+
+def test_a_process_that_fails_to_start_is_left_out():
+    made = Contestant("none", peers.OURS, 1, {"no such option": 1})
+    with crew([made]) as (workers, left_out):
+        assert workers == []
+        assert left_out["none"].startswith("TypeError")
+
+
+@pytest.mark.parametrize("name", sorted(SUITES))
 def test_suites_name_each_case_once(name):
     names = [str(case) for case in suite(name)]
     assert len(set(names)) == len(names) > 0
@@ -78,6 +145,9 @@ def test_full_holds_the_marks():
 
 
 def test_slab_is_what_one_statistic_reads():
-    assert Case("batch_norm", "forward", False, "NCHW", (32, 64, 7, 7)).slab == 32 * 49 * 4
-    assert Case("instance_norm", "forward", False, "NHWC", (32, 64, 7, 7)).slab == 49 * 64
-    assert Case("group_norm", "forward", False, "NCHW", (32, 64, 7, 7), 2).slab == 32 * 49 * 4
+    def slab(operation, layout, num_groups=None, pass_="inference"):
+        return Case(operation, pass_, layout, (32, 64, 7, 7), num_groups).slab
+
+    assert slab("batch_norm", "NCHW", pass_="training") == 32 * 49 * 4
+    assert slab("instance_norm", "NHWC") == 49 * 64
+    assert slab("group_norm", "NCHW", 2) == 32 * 49 * 4

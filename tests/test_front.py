@@ -48,6 +48,16 @@ def test_the_same_bits_as_the_general_way(case, dtype, monkeypatch):
     assert_same_bits(got, everything(case, arrays, grad_y, "cython"))
 
 
+@pytest.mark.skipif("numba" not in AVAILABLE, reason="Numba is not installed")
+@pytest.mark.parametrize("case", SMALL_CASES, ids=str)
+def test_the_same_bits_by_numba(case, answers, monkeypatch):
+    arrays, grad_y = case.arrays(), case.grad_y()
+    got = everything(case, arrays, grad_y, "numba")
+    assert all(answers) == (case.kwargs.get("axis") is None)
+    monkeypatch.setattr(functional, "_front", _no_front)
+    assert_same_bits(got, everything(case, arrays, grad_y, "numba"))
+
+
 @pytest.mark.parametrize("case", SMALL_CASES, ids=str)
 def test_common_calls_are_answered(case, answers):
     everything(case, case.arrays(), case.grad_y(), None)

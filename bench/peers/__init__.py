@@ -15,15 +15,21 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..shapes import ITEM, LINE, Case, Shape
+from ..results import PEERS, PLAIN
+from ..shapes import LINE, Case, Shape
 
-Array = NDArray[np.float32]
+Array = NDArray[Any]
 Call = Callable[[], Any]
+
+__all__ = ["EPS", "MEMORY", "MOMENTUM", "OURS", "PEERS", "PLAIN", "Data", "Peer", "load", "missing"]
 
 EPS = 1e-5
 MOMENTUM = 0.1
 
-PEERS = ("torch", "onnxruntime", "openvino", "jax")
+# Of a result, whole units of what a statistic is over, and about so many values, are looked at.
+SAMPLED_VALUES = 2**17
+FEWEST_SAMPLED = 2
+
 MEMORY = "memory"
 OURS = "cpunorm"
 # The module here, and the packages it needs.
@@ -34,6 +40,7 @@ _MODULES = {
     "jax": ("jax_", "jax"),
     MEMORY: ("memory", "numba"),
     OURS: ("cpunorm_", "cpunorm"),
+    PLAIN: ("plain", "numpy"),
 }
 
 
@@ -69,54 +76,75 @@ class Data:
     @cached_property
     def x(self) -> Array:
         """The input."""
-        return _random(self.case.memory_shape, 0)
+        return _random(self.case, self.case.memory_shape, 0, self.case.offset)
 
     @cached_property
     def grad(self) -> Array:
         """The gradient of the output."""
-        return _random(self.case.memory_shape, 1)
+        return _random(self.case, self.case.memory_shape, 1)
 
     @cached_property
     def out(self) -> Array:
         """Memory for y or the gradient of x, already touched."""
-        out = _aligned(self.case.memory_shape)
+        out = _aligned(self.case.memory_shape, self.case.type)
         out.fill(0)
         return out
 
     @cached_property
     def weight(self) -> Array:
         """The scale."""
-        return _random((self.case.features,), 2)
+        return self._parameter(2)
 
     @cached_property
     def bias(self) -> Array:
         """The shift."""
-        return _random((self.case.features,), 3)
+        return self._parameter(3)
 
     @cached_property
     def mean(self) -> Array:
         """The running mean."""
-        return _random((self.case.features,), 4)
+        return self._parameter(4)
 
     @cached_property
     def var(self) -> Array:
         """The running variance."""
-        return np.square(self.mean) + np.float32(1)
+        return (np.square(self.mean) + 1).astype(self.case.type)
+
+    def _parameter(self, seed: int) -> Array:
+        return _random(self.case, (self.case.features,), seed)
+
+    @cached_property
+    def sampled(self) -> tuple[int, Array]:
+        """An axis in memory, and the places on it whose results are looked at.
+
+        Between two places there is no statistic: they are channels in batch norm, else images.
+        """
+        axis = self.case.axis if self.case.operation == "batch_norm" else 0
+        length = self.case.memory_shape[axis]
+        count = max(FEWEST_SAMPLED, SAMPLED_VALUES * length // self.x.size)
+        return axis, np.unique(np.linspace(0, length - 1, min(count, length)).astype(int))
+
+    def sample(self, array: Array) -> Array:
+        """Return the part of an array of x's shape that is looked at."""
+        axis, places = self.sampled
+        return np.take(array, places, axis)
 
 
-def _aligned(shape: Shape) -> Array:
+def _aligned(shape: Shape, dtype: np.dtype) -> Array:
     """Return memory that starts on a cache line."""
-    nbytes = int(np.prod(shape)) * ITEM
+    nbytes = int(np.prod(shape)) * dtype.itemsize
     raw = np.empty(nbytes + LINE, np.uint8)
     start = -raw.ctypes.data % LINE
-    return raw[start : start + nbytes].view(np.float32).reshape(shape)
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
 
 
-def _random(shape: Shape, seed: int) -> Array:
+def _random(case: Case, shape: Shape, seed: int, offset: float = 0.0) -> Array:
     """Return normal numbers; they repeat after a million or so, which no kernel can tell."""
-    array = _aligned(shape)
+    array = _aligned(shape, case.type)
     flat = array.reshape(-1)
     some = np.random.default_rng(seed).standard_normal(min(flat.size, 1_000_003), np.float32)
+    if offset:
+        some = some + np.float64(offset)
     for start in range(0, flat.size, some.size):
         part = flat[start : start + some.size]
         part[:] = some[: part.size]

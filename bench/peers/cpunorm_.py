@@ -6,7 +6,7 @@ from typing import Any
 
 import cpunorm
 
-from ..shapes import ROWS, Case
+from ..shapes import Case
 from . import EPS, MOMENTUM, Array, Call, Data
 
 
@@ -24,11 +24,12 @@ class Library:
     def forms(self, case: Case, data: Data) -> Iterator[Call]:
         """Yield the one call a user would write."""
         options = dict(self.options)
-        if case.operation not in ROWS and case.layout != "NCHW":
+        if case.over_rows:
+            if case.axis != len(case.shape) - 1:
+                options["axis"] = case.axis
+        elif case.channels_last:
             options["layout"] = case.layout
-        if case.over_channels:
-            options["axis"] = 1
-        if case.direction == "forward":
+        if case.forward:
             if not self.fresh:
                 options["out"] = data.out
             yield self._forward(case, data, options)
@@ -65,4 +66,4 @@ class Library:
 
     def answer(self, returned: Any, data: Data) -> Array:
         """Return y or the gradient of x."""
-        return returned if data.case.direction == "forward" else returned.x
+        return returned if data.case.forward else returned.x

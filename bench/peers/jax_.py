@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..shapes import ROWS, Case
+from ..shapes import Case
 from . import EPS, MOMENTUM, Array, Call, Data
 
 
@@ -20,6 +20,7 @@ class Library:
         os.environ["JAX_PLATFORMS"] = "cpu"
         import jax
 
+        jax.config.update("jax_enable_x64", True)
         self.jax = jax
 
     def forms(self, case: Case, data: Data) -> Iterator[Call]:
@@ -31,7 +32,7 @@ class Library:
         choice = not case.frozen and case.operation != "rms_norm"
         for fast_variance in (False, True) if choice else (False,):
             function = partial(self._normalize, case, fast_variance)
-            if case.direction == "forward":
+            if case.forward:
                 call = partial(jax.jit(function), x, *parameters)
             else:
                 mean, var = parameters[2:]
@@ -52,33 +53,36 @@ class Library:
         """Return y, and the running statistics where training moves them."""
         jnp, rsqrt = self.jax.numpy, self.jax.lax.rsqrt
         rank, axis = len(case.shape), case.axis
-        if case.operation in ROWS:
-            weight_shape, x_shape, axes = (-1,), x.shape, (rank - 1,)
-        else:
-            per_channel = tuple(case.features if i == axis else 1 for i in range(rank))
-            weight_shape, x_shape = per_channel, x.shape
-            over_images = case.operation == "batch_norm"
-            axes = tuple(i for i in range(rank) if i != axis and (i or over_images))
-        if case.operation == "group_norm":
+        dtype, original = x.dtype, x.shape
+        # Statistics of 16 bits are taken in float32, as flax does.
+        x = x.astype(jnp.promote_types(dtype, jnp.float32))
+        x_shape = original
+        weight_shape = tuple(case.features if i == axis else 1 for i in range(rank))
+        if case.over_rows:
+            axes = (axis,)
+        elif case.operation == "group_norm":
             # The channel axis becomes two, (G, C/G); the second is reduced with the pixels.
             split = (case.num_groups, case.features // case.num_groups)
-            x_shape = (*x.shape[:axis], *split, *x.shape[axis + 1 :])
+            x_shape = (*original[:axis], *split, *original[axis + 1 :])
             weight_shape = tuple(n for i in range(rank) for n in (split if i == axis else (1,)))
             axes = tuple(i for i in range(1, rank + 1) if i != axis)
-        original, x = x.shape, x.reshape(x_shape)
+        else:
+            over_images = case.operation == "batch_norm"
+            axes = tuple(i for i in range(rank) if i != axis and (i or over_images))
+        x = x.reshape(x_shape)
         weight, bias = weight.reshape(weight_shape), bias.reshape(weight_shape)
         if case.operation == "rms_norm":
             y = x * rsqrt(jnp.mean(jnp.square(x), axes, keepdims=True) + EPS) * weight
-            return (y.reshape(original),)
+            return (y.astype(dtype),)
         if case.frozen:
             m, v = mean.reshape(weight_shape), var.reshape(weight_shape)
-            return ((x - m) * (rsqrt(v + EPS) * weight) + bias,)
+            return (((x - m) * (rsqrt(v + EPS) * weight) + bias).astype(dtype),)
         m = jnp.mean(x, axes, keepdims=True)
         if fast_variance:
             v = jnp.maximum(0, jnp.mean(jnp.square(x), axes, keepdims=True) - jnp.square(m))
         else:
             v = jnp.var(x, axes, keepdims=True)
-        y = ((x - m) * (rsqrt(v + EPS) * weight) + bias).reshape(original)
+        y = ((x - m) * (rsqrt(v + EPS) * weight) + bias).reshape(original).astype(dtype)
         if case.operation != "batch_norm":
             return (y,)
         unbiased = v * (x.size / (x.size - case.features))

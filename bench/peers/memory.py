@@ -20,7 +20,7 @@ class Library:
         """Yield a copy of x, or out = grad - x, serial and parallel."""
         x, out = data.x.reshape(-1), data.out.reshape(-1)
         for threads in {1, self.threads}:
-            if case.direction == "forward":
+            if case.forward:
                 yield partial(verbs.copy, x, out, threads)
             else:
                 yield partial(verbs.triad, data.grad.reshape(-1), x, out, threads)

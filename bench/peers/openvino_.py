@@ -11,7 +11,7 @@ from . import Array, Call, Data, onnx_
 
 
 class Library:
-    """The CPU plugin, in float32 and for latency. NHWC is a transpose it absorbs if it can."""
+    """The CPU plugin, computing in float32, for latency. Transposes it absorbs if it can."""
 
     def __init__(self, threads: int) -> None:
         self.core = ov.Core()
@@ -24,19 +24,25 @@ class Library:
 
     def forms(self, case: Case, data: Data) -> Iterator[Call]:
         """Yield the synchronous request, and the asynchronous one that is waited for."""
-        if case.direction == "backward":
+        if not case.forward:
             return
         for model in onnx_.models(case, data):
             compiled = self.core.compile_model(self.core.read_model(model), "CPU", self.options)
             request = compiled.create_infer_request()
-            request.set_input_tensor(ov.Tensor(data.x, shared_memory=True))
-            request.set_output_tensor(ov.Tensor(data.out, shared_memory=True))
+            request.set_input_tensor(_tensor(data.x))
+            request.set_output_tensor(_tensor(data.out))
             yield partial(request.infer, share_outputs=True)
             yield partial(_through_queue, request)
 
     def answer(self, returned: Any, data: Data) -> Array:
         """Return the memory that was bound."""
         return data.out
+
+
+def _tensor(array: Array) -> ov.Tensor:
+    if array.dtype.name == "bfloat16":
+        return ov.Tensor(array.view("uint16"), array.shape, ov.Type.bf16)
+    return ov.Tensor(array, shared_memory=True)
 
 
 def _through_queue(request: ov.InferRequest) -> None:

@@ -9,11 +9,11 @@ _CPU = "/sys/devices/system/cpu/cpu0/cache"
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 # Where the system does not say.
-_USUAL = {2: 1 << 20, 3: 32 << 20}
+_USUAL = {1: 32 << 10, 2: 1 << 20, 3: 32 << 20}
 
 
 def cache_bytes(level: int) -> int:
-    """Return the size of the data cache of a level, 2 or 3."""
+    """Return the size of the data cache of a level, 1 to 3."""
     given = os.environ.get(f"CPUNORM_L{level}", "")
     if given.isdecimal() and int(given) > 0:
         return int(given)

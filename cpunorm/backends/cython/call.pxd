@@ -20,7 +20,10 @@ cdef struct Call:
     void* rstd
     void* grad_weight
     void* grad_bias
+    void* running_mean
+    void* running_var
     double eps
+    double momentum
     int activation
     int threads
     bint streaming              # whether y or grad_x is stored past the caches
@@ -35,4 +38,5 @@ cdef struct Table:
     Verb columns_normalize, columns_backward
     Verb first_normalize, first_apply, first_moments, first_backward, first_backward_apply
     Verb last_normalize, last_apply, last_moments, last_backward, last_backward_apply
+    Verb move_running
     Verb copy, triad

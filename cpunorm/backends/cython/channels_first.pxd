@@ -17,9 +17,10 @@ from .call cimport Call
 from .stretches cimport Stretches, backward_stretches, normalize_stretches
 from .strips cimport Images, apply_images, backward_images, images_of, normalize_images
 from .sweeps cimport (
-    UNITS, affine, at, backward_affine, element, merge_moments, own_lines, plane_backward_sums,
-    plane_moments, real, rstd_of, share, stream_fence, stretch_backward_sums, stretch_moments,
-    sum_parts, team, team_barrier, variance, worth_dealing,
+    UNITS, affine, at, backward_affine, combine_channels, element, merge_moments, own_lines,
+    plane_backward_sums, plane_moments, real, rstd_of, share, stream_fence,
+    stretch_moments, stretches_backward_sums, sum_parts, take_statistics, team, team_barrier,
+    variance, worth_dealing,
 )
 
 cdef enum:
@@ -42,7 +43,7 @@ cdef struct Units:
     double* scratch
     Py_ssize_t size
     # Of the backward pass.
-    Py_ssize_t parts, entries
+    Py_ssize_t parts
     double* sums                            # (parts, 2, C), or NULL
     bint frozen
 
@@ -113,14 +114,22 @@ cdef inline Py_ssize_t measure_chunk(const Units* u, Py_ssize_t unit, Py_ssize_t
     return chunk.planes * chunk.length
 
 
-cdef inline void finish(const Units* u, Py_ssize_t unit, double mu, double m2,
-                        double* r) noexcept nogil:
-    cdef double v = variance(m2, u.planes * u.call.S)
-    (<real*> u.call.mean)[unit] = <real> mu
-    (<real*> u.call.var)[unit] = <real> v
-    if u.call.rstd is not NULL:
-        r[0] = rstd_of(v, u.call.eps)
-        (<real*> u.call.rstd)[unit] = <real> r[0]
+cdef inline void finish(const Units* u, Py_ssize_t unit, Py_ssize_t count, const double* mu,
+                        double* m2, double* r) noexcept nogil:
+    """The statistics of `count` units; m2 becomes the variance."""
+    cdef:
+        real* mean = <real*> u.call.mean + unit
+        real* var = <real*> u.call.var + unit
+        real* rstd = at(<real*> u.call.rstd, unit)
+        double eps = u.call.eps
+        Py_ssize_t n = u.planes * u.call.S, k
+    for k in range(count):
+        m2[k] = variance(m2[k], n)
+        mean[k], var[k] = <real> mu[k], <real> m2[k]
+    if rstd is not NULL:
+        for k in range(count):
+            r[k] = rstd_of(m2[k], eps)
+            rstd[k] = <real> r[k]
 
 
 cdef inline void transform_planes(
@@ -169,8 +178,7 @@ cdef inline void normalize_slab(const Units* u, Py_ssize_t unit,
         for k in range(count):
             merge_moments(n, mean + k, m2 + k, more, chunk_mean[k], chunk_m2[k])
         n += more
-    for k in range(count):
-        finish(u, unit + k, mean[k], m2[k], rstd + k)
+    finish(u, unit, count, mean, m2, rstd)
     if u.call.y is not NULL:
         # Backwards, to meet what the first sweep left in the cache.
         for q in range(u.chunks - 1, -1, -1):
@@ -211,7 +219,7 @@ cdef inline void _normalize_cut(void* work, int member, int members) noexcept no
             if q > 0:
                 merge_moments(n, &mean, &m2, count, chunk_mean[q], chunk_m2[q])
             n += count
-        finish(u, unit, mean, m2, &r)
+        finish(u, unit, 1, &mean, &m2, &r)
         if u.call.y is not NULL:
             for q in range(last - 1, first - 1, -1):
                 transform_chunk(u, unit, 1, q, &mean, &r)
@@ -316,16 +324,14 @@ cdef inline int apply(const Call* call) noexcept nogil:
     cdef:
         Units u = units_of(call)
         Images images
-        Py_ssize_t units = call.B * call.G, i
+        Py_ssize_t units = call.B * call.G
     if call.S <= SHORT and call.B == 1 and u.K == 1:
         images = images_of(call, 1, call.N, call.S)
         return apply_images(&images)
     u.scratch = <double*> malloc(2 * units * sizeof(double))
     if u.scratch is NULL:
         return -1
-    for i in range(units):
-        u.scratch[i] = (<const real*> call.mean)[i]
-        u.scratch[units + i] = (<const real*> call.rstd)[i]
+    take_statistics(call, 0, units, u.scratch, u.scratch + units)
     team(_apply, &u, call.threads)
     free(u.scratch)
     return 0
@@ -334,130 +340,98 @@ cdef inline int apply(const Call* call) noexcept nogil:
 # ------------------------------------------------------------------------------------- backward
 
 
-cdef struct Terms:
-    double mean[UNITS]
-    double rstd[UNITS]
-    double b[UNITS]
-    double c[UNITS]
-
-
-cdef inline void take_statistics(const Units* u, Py_ssize_t unit, Py_ssize_t count,
-                                 Terms* terms) noexcept nogil:
-    cdef Py_ssize_t k
-    for k in range(count):
-        terms.mean[k] = (<const real*> u.call.mean)[unit + k]
-        terms.rstd[k] = (<const real*> u.call.rstd)[unit + k]
+cdef inline Py_ssize_t width_of(const Units* u, Py_ssize_t count) noexcept nogil:
+    """Channels of `count` units."""
+    return count if u.batch else count * u.K
 
 
 cdef inline void sum_chunk(const Units* u, Py_ssize_t unit, Py_ssize_t count, Py_ssize_t index,
-                           const Terms* terms, double* sums) noexcept nogil:
-    """The backward sums of a chunk; sums is (chunks, count, 3) for a batch, else (count, planes,
-    pieces, 3)."""
+                           double* sums, Py_ssize_t pieces) noexcept nogil:
+    """Add the backward sums of a chunk to sums, (3, channels, pieces); with one piece, that is
+    where all chunks go."""
     cdef:
         Chunk chunk = chunk_of(u, index)
-        Py_ssize_t here = unit_at(u, unit) + chunk.offset, k
+        Py_ssize_t here = unit_at(u, unit) + chunk.offset, length = width_of(u, count) * pieces
         const element* grad_y = <const element*> u.call.grad_y + here
         const element* x = <const element*> u.call.x + here
+        const real* mean = <const real*> u.call.mean + unit
     if u.batch:
-        plane_backward_sums(grad_y, x, chunk.planes, u.stride, count, chunk.length, terms.mean,
-                            sums + 3 * count * index)
-    elif u.K == 1 and u.pieces == 1:
-        stretch_backward_sums(grad_y, x, <const real*> NULL, count, chunk.length, terms.mean, 1,
-                              sums)
+        sums += index % pieces
+        plane_backward_sums(grad_y, x, chunk.planes, u.stride, count, chunk.length, mean, sums,
+                            sums + length, sums + 2 * length)
     else:
-        sums += 3 * (chunk.first * u.pieces + index % u.pieces)
-        for k in range(count):
-            here = unit_at(u, k)
-            stretch_backward_sums(grad_y + here, x + here, <const real*> NULL, chunk.planes,
-                                  chunk.length, terms.mean + k, 0, sums + 3 * k * u.entries)
+        # Units of more than one chunk come one at a time.
+        sums += chunk.first * pieces + index % pieces
+        stretches_backward_sums(grad_y, x, count * chunk.planes, chunk.length, mean, u.K, sums,
+                                sums + length, sums + 2 * length)
 
 
 cdef inline void differentiate_planes(
     const Units* u, Py_ssize_t here, Py_ssize_t planes, Py_ssize_t length, Py_ssize_t c,
-    const Terms* terms, Py_ssize_t k, Py_ssize_t statistic_step, Py_ssize_t ahead,
+    Py_ssize_t unit, const real* b, const real* c_, Py_ssize_t statistic_step, Py_ssize_t ahead,
 ) noexcept nogil:
-    """Planes side by side, of channels from c on, statistics from the k-th on."""
+    """Planes side by side, of channels from c on, statistics from those of a unit on."""
     cdef const Call* call = u.call
     backward_affine(<const element*> call.grad_y + here,
                     NULL if u.frozen else <const element*> call.x + here,
-                    <element*> call.grad_x + here, planes, call.S, length, terms.mean + k,
-                    terms.rstd + k, terms.b + k, terms.c + k, statistic_step,
-                    at(<const real*> call.weight, c), 1, call.streaming, ahead)
+                    <element*> call.grad_x + here, planes, call.S, length,
+                    <const real*> call.mean + unit, <const real*> call.rstd + unit, b, c_,
+                    statistic_step, at(<const real*> call.weight, c), 1, call.streaming, ahead)
 
 
 cdef inline void differentiate_chunk(const Units* u, Py_ssize_t unit, Py_ssize_t count,
-                                     Py_ssize_t index, const Terms* terms) noexcept nogil:
+                                     Py_ssize_t index, const real* b,
+                                     const real* c_) noexcept nogil:
     cdef:
         Chunk chunk = chunk_of(u, index)
         Py_ssize_t here = unit_at(u, unit) + chunk.offset, c = unit % u.call.G * u.K, p
         Py_ssize_t ahead = unit_at(u, count)
     if u.batch:
         for p in range(chunk.planes - 1, -1, -1):
-            differentiate_planes(u, here + p * u.stride, count, chunk.length, c, terms, 0, 1,
+            differentiate_planes(u, here + p * u.stride, count, chunk.length, c, unit, b, c_, 1,
                                  ahead)
     elif u.K == 1:
-        differentiate_planes(u, here, count, chunk.length, c, terms, 0, 1, ahead)
+        differentiate_planes(u, here, count, chunk.length, c, unit, b, c_, 1, ahead)
     else:
         for p in range(count):
             differentiate_planes(u, here + unit_at(u, p), chunk.planes, chunk.length,
-                                 c + p * u.K + chunk.first, terms, p, 0, ahead)
+                                 c + p * u.K + chunk.first, unit + p, b + p, c_ + p, 0, ahead)
 
 
 cdef inline void first_sweep(const Units* u, Py_ssize_t unit, Py_ssize_t count, Py_ssize_t first,
-                             Py_ssize_t last, const Terms* terms, double* sums) noexcept nogil:
+                             Py_ssize_t last, double* sums, Py_ssize_t pieces) noexcept nogil:
     """The sums of some chunks; past constant statistics it is the only sweep."""
     cdef Py_ssize_t q
     for q in range(first, last):
         if not u.frozen or u.sums is not NULL:
-            sum_chunk(u, unit, count, q, terms, sums)
+            sum_chunk(u, unit, count, q, sums, pieces)
         if u.frozen and u.call.grad_x is not NULL:
-            differentiate_chunk(u, unit, count, q, terms)
+            differentiate_chunk(u, unit, count, q, NULL, NULL)
 
 
-cdef inline void combine(const Units* u, Py_ssize_t unit, Py_ssize_t k, const double* sums,
-                         Py_ssize_t step, Terms* terms, double* grad_weight,
-                         double* grad_bias) noexcept nogil:
-    """b and c from the sums of the k-th unit of a slab, entries `step` apart; adds to grad_weight
-    and grad_bias, unless NULL."""
-    cdef:
-        const Call* call = u.call
-        Py_ssize_t channel = (unit + k) % call.G * u.K, c, i
-        const real* weight = at(<const real*> call.weight, channel)
-        double n = u.planes * call.S, rest = 0, g_sum = 0, gx_sum = 0, g, gx, w
-        double rstd = terms.rstd[k]
-    if not u.frozen:
-        # The mean arrives rounded: what was rounded away is the mean of what is left.
-        for i in range(u.entries):
-            rest += sums[step * i + 2] / n
-    for i in range(u.entries):
-        c = 0 if u.batch else i // u.pieces
-        w = 1 if weight is NULL else weight[c]
-        g, gx = sums[step * i], sums[step * i + 1] - rest * sums[step * i]
-        g_sum += w * g
-        gx_sum += w * gx
-        if grad_weight is not NULL:
-            grad_weight[channel + c] += rstd * gx
-            grad_bias[channel + c] += g
-    terms.b[k] = -rstd * rstd * gx_sum / n
-    terms.c[k] = -g_sum / n - terms.b[k] * rest
+cdef inline void combine(const Units* u, Py_ssize_t unit, Py_ssize_t count, const double* sums,
+                         double* grad_weight, double* grad_bias, real* b, real* c_) noexcept nogil:
+    """b and c of some units; adds to grad_weight and grad_bias, unless NULL."""
+    cdef Py_ssize_t length = width_of(u, count), c = unit % u.call.G * u.K
+    if u.frozen and grad_weight is NULL:
+        return
+    combine_channels(u.K, count, sums, sums + length, sums + 2 * length,
+                     at(<const real*> u.call.weight, c), u.planes * u.call.S, not u.frozen,
+                     <const real*> u.call.rstd + unit, at(grad_weight, c), at(grad_bias, c), b, c_)
 
 
 cdef inline void backward_slab(const Units* u, Py_ssize_t unit, Py_ssize_t count, double* sums,
                                double* grad_weight, double* grad_bias) noexcept nogil:
     cdef:
-        Terms terms
-        Py_ssize_t k, q
-    take_statistics(u, unit, count, &terms)
-    memset(sums, 0, 3 * u.entries * count * sizeof(double))
-    first_sweep(u, unit, count, 0, u.chunks, &terms, sums)
-    for k in range(count):
-        if u.batch:
-            combine(u, unit, k, sums + 3 * k, 3 * count, &terms, grad_weight, grad_bias)
-        else:
-            combine(u, unit, k, sums + 3 * k * u.entries, 3, &terms, grad_weight, grad_bias)
+        real b[UNITS]
+        real c[UNITS]
+        Py_ssize_t q
+    memset(sums, 0, 3 * width_of(u, count) * sizeof(double))
+    first_sweep(u, unit, count, 0, u.chunks, sums, 1)
+    combine(u, unit, count, sums, grad_weight, grad_bias, b, c)
     if not u.frozen and u.call.grad_x is not NULL:
         for q in range(u.chunks - 1, -1, -1):
-            differentiate_chunk(u, unit, count, q, &terms)
+            differentiate_chunk(u, unit, count, q, b, c)
 
 
 cdef inline void _backward_dealt(void* work, int member, int members) noexcept nogil:
@@ -486,25 +460,30 @@ cdef inline void _backward_cut(void* work, int member, int members) noexcept nog
         const Call* call = u.call
         Py_ssize_t first = share(u.chunks, member, members)
         Py_ssize_t last = share(u.chunks, member + 1, members), C = call.C, unit, part, q
+        Py_ssize_t pieces = u.chunks if u.batch else u.pieces, width = width_of(u, 1), i
         double* sums
+        double* own = u.scratch + 2 * u.size + member * own_lines(3 * width)
         double* kept = u.sums if member == 0 else NULL
-        Terms terms
+        real b, c
     for unit in range(call.B * call.G):
         # The part whose images end after this one.
         part = ((unit // call.G + 1) * u.parts - 1) // call.B
         # By turns, so that nobody has to wait for those who still read.
         sums = u.scratch + (unit % 2) * u.size
-        take_statistics(u, unit, 1, &terms)
         if unit >= 2:
             if member == 0:
                 memset(sums, 0, u.size * sizeof(double))
             team_barrier(members)
-        first_sweep(u, unit, 1, first, last, &terms, sums)
+        first_sweep(u, unit, 1, first, last, sums, pieces)
         team_barrier(members)
-        combine(u, unit, 0, sums, 3, &terms, at(kept, 2 * part * C), at(kept, (2 * part + 1) * C))
+        for i in range(3 * width):
+            own[i] = 0
+            for q in range(i * pieces, (i + 1) * pieces):
+                own[i] += sums[q]
+        combine(u, unit, 1, own, at(kept, 2 * part * C), at(kept, (2 * part + 1) * C), &b, &c)
         if not u.frozen and call.grad_x is not NULL:
             for q in range(last - 1, first - 1, -1):
-                differentiate_chunk(u, unit, 1, q, &terms)
+                differentiate_chunk(u, unit, 1, q, &b, &c)
     if call.streaming:
         stream_fence()
     if u.sums is not NULL and member == 0:
@@ -545,6 +524,7 @@ cdef inline int _backward(const Call* call, bint frozen) noexcept nogil:
     cdef:
         Units u = units_of(call)
         Images images
+        Py_ssize_t doubles
         bint dealt
     if call.S <= SHORT and u.batch:
         images = images_of(call, 1, call.N, call.S)
@@ -553,10 +533,14 @@ cdef inline int _backward(const Call* call, bint frozen) noexcept nogil:
         return _backward_short(&u)
     u.frozen = frozen
     u.parts = min(call.B, <Py_ssize_t> PARTS)
-    u.entries = u.chunks if u.batch else u.planes * u.pieces
     dealt = worth_dealing(u.parts * u.slabs, unit_bytes(&u), call.threads)
-    u.size = own_lines(3 * u.entries * (u.some if dealt else 1))
-    u.scratch = <double*> calloc(u.size * (call.threads if dealt else 2), sizeof(double))
+    if dealt:
+        u.size = own_lines(3 * width_of(&u, u.some))
+        doubles = u.size * call.threads
+    else:
+        u.size = own_lines(3 * (u.chunks if u.batch else u.K * u.pieces))
+        doubles = 2 * u.size + own_lines(3 * width_of(&u, 1)) * call.threads
+    u.scratch = <double*> calloc(doubles, sizeof(double))
     if u.scratch is NULL:
         return -1
     if call.grad_weight is not NULL or call.grad_bias is not NULL:

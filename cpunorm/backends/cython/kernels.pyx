@@ -4,7 +4,30 @@ from cpython.pycapsule cimport PyCapsule_New
 
 from . cimport channels_first, channels_last, columns, rows
 from .call cimport Call, Table
-from .sweeps cimport at, copy_stretch, element, share, stream_fence, team, triad_stretch
+from .sweeps cimport (
+    at, copy_stretch, element, move_running, real, share, stream_fence, team, triad_stretch,
+)
+
+cdef enum:
+    MANY = 1 << 14      # channels whose running statistics are worth a team
+
+
+cdef void move_share(void* work, int member, int members) noexcept nogil:
+    cdef:
+        const Call* call = <const Call*> work
+        Py_ssize_t first = share(call.G, member, members)
+        Py_ssize_t count = share(call.G, member + 1, members) - first
+        double n = call.N // call.B * call.S * (call.C // call.G)
+    move_running(<real*> call.running_mean + first, <const real*> call.mean + first, call.B, call.G,
+                 count, 1, call.momentum)
+    move_running(<real*> call.running_var + first, <const real*> call.var + first, call.B, call.G,
+                 count, n / (n - 1), call.momentum)
+
+
+cdef int moved(const Call* call) noexcept nogil:
+    """The running statistics, after a call has found mean and var: means over B, unbiased."""
+    team(move_share, <void*> call, call.threads if call.G >= MANY else 1)
+    return 0
 
 
 # The speed of memory, as the kernels see it: what bench/ compares them with.
@@ -55,6 +78,7 @@ table.last_apply = channels_last.apply
 table.last_moments = channels_last.moments
 table.last_backward = channels_last.backward
 table.last_backward_apply = channels_last.backward_apply
+table.move_running = moved
 table.copy = copy
 table.triad = triad
 

@@ -209,7 +209,7 @@ cdef inline void _backward_together(const Stretches* s, Py_ssize_t m, Py_ssize_t
         mu[k] = 0 if s.mean is NULL else s.mean[m + k]
         sums[0] = sums[1] = sums[2] = 0
         stretch_backward_sums(s.grad_y + here + k * s.D, s.x + here + k * s.D,
-                              at(s.weight, along), 1, s.D, mu + k, 0, sums)
+                              at(s.weight, along), s.D, <real> mu[k], sums)
         _terms(sums, s.D, s.mean is not NULL, r[k], shift + k, b + k, c + k)
     backward_affine_along(s.grad_y + here, s.x + here, at(s.weight, along),
                           at(s.grad_total, here), at(s.grad_x, here), count, s.D, mu, shift, r,
@@ -273,8 +273,8 @@ cdef inline void _backward_pieces(void* work, int member, int members) noexcept 
             sums[3 * p] = sums[3 * p + 1] = sums[3 * p + 2] = 0
             start = p * s.piece
             here = m * s.D + start
-            stretch_backward_sums(s.grad_y + here, s.x + here, at(s.weight, start), 1,
-                                  min(s.piece, s.D - start), &mu, 0, sums + 3 * p)
+            stretch_backward_sums(s.grad_y + here, s.x + here, at(s.weight, start),
+                                  min(s.piece, s.D - start), <real> mu, sums + 3 * p)
         team_barrier(members)
         total[0] = total[1] = total[2] = 0
         for i in range(3 * pieces):

@@ -21,7 +21,8 @@ from .call cimport Call
 from .sweeps cimport (
     LANES, UNITS, affine_block, at, backward_block, column_backward_sums, column_moments,
     combine_channels, element, merge_columns, own_lines, plane_moments, real, rstd_of, set_columns,
-    share, stream_fence, stretch_moments, sum_parts, team, team_barrier, variance, worth_dealing,
+    share, stream_fence, stretch_moments, sum_parts, take_statistics, team, team_barrier, variance,
+    worth_dealing,
 )
 
 cdef enum:
@@ -97,6 +98,12 @@ cdef inline Task task_of(const Images* im, Py_ssize_t index) noexcept nogil:
     task.channels = min(im.strip_channels, im.channels - task.first_channel)
     task.offset = (first_row * im.channels + task.first_channel) * im.inner
     return task
+
+
+cdef inline bint strips_whole(const Images* im) noexcept nogil:
+    """Whether a strip has all rows, and whole groups: then nobody waits for anybody."""
+    return im.chunks == 1 and (im.strips == 1
+                               or im.strip_channels % (im.channels // im.groups) == 0)
 
 
 cdef inline bint dealt_whole(const Images* im) noexcept nogil:
@@ -205,12 +212,58 @@ cdef inline void _merge(const Images* im, Py_ssize_t first, Py_ssize_t last, dou
                       mean + i * im.cells + first, m2 + i * im.cells + first, last - first)
 
 
-cdef inline void _set_terms(const Images* im, Py_ssize_t c, Py_ssize_t count, const double* mean,
-                            const double* rstd, Py_ssize_t step, real* terms) noexcept nogil:
-    """pivot, scale and shift of some channels; terms is (3, C)."""
-    set_columns(mean, rstd, step, at(<const real*> im.call.weight, c),
-                at(<const real*> im.call.bias, c), count, terms + c, terms + im.channels + c,
-                terms + 2 * im.channels + c)
+cdef inline void _set_terms(const Images* im, Py_ssize_t g, Py_ssize_t count, const double* mean,
+                            const double* rstd, real* terms) noexcept nogil:
+    """pivot, scale and shift of the channels of `count` groups; terms is (3, C)."""
+    cdef:
+        Py_ssize_t C = im.channels, K = C // im.groups, some = K, step = 0, c = g * K
+        Py_ssize_t last = c + count * K
+    if K == 1:
+        some, step = count, 1
+    while c < last:
+        set_columns(mean, rstd, step, at(<const real*> im.call.weight, c),
+                    at(<const real*> im.call.bias, c), some, terms + c, terms + C + c,
+                    terms + 2 * C + c)
+        c += some
+        mean += 1
+        rstd += 1
+
+
+cdef inline void _finish(const Images* im, Py_ssize_t image, Py_ssize_t first, Py_ssize_t last,
+                         double* mean, double* m2, real* terms) noexcept nogil:
+    """The statistics of some groups, from the moments of their cells, and the terms of the
+    transform."""
+    cdef:
+        Py_ssize_t in_group = im.cells // im.groups, count, i, start
+        Py_ssize_t n = im.rows * im.inner * im.per_cell
+        double mu[COLUMNS]
+        double v[COLUMNS]
+        double r[COLUMNS]
+        double eps = im.call.eps
+        real* call_mean
+        real* call_var
+        real* call_rstd
+    _merge(im, first * in_group, last * in_group, mean, m2)
+    while first < last:
+        count = min(last - first, <Py_ssize_t> COLUMNS)
+        for i in range(count):
+            start = (first + i) * in_group
+            if in_group == 1:
+                mu[i], v[i] = mean[start], m2[start]
+            else:
+                fold_equal(n, mean + start, m2 + start, 1, 0, in_group, mu + i, v + i)
+        start = image * im.groups + first
+        call_mean, call_var = <real*> im.call.mean + start, <real*> im.call.var + start
+        for i in range(count):
+            v[i] = variance(v[i], n * in_group)
+            call_mean[i], call_var[i] = <real> mu[i], <real> v[i]
+        if im.call.y is not NULL:
+            call_rstd = <real*> im.call.rstd + start
+            for i in range(count):
+                r[i] = rstd_of(v[i], eps)
+                call_rstd[i] = <real> r[i]
+            _set_terms(im, first, count, mu, r, terms)
+        first += count
 
 
 cdef inline void _transform(const Images* im, Py_ssize_t start, Py_ssize_t index,
@@ -244,33 +297,29 @@ cdef inline void _normalize_image(const Images* im, Py_ssize_t image, double* wi
                                   int member, int members) noexcept nogil:
     """wide is (2, chunks, cells), terms (3, C); both are left alone by who is done."""
     cdef:
-        const Call* call = im.call
-        Py_ssize_t C = im.channels, K = C // im.groups, tasks = im.chunks * im.strips
+        Py_ssize_t K = im.channels // im.groups, tasks = im.chunks * im.strips
         Py_ssize_t first = share(tasks, member, members), last = share(tasks, member + 1, members)
-        Py_ssize_t first_group = share(im.groups, member, members)
-        Py_ssize_t last_group = share(im.groups, member + 1, members)
-        Py_ssize_t start = image * im.size, in_group = im.cells // im.groups, q, g, statistic
-        Py_ssize_t count = im.rows * im.inner * im.per_cell
-        const element* x = <const element*> call.x + start
+        Py_ssize_t start = image * im.size, q
+        bint transformed = im.call.y is not NULL
         double* mean = wide
         double* m2 = wide + im.chunks * im.cells
-        double mu, v, r
+        Task task
+    if strips_whole(im):
+        for q in range(first, last):
+            task = task_of(im, q)
+            _measure(im, <const element*> im.call.x + start, q, mean, m2)
+            _finish(im, image, task.first_channel // K,
+                    (task.first_channel + task.channels) // K, mean, m2, terms)
+            if transformed:
+                _transform(im, start, q, terms)
+        return
     for q in range(first, last):
-        _measure(im, x, q, mean, m2)
+        _measure(im, <const element*> im.call.x + start, q, mean, m2)
     team_barrier(members)
-    _merge(im, first_group * in_group, last_group * in_group, mean, m2)
-    for g in range(first_group, last_group):
-        statistic = image * im.groups + g
-        fold_equal(count, mean + g * in_group, m2 + g * in_group, 1, 0, in_group, &mu, &v)
-        v = variance(v, count * in_group)
-        (<real*> call.mean)[statistic], (<real*> call.var)[statistic] = <real> mu, <real> v
-        if call.y is NULL:
-            continue
-        r = rstd_of(v, call.eps)
-        (<real*> call.rstd)[statistic] = <real> r
-        _set_terms(im, g * K, K, &mu, &r, 0, terms)
+    _finish(im, image, share(im.groups, member, members), share(im.groups, member + 1, members),
+            mean, m2, terms)
     team_barrier(members)
-    if call.y is not NULL:
+    if transformed:
         for q in range(last - 1, first - 1, -1):
             _transform(im, start, q, terms)
 
@@ -320,26 +369,18 @@ cdef inline int normalize_images(Images* im) noexcept nogil:
     return 0
 
 
-cdef inline void _take_statistics(const Images* im, Py_ssize_t first, Py_ssize_t last,
-                                  real* terms) noexcept nogil:
+cdef inline void _take_terms(const Images* im, Py_ssize_t first, Py_ssize_t last,
+                             real* terms) noexcept nogil:
     """The terms of some of the B * G groups whose statistics are given."""
     cdef:
-        Py_ssize_t K = im.channels // im.groups, i, g, count
+        Py_ssize_t g, count
         double mean[COLUMNS]
         double rstd[COLUMNS]
-        real* own
     while first < last:
         g = first % im.groups
         count = min(min(last - first, im.groups - g), <Py_ssize_t> COLUMNS)
-        for i in range(count):
-            mean[i] = (<const real*> im.call.mean)[first + i]
-            rstd[i] = (<const real*> im.call.rstd)[first + i]
-        own = terms + first // im.groups * im.terms_size
-        if K == 1:
-            _set_terms(im, g, count, mean, rstd, 1, own)
-        else:
-            for i in range(count):
-                _set_terms(im, (g + i) * K, K, mean + i, rstd + i, 0, own)
+        take_statistics(im.call, first, count, mean, rstd)
+        _set_terms(im, g, count, mean, rstd, terms + first // im.groups * im.terms_size)
         first += count
 
 
@@ -348,8 +389,8 @@ cdef inline void _apply(void* work, int member, int members) noexcept nogil:
         const Images* im = <const Images*> work
         Py_ssize_t per_image = im.chunks * im.strips, tasks = im.count * per_image, q
         Py_ssize_t statistics = im.call.B * im.groups
-    _take_statistics(im, share(statistics, member, members), share(statistics, member + 1, members),
-                     im.terms)
+    _take_terms(im, share(statistics, member, members), share(statistics, member + 1, members),
+                im.terms)
     team_barrier(members)
     for q in range(share(tasks, member, members), share(tasks, member + 1, members)):
         _transform(im, q // per_image * im.size, q % per_image,
@@ -359,7 +400,7 @@ cdef inline void _apply(void* work, int member, int members) noexcept nogil:
 
 
 cdef inline int apply_images(Images* im) noexcept nogil:
-    """Transform with mean and rstd, (B, G), given. -1 if out of memory."""
+    """Transform with statistics, (B, G), given. -1 if out of memory."""
     im.terms_size = 3 * im.channels
     im.terms = <real*> malloc(im.call.B * im.terms_size * sizeof(real))
     if im.terms is NULL:
@@ -443,47 +484,86 @@ cdef inline void _differentiate(const Images* im, Py_ssize_t start, Py_ssize_t i
                        <const real*> NULL, call.streaming, im.cached)
 
 
+cdef inline void _set_backward(const Images* im, Py_ssize_t image, Py_ssize_t first,
+                               Py_ssize_t last, real* terms) noexcept nogil:
+    """mean, weight and rstd of the channels of some groups."""
+    cdef:
+        Py_ssize_t C = im.channels, K = C // im.groups, c, g
+        const real* mean = <const real*> im.call.mean + image * im.groups
+        const real* rstd = <const real*> im.call.rstd + image * im.groups
+        const real* weight = <const real*> im.call.weight
+    for c in range(first * K, last * K):
+        terms[C + c] = 1 if weight is NULL else weight[c]
+    if K == 1:
+        memcpy(terms + first, mean + first, (last - first) * sizeof(real))
+        memcpy(terms + 2 * C + first, rstd + first, (last - first) * sizeof(real))
+        return
+    for g in range(first, last):
+        for c in range(g * K, (g + 1) * K):
+            terms[c], terms[2 * C + c] = mean[g], rstd[g]
+
+
+cdef inline void _combine(const Images* im, Py_ssize_t first, Py_ssize_t last, double* wide,
+                          real* terms, double* grad_weight, double* grad_bias) noexcept nogil:
+    """b and c of the channels of some groups, from the sums of all chunks."""
+    cdef:
+        Py_ssize_t C = im.channels, K = C // im.groups, c = first * K, end = last * K, i, v, k
+        real slope, offset
+    for i in range(1, im.chunks):
+        for v in range(3):
+            for k in range(v * C + c, v * C + end):
+                wide[k] += wide[i * 3 * C + k]
+    if K == 1:
+        combine_channels(1, last - first, wide + c, wide + C + c, wide + 2 * C + c,
+                         terms + C + c, im.rows * im.inner, not im.frozen, terms + 2 * C + c,
+                         at(grad_weight, c), at(grad_bias, c), terms + 3 * C + c,
+                         terms + 4 * C + c)
+        return
+    while c < end:
+        combine_channels(K, 1, wide + c, wide + C + c, wide + 2 * C + c, terms + C + c,
+                         im.rows * K, not im.frozen, terms + 2 * C + c, at(grad_weight, c),
+                         at(grad_bias, c), &slope, &offset)
+        for k in range(c, c + K):
+            terms[3 * C + k], terms[4 * C + k] = slope, offset
+        c += K
+
+
 cdef inline void _backward_image(
     const Images* im, Py_ssize_t image, double* wide, real* terms, double* grad_weight,
     double* grad_bias, int member, int members,
 ) noexcept nogil:
     """wide is (chunks, 3, C), terms (5, C)."""
     cdef:
-        const Call* call = im.call
-        const real* weight = <const real*> call.weight
-        Py_ssize_t C = im.channels, K = C // im.groups, tasks = im.chunks * im.strips
+        Py_ssize_t K = im.channels // im.groups, tasks = im.chunks * im.strips
         Py_ssize_t first = share(tasks, member, members), last = share(tasks, member + 1, members)
         Py_ssize_t first_group = share(im.groups, member, members)
         Py_ssize_t last_group = share(im.groups, member + 1, members)
-        Py_ssize_t start = image * im.size, q, i, c, g, v, statistic
-        double n = im.rows * im.inner * K, b, c_
-    for g in range(first_group, last_group):
-        statistic = image * im.groups + g
-        for c in range(g * K, (g + 1) * K):
-            terms[c] = (<const real*> call.mean)[statistic]
-            terms[C + c] = 1 if weight is NULL else weight[c]
-            terms[2 * C + c] = (<const real*> call.rstd)[statistic]
-    team_barrier(members)
+        Py_ssize_t start = image * im.size, q
+        bint summed = not im.frozen or grad_weight is not NULL
+        bint whole = strips_whole(im), differentiated = im.call.grad_x is not NULL
+        Task task
+    if not whole:
+        _set_backward(im, image, first_group, last_group, terms)
+        team_barrier(members)
     for q in range(first, last):
-        if not im.frozen or grad_weight is not NULL:
+        if whole:
+            task = task_of(im, q)
+            first_group = task.first_channel // K
+            last_group = (task.first_channel + task.channels) // K
+            _set_backward(im, image, first_group, last_group, terms)
+        if summed:
             _sum(im, start, q, terms, wide)
-        if im.frozen and call.grad_x is not NULL:
+        if whole and summed:
+            _combine(im, first_group, last_group, wide, terms, grad_weight, grad_bias)
+        if differentiated and (im.frozen or whole):
             _differentiate(im, start, q, terms)
+    if whole:
+        return
     team_barrier(members)
-    if not im.frozen or grad_weight is not NULL:
-        for i in range(1, im.chunks):
-            for v in range(3):
-                for c in range(v * C + first_group * K, v * C + last_group * K):
-                    wide[c] += wide[i * 3 * C + c]
-        for g in range(first_group, last_group):
-            i = g * K
-            combine_channels(wide + i, wide + C + i, wide + 2 * C + i, terms + C + i, K, n,
-                             not im.frozen, (<const real*> call.rstd)[image * im.groups + g],
-                             at(grad_weight, i), at(grad_bias, i), &b, &c_)
-            for c in range(i, i + K):
-                terms[3 * C + c], terms[4 * C + c] = <real> b, <real> c_
+    if summed:
+        _combine(im, first_group, last_group, wide, terms, grad_weight, grad_bias)
     team_barrier(members)
-    if not im.frozen and call.grad_x is not NULL:
+    if not im.frozen and differentiated:
         for q in range(last - 1, first - 1, -1):
             _differentiate(im, start, q, terms)
 

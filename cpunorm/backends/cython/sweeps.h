@@ -25,6 +25,7 @@
 #define COLUMN_ROWS 64      /* rows summed before the sums go to float64 */
 #define BACKWARD_ROWS 16    /* the same, where sums may nearly cancel */
 #define BACKWARD_VECTORS 16 /* and along a stretch */
+#define FEW_VECTORS 16      /* of a stretch so short that LANES of them are measured together */
 #define SHORT_VECTORS 8     /* vectors of a row that is kept in registers */
 #define BACKWARD_SHORT 4    /* the same in the backward pass */
 #define ROUGH_VECTORS 8     /* vectors that a first guess of a mean is made from */
@@ -308,6 +309,40 @@ ALWAYS int far_off(ptrdiff_t count, vec sum, vec squares)
     return 17 * total * total > lanes_sum(squares) * count;
 }
 
+/* Mean and m2 of up to LANES stretches of at most FEW_VECTORS vectors. They stay in L1, so the pivot is the
+ * mean but for its rounding. */
+ALWAYS void few_moments(const element *x, ptrdiff_t units, ptrdiff_t n, double *mean, double *m2, ptrdiff_t to_y)
+{
+    vec sum[SOME_LANES], squares[SOME_LANES];
+    real pivot[SOME_LANES], totals[SOME_LANES], m2s[SOME_LANES];
+    const real inverse = (real)1 / n;
+    for (ptrdiff_t u = units; u < LANES; u++)
+        sum[u] = squares[u] = splat(0);
+    for (ptrdiff_t u = 0; u < units; u++) {
+        const real first = load(x + u * n, 1, 0)[0];
+        vec total = {0};
+        FOR_VECTORS(i, left, n, total += load(x + u * n + i, left, first) - first;)
+        pivot[u] = first, sum[u] = total;
+    }
+    store_real(totals, lanes_sums(sum), LANES);
+    for (ptrdiff_t u = 0; u < units; u++) {
+        const real p = pivot[u] += totals[u] * inverse;
+        vec total = {0}, square = {0};
+        FOR_VECTORS(i, left, n, {
+            prefetch_to_write(x + u * n + i + to_y);
+            add_one(load(x + u * n + i, left, p) - p, &total, &square);
+        })
+        sum[u] = total, squares[u] = square;
+    }
+    store_real(totals, lanes_sums(sum), LANES);
+    store_real(m2s, lanes_sums(squares), LANES);
+    for (ptrdiff_t u = 0; u < units; u++) {
+        const double rest = (double)totals[u] / n;
+        mean[u] = pivot[u] + rest;
+        m2[u] = m2s[u] - rest * totals[u];
+    }
+}
+
 /* Mean and m2 of `units` stretches of n values side by side, while memory is fetched for what will be
  * written to y, if there is one.
  *
@@ -319,6 +354,11 @@ SWEEP void stretch_moments(const element *x, ptrdiff_t units, ptrdiff_t n, doubl
                            const element *y)
 {
     const ptrdiff_t to_y = y ? y - x : 0;
+    if (n <= FEW_VECTORS * LANES) {
+        for (ptrdiff_t u = 0; u < units; u += LANES)
+            few_moments(x + u * n, MIN(LANES, units - u), n, mean + u, m2 + u, to_y);
+        return;
+    }
     for (ptrdiff_t u = 0; u < units; u++, x += n) {
         real pivot = rough_mean(x, n);
         for (ptrdiff_t i = 0; i < n; i += BLOCK) {
@@ -419,7 +459,8 @@ ALWAYS void add_backward(const element *grad_y, const element *x, const real *we
 #define AT(k, left, sum)                                                                \
     {                                                                                   \
         const ptrdiff_t j = i + k * LANES;                                              \
-        prefetch(x + j + ahead), prefetch(grad_y + j + ahead);                          \
+        if (ahead)                                                                      \
+            prefetch(x + j + ahead), prefetch(grad_y + j + ahead);                      \
         const vec t = load(x + j, left, mean) - mean;                                   \
         vec g = load(grad_y + j, left, 0);                                              \
         if (weight)                                                                     \
@@ -440,63 +481,135 @@ ALWAYS void add_backward(const element *grad_y, const element *x, const real *we
     sum->g = even.g + odd.g, sum->gx = even.gx + odd.gx, sum->x = even.x + odd.x;
 }
 
-/* Adds to sums, (units, 3), those of `units` stretches side by side, with a mean each. They may nearly
- * cancel, and are compared with values of order 1 all the same: only BACKWARD_VECTORS vectors are added
- * before they go to float64. */
-SWEEP void stretch_backward_sums(const element *grad_y, const element *x, const real *weight, ptrdiff_t units,
-                                 ptrdiff_t n, const double *mean, ptrdiff_t mean_step, double *sums)
+/* Adds those of a stretch. They may nearly cancel, and are compared with values of order 1 all the same: only
+ * BACKWARD_VECTORS vectors are added before they go to float64. */
+ALWAYS void add_long(const element *grad_y, const element *x, const real *weight, ptrdiff_t n, real mean,
+                     ptrdiff_t ahead, backward_wides *wide)
 {
-    for (ptrdiff_t u = 0; u < units; u++, grad_y += n, x += n, sums += 3) {
-        const real pivot = mean[u * mean_step];
-        backward_vecs sum = {{0}, {0}, {0}};
-        if (n <= BACKWARD_VECTORS * LANES) {
-            add_backward(grad_y, x, weight, n, pivot, 0, &sum);
-            sums[0] += lanes_sum(sum.g), sums[1] += lanes_sum(sum.gx), sums[2] += lanes_sum(sum.x);
-            continue;
-        }
-        backward_wides wide;
-        clear(&wide);
-        for (ptrdiff_t i = 0; i < n; i += BACKWARD_VECTORS * LANES) {
-            const ptrdiff_t count = MIN(BACKWARD_VECTORS * LANES, n - i);
-            if (weight)
-                add_backward(grad_y + i, x + i, weight + i, count, pivot, 0, &sum);
-            else
-                add_backward(grad_y + i, x + i, (const real *)0, count, pivot, 0, &sum);
-            flush(&wide, &sum);
-        }
-        sums[0] += wide_sum(&wide.g), sums[1] += wide_sum(&wide.gx), sums[2] += wide_sum(&wide.x);
+    backward_vecs sum = {{0}, {0}, {0}};
+    for (ptrdiff_t i = 0; i < n; i += BACKWARD_VECTORS * LANES) {
+        const ptrdiff_t count = MIN(BACKWARD_VECTORS * LANES, n - i);
+        if (weight)
+            add_backward(grad_y + i, x + i, weight + i, count, mean, ahead, &sum);
+        else
+            add_backward(grad_y + i, x + i, (const real *)0, count, mean, ahead, &sum);
+        flush(wide, &sum);
     }
 }
 
-/* The same for up to UNITS units of `planes` stretches each; units lie side by side, planes `stride`
- * apart. */
-SWEEP void plane_backward_sums(const element *grad_y, const element *x, ptrdiff_t planes, ptrdiff_t stride,
-                               ptrdiff_t units, ptrdiff_t n, const double *mean, double *sums)
+ALWAYS void add_wides(const backward_wides *wide, double *g_sum, double *gx_sum, double *x_sum)
 {
-    backward_wides wide[UNITS];
-    backward_vecs sum[UNITS];
-    ptrdiff_t added = 0;
-    for (ptrdiff_t u = 0; u < units; u++)
-        clear(wide + u), sum[u].g = sum[u].gx = sum[u].x = splat(0);
-    for (ptrdiff_t p = 0; p < planes; p++) {
-        for (ptrdiff_t i = 0; i < n; i += BACKWARD_VECTORS * LANES) {
-            const ptrdiff_t count = MIN(BACKWARD_VECTORS * LANES, n - i), vectors = (count + LANES - 1) / LANES;
-            if (added + vectors > BACKWARD_VECTORS) {
-                for (ptrdiff_t u = 0; u < units; u++)
-                    flush(wide + u, sum + u);
-                added = 0;
+    *g_sum += wide_sum(&wide->g), *gx_sum += wide_sum(&wide->gx), *x_sum += wide_sum(&wide->x);
+}
+
+/* The sums of a stretch with a weight running along, or none. */
+SWEEP void stretch_backward_sums(const element *grad_y, const element *x, const real *weight, ptrdiff_t n,
+                                 real mean, double *sums)
+{
+    if (n <= BACKWARD_VECTORS * LANES) {
+        backward_vecs sum = {{0}, {0}, {0}};
+        add_backward(grad_y, x, weight, n, mean, 0, &sum);
+        sums[0] += lanes_sum(sum.g), sums[1] += lanes_sum(sum.gx), sums[2] += lanes_sum(sum.x);
+    } else {
+        backward_wides wide;
+        clear(&wide);
+        add_long(grad_y, x, weight, n, mean, 0, &wide);
+        add_wides(&wide, sums, sums + 1, sums + 2);
+    }
+}
+
+/* Sums under way, of up to UNITS units. */
+typedef struct {
+    vec g[UNITS], gx[UNITS], x[UNITS];
+} unit_sums;
+
+ALWAYS void add_lanes(const vec *v, ptrdiff_t count, double *sums)
+{
+    real totals[SOME_LANES];
+    store_real(totals, lanes_sums(v), LANES);
+    for (ptrdiff_t u = 0; u < count; u++)
+        sums[u] += totals[u];
+}
+
+ALWAYS void clear_units(unit_sums *sum, ptrdiff_t first, ptrdiff_t last)
+{
+    for (ptrdiff_t u = first; u < last; u++)
+        sum->g[u] = sum->gx[u] = sum->x[u] = splat(0);
+}
+
+ALWAYS void add_unit_sums(const unit_sums *sum, ptrdiff_t units, double *g_sum, double *gx_sum, double *x_sum)
+{
+    for (ptrdiff_t u = 0; u < units; u += LANES) {
+        const ptrdiff_t count = MIN(LANES, units - u);
+        add_lanes(sum->g + u, count, g_sum + u);
+        add_lanes(sum->gx + u, count, gx_sum + u);
+        add_lanes(sum->x + u, count, x_sum + u);
+    }
+}
+
+/* Adds the sums of each of many stretches side by side, K of which share a mean. */
+SWEEP void stretches_backward_sums(const element *grad_y, const element *x, ptrdiff_t stretches, ptrdiff_t n,
+                                   const real *mean, ptrdiff_t K, double *g_sum, double *gx_sum, double *x_sum)
+{
+    unit_sums sum;
+    ptrdiff_t left = K;
+    for (ptrdiff_t first = 0; first < stretches; first += LANES) {
+        const ptrdiff_t count = MIN(LANES, stretches - first);
+        for (ptrdiff_t u = 0; u < count; u++, grad_y += n, x += n) {
+            if (n <= BACKWARD_VECTORS * LANES) {
+                backward_vecs one = {{0}, {0}, {0}};
+                add_backward(grad_y, x, (const real *)0, n, *mean, 0, &one);
+                sum.g[u] = one.g, sum.gx[u] = one.gx, sum.x[u] = one.x;
+            } else {
+                backward_wides wide;
+                clear(&wide);
+                add_long(grad_y, x, (const real *)0, n, *mean, 0, &wide);
+                add_wides(&wide, g_sum + first + u, gx_sum + first + u, x_sum + first + u);
             }
-            for (ptrdiff_t u = 0; u < units; u++) {
-                const ptrdiff_t here = p * stride + u * n + i;
-                add_backward(grad_y + here, x + here, (const real *)0, count, mean[u], stride, sum + u);
-            }
-            added += vectors;
+            if (--left == 0)
+                left = K, mean++;
+        }
+        if (n <= BACKWARD_VECTORS * LANES) {
+            clear_units(&sum, count, LANES);
+            add_unit_sums(&sum, count, g_sum + first, gx_sum + first, x_sum + first);
         }
     }
-    for (ptrdiff_t u = 0; u < units; u++, sums += 3) {
-        flush(wide + u, sum + u);
-        sums[0] += wide_sum(&wide[u].g), sums[1] += wide_sum(&wide[u].gx), sums[2] += wide_sum(&wide[u].x);
+}
+
+/* The same for up to UNITS units of `planes` stretches each, with a mean each; units lie side by side, planes
+ * `stride` apart. */
+SWEEP void plane_backward_sums(const element *grad_y, const element *x, ptrdiff_t planes, ptrdiff_t stride,
+                               ptrdiff_t units, ptrdiff_t n, const real *mean, double *g_sum, double *gx_sum,
+                               double *x_sum)
+{
+    double found[3][UNITS] = {{0}};
+    if (n > BACKWARD_VECTORS * LANES) {
+        backward_wides wide[UNITS];
+        for (ptrdiff_t u = 0; u < units; u++)
+            clear(wide + u);
+        for (ptrdiff_t p = 0; p < planes; p++, grad_y += stride, x += stride)
+            for (ptrdiff_t u = 0; u < units; u++)
+                add_long(grad_y + u * n, x + u * n, (const real *)0, n, mean[u], stride, wide + u);
+        for (ptrdiff_t u = 0; u < units; u++)
+            add_wides(wide + u, found[0] + u, found[1] + u, found[2] + u);
+    } else {
+        const ptrdiff_t some = BACKWARD_VECTORS / ((n + LANES - 1) / LANES);
+        const ptrdiff_t whole = (units + LANES - 1) / LANES * LANES;
+        unit_sums sum;
+        for (ptrdiff_t p = 0; p < planes; p++, grad_y += stride, x += stride) {
+            if (p % some == 0)
+                clear_units(&sum, 0, whole);
+            for (ptrdiff_t u = 0; u < units; u++) {
+                backward_vecs one = {sum.g[u], sum.gx[u], sum.x[u]};
+                add_backward(grad_y + u * n, x + u * n, (const real *)0, n, mean[u], stride, &one);
+                sum.g[u] = one.g, sum.gx[u] = one.gx, sum.x[u] = one.x;
+            }
+            if (p % some == some - 1 || p == planes - 1)
+                add_unit_sums(&sum, units, found[0], found[1], found[2]);
+        }
     }
+    for (ptrdiff_t u = 0; u < units; u++)
+        g_sum[u] += found[0][u], gx_sum[u] += found[1][u], x_sum[u] += found[2][u];
 }
 
 /* ------------------------------------------------------- along a stretch: element by element */
@@ -593,18 +706,18 @@ SWEEP void affine_along(const element *x, const real *weight, const real *bias, 
  * `statistic_step`, 0 or 1, from those of the one before, its weight `parameter_step`. Where a unit is constant the
  * terms cancel, and rstd is large: the product is rounded as in the sums, before anything is added. */
 EXACT_SWEEP void backward_affine(const element *grad_y, const element *x, element *grad_x, ptrdiff_t planes,
-                                 ptrdiff_t stride, ptrdiff_t n, const double *mean, const double *rstd,
-                                 const double *b_, const double *c_, ptrdiff_t statistic_step,
+                                 ptrdiff_t stride, ptrdiff_t n, const real *mean, const real *rstd,
+                                 const real *b_, const real *c_, ptrdiff_t statistic_step,
                                  const real *weight, ptrdiff_t parameter_step, int streaming, ptrdiff_t ahead)
 {
 #define FROZEN(i, left) (prefetch(grad_y + (i) + ahead), a * load(grad_y + (i), left, 0))
 #define THROUGH(i, left)                                                                \
     (prefetch(grad_y + (i) + ahead), prefetch(x + (i) + ahead),                         \
      r * (load(grad_y + (i), left, 0) * w + (b * (load(x + (i), left, 0) - pivot) + c)))
-    real pivot = mean[0], r = rstd[0], b = b_[0], c = c_[0];
+    real pivot = mean[0], r = rstd[0], b = x ? b_[0] : 0, c = x ? c_[0] : 0;
     for (ptrdiff_t p = 0; p < planes; p++, grad_y += stride, grad_x += stride) {
         const real w = weight ? weight[p * parameter_step] : 1, a = rstd[p * statistic_step] * w;
-        if (statistic_step)
+        if (x && statistic_step)
             pivot = mean[p], r = rstd[p], b = b_[p], c = c_[p];
         if (x) {
             WRITE(grad_x, n, streaming, THROUGH)
@@ -1020,6 +1133,8 @@ ALWAYS void segment_backward_sums(const element *grad_y, const element *x, const
         if (r + PAIR <= rows) {
             const real z = weight ? weight[r + 1] : 1;
             FOR_VECTORS(j, left, n, {
+                for (int k = PAIR; k < 2 * PAIR; k++)
+                    prefetch(xs + k * stride + j), prefetch(gs + k * stride + j);
                 const vec m = load_real(mean + j, left, 0);
                 const vec t = load(xs + j, left, 0) - m, u = load(xs + stride + j, left, 0) - m;
                 const vec g = load(gs + j, left, 0) * w, h = load(gs + stride + j, left, 0) * z;
@@ -1075,28 +1190,40 @@ SWEEP void set_columns(const double *mean, const double *rstd, ptrdiff_t step, c
     }
 }
 
-/* From the sums of K channels, the columns of one statistic over n values, the b and c of backward_block;
- * the sums of g * (x - mean) are corrected, and the gradients of the parameters added, unless NULL. */
-SWEEP void combine_channels(const double *g, double *gx, const double *x, const real *weight, ptrdiff_t K,
-                            double n, int through, double rstd, double *grad_weight, double *grad_bias,
-                            double *b, double *c)
+ALWAYS void combine_groups(const ptrdiff_t K, ptrdiff_t groups, const double *restrict g,
+                           const double *restrict gx, const double *restrict x, const real *restrict weight,
+                           double n, int through, const real *restrict rstd, double *restrict grad_weight,
+                           double *restrict grad_bias, real *restrict b, real *restrict c)
 {
-    double rest = 0, g_sum = 0, gx_sum = 0;
-    /* The mean arrives rounded: what was rounded away is the mean of what is left. */
-    for (ptrdiff_t k = 0; through && k < K; k++)
-        rest += x[k];
-    rest /= n;
-    for (ptrdiff_t k = 0; k < K; k++) {
-        gx[k] -= rest * g[k];
-        g_sum += weight[k] * g[k];
-        gx_sum += weight[k] * gx[k];
+    for (ptrdiff_t i = 0; i < groups; i++) {
+        const double r = rstd[i];
+        double rest = 0, g_sum = 0, gx_sum = 0;
+        /* The mean arrives rounded: what was rounded away is the mean of what is left. */
+        for (ptrdiff_t k = i * K; through && k < (i + 1) * K; k++)
+            rest += x[k];
+        rest /= n;
+        for (ptrdiff_t k = i * K; k < (i + 1) * K; k++) {
+            const double centred = gx[k] - rest * g[k], w = weight ? weight[k] : 1;
+            g_sum += w * g[k];
+            gx_sum += w * centred;
+            if (grad_weight)
+                grad_weight[k] += r * centred, grad_bias[k] += g[k];
+        }
+        const double slope = -r * r * gx_sum / n;
+        b[i] = slope, c[i] = -g_sum / n - slope * rest;
     }
-    for (ptrdiff_t k = 0; grad_weight && k < K; k++) {
-        grad_weight[k] += rstd * gx[k];
-        grad_bias[k] += g[k];
-    }
-    *b = -rstd * rstd * gx_sum / n;
-    *c = -g_sum / n - *b * rest;
+}
+
+/* The b and c of backward_affine for `groups` groups of K channels, statistics over n values, from the sums of
+ * the channels; adds to the gradients of the parameters, unless NULL. */
+SWEEP void combine_channels(ptrdiff_t K, ptrdiff_t groups, const double *g, const double *gx, const double *x,
+                            const real *weight, double n, int through, const real *rstd, double *grad_weight,
+                            double *grad_bias, real *b, real *c)
+{
+    if (K == 1)
+        combine_groups(1, groups, g, gx, x, weight, n, through, rstd, grad_weight, grad_bias, b, c);
+    else
+        combine_groups(K, groups, g, gx, x, weight, n, through, rstd, grad_weight, grad_bias, b, c);
 }
 
 /* --------------------------------------------------------- the rows of a strip: element by element */
@@ -1231,6 +1358,29 @@ SWEEP void row_parameter_sums(const element *grad_y, const element *x, ptrdiff_t
         grad_weight[row] += lanes_sum(weight_sum);
         grad_bias[row] += lanes_sum(bias_sum);
     }
+}
+
+/* ------------------------------------------------------------------------------ running statistics */
+
+/* Moves n running statistics towards what is new: the mean over B rows of n, times a factor. */
+ALWAYS void move_towards(const ptrdiff_t B, real *restrict running, const real *restrict new_, ptrdiff_t stride,
+                         ptrdiff_t n, double factor, double momentum)
+{
+    for (ptrdiff_t i = 0; i < n; i++) {
+        double sum = 0;
+        for (ptrdiff_t b = 0; b < B; b++)
+            sum += new_[b * stride + i];
+        running[i] = (1 - momentum) * running[i] + momentum * (sum / B * factor);
+    }
+}
+
+EXACT_SWEEP void move_running(real *running, const real *new_, ptrdiff_t B, ptrdiff_t stride, ptrdiff_t n,
+                              double factor, double momentum)
+{
+    if (B == 1)
+        move_towards(1, running, new_, stride, n, factor, momentum);
+    else
+        move_towards(B, running, new_, stride, n, factor, momentum);
 }
 
 /* ------------------------------------------------------------------------------ speed of memory */

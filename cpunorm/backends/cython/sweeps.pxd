@@ -2,6 +2,8 @@
 
 from libc.math cimport sqrt
 
+from .call cimport Call
+
 
 cdef extern from "sweeps.h" nogil:
     # Which types these are is said when the C code is compiled.
@@ -33,11 +35,13 @@ cdef extern from "sweeps.h" nogil:
     void stretch_squares(const element* x, Py_ssize_t units, Py_ssize_t n, double* squares,
                          const element* y) noexcept
     void stretch_backward_sums(const element* grad_y, const element* x, const real* weight,
-                               Py_ssize_t units, Py_ssize_t n, const double* mean,
-                               Py_ssize_t mean_step, double* sums) noexcept
+                               Py_ssize_t n, real mean, double* sums) noexcept
+    void stretches_backward_sums(const element* grad_y, const element* x, Py_ssize_t stretches,
+                                 Py_ssize_t n, const real* mean, Py_ssize_t K, double* g_sum,
+                                 double* gx_sum, double* x_sum) noexcept
     void plane_backward_sums(const element* grad_y, const element* x, Py_ssize_t planes,
-                             Py_ssize_t stride, Py_ssize_t units, Py_ssize_t n,
-                             const double* mean, double* sums) noexcept
+                             Py_ssize_t stride, Py_ssize_t units, Py_ssize_t n, const real* mean,
+                             double* g_sum, double* gx_sum, double* x_sum) noexcept
 
     void add(const element* x, const element* residual, element* total, Py_ssize_t n) noexcept
     void affine(const element* x, const element* residual, element* y, Py_ssize_t planes,
@@ -50,8 +54,8 @@ cdef extern from "sweeps.h" nogil:
                       const double* mean, const double* rstd, int activation,
                       int streaming) noexcept
     void backward_affine(const element* grad_y, const element* x, element* grad_x,
-                         Py_ssize_t planes, Py_ssize_t stride, Py_ssize_t n, const double* mean,
-                         const double* rstd, const double* b, const double* c,
+                         Py_ssize_t planes, Py_ssize_t stride, Py_ssize_t n, const real* mean,
+                         const real* rstd, const real* b, const real* c,
                          Py_ssize_t statistic_step, const real* weight,
                          Py_ssize_t parameter_step, int streaming, Py_ssize_t ahead) noexcept
     void backward_affine_along(const element* grad_y, const element* x, const real* weight,
@@ -80,9 +84,10 @@ cdef extern from "sweeps.h" nogil:
     void set_columns(const double* mean, const double* rstd, Py_ssize_t step, const real* weight,
                      const real* bias, Py_ssize_t n, real* pivot, real* scale,
                      real* shift) noexcept
-    void combine_channels(const double* g, double* gx, const double* x, const real* weight,
-                          Py_ssize_t K, double n, int through, double rstd, double* grad_weight,
-                          double* grad_bias, double* b, double* c) noexcept
+    void combine_channels(Py_ssize_t K, Py_ssize_t groups, const double* g, const double* gx,
+                          const double* x, const real* weight, double n, int through,
+                          const real* rstd, double* grad_weight, double* grad_bias, real* b,
+                          real* c) noexcept
 
     void affine_block(const element* x, const element* residual, element* y, Py_ssize_t rows,
                       Py_ssize_t stride, Py_ssize_t width, const real* pivot, const real* scale,
@@ -96,6 +101,9 @@ cdef extern from "sweeps.h" nogil:
     void row_parameter_sums(const element* grad_y, const element* x, Py_ssize_t rows,
                             Py_ssize_t stride, Py_ssize_t n, const real* mean, const real* rstd,
                             const real* shift, double* grad_weight, double* grad_bias) noexcept
+
+    void move_running(real* running, const real* new_, Py_ssize_t B, Py_ssize_t stride,
+                      Py_ssize_t n, double factor, double momentum) noexcept
 
     void copy_stretch(const element* x, element* y, Py_ssize_t n, int streaming) noexcept
     void triad_stretch(const element* grad_y, const element* x, element* grad_x, Py_ssize_t n,
@@ -137,6 +145,30 @@ cdef inline double rstd_of(double var, double eps) noexcept nogil:
 cdef inline double variance(double m2, Py_ssize_t count) noexcept nogil:
     # Rounding can leave m2 a hair below zero; a NaN must pass.
     return 0 if m2 < 0 else m2 / count
+
+
+cdef inline void take_statistics(const Call* call, Py_ssize_t first, Py_ssize_t count, double* mean,
+                                 double* rstd) noexcept nogil:
+    """Some of the statistics that are given: mean and rstd, or mean and var, whose rstd goes to
+    where there is a place for it."""
+    cdef:
+        const real* given_mean = <const real*> call.mean + first
+        const real* given_rstd = at(<const real*> call.rstd, first)
+        const real* given_var = at(<const real*> call.var, first)
+        real* found = at(<real*> call.rstd, first)
+        double eps = call.eps
+        Py_ssize_t i
+    for i in range(count):
+        mean[i] = given_mean[i]
+    if given_var is NULL:
+        for i in range(count):
+            rstd[i] = given_rstd[i]
+        return
+    for i in range(count):
+        rstd[i] = <real> rstd_of(given_var[i], eps)
+    if found is not NULL:
+        for i in range(count):
+            found[i] = <real> rstd[i]
 
 
 cdef inline void sum_parts(double* sums, Py_ssize_t parts, Py_ssize_t length, Py_ssize_t first,

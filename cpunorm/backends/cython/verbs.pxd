@@ -16,5 +16,6 @@ cdef Py_ssize_t slab_bytes
 cdef Py_ssize_t stream_bytes
 
 cdef int element_of(cnp.ndarray x) except -1
-cdef Call new_call(Py_ssize_t nbytes, int threads) noexcept
+cdef Call new_call(Py_ssize_t nbytes, int threads) noexcept nogil
+cdef int solve(Verb verb, Call* call) noexcept nogil
 cdef int run(Verb verb, Call* call) except -1

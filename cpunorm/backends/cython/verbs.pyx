@@ -37,7 +37,7 @@ cdef int element_of(cnp.ndarray x) except -1:
     raise TypeError(f"no kernels for {x.dtype}")
 
 
-cdef Call new_call(Py_ssize_t nbytes, int threads) noexcept:
+cdef Call new_call(Py_ssize_t nbytes, int threads) noexcept nogil:
     """A call whose arrays of x's size take so many bytes together."""
     cdef Call call
     memset(&call, 0, sizeof(call))
@@ -47,13 +47,18 @@ cdef Call new_call(Py_ssize_t nbytes, int threads) noexcept:
     return call
 
 
-cdef int run(Verb verb, Call* call) except -1:
+cdef int solve(Verb verb, Call* call) noexcept nogil:
     """Run a kernel; a result that takes the place of an input stays in the cache with it."""
-    cdef int failed
     if call.y is not NULL and (call.y == call.x or call.y == call.residual):
         call.streaming = False
+    return verb(call)
+
+
+cdef int run(Verb verb, Call* call) except -1:
+    """`solve`, without the GIL."""
+    cdef int failed
     with nogil:
-        failed = verb(call)
+        failed = solve(verb, call)
     if failed:
         raise MemoryError
     return 0

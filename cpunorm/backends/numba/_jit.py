@@ -8,6 +8,7 @@ twice, which takes three times as long, and the two would not always round alike
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
@@ -44,8 +45,12 @@ jit = numba.njit(**_LINKED, **OPTIONS)
 jit_sum = numba.njit(**_LINKED, **_SUM_OPTIONS)
 _inlined = numba.njit(inline="always", **_LINKED, **OPTIONS)
 
-# numba's `workqueue` layer dies when two Python threads launch at once; `omp` and `tbb` do not.
-_one_launch = threading.Lock()
+
+@lru_cache
+def _one_launch() -> AbstractContextManager[Any]:
+    """Held while threads work: numba's `workqueue` layer dies of two launches at once."""
+    return threading.Lock() if numba.threading_layer() == "workqueue" else nullcontext()
+
 
 
 def _digest() -> str:
@@ -183,17 +188,16 @@ def kernel(task: FunctionType) -> Callable[..., None]:
         if threads == 1:
             entry(_loop_address(_serial_loop), tasks, arguments)
             return
-        before = numba.get_num_threads()
-        numba.set_num_threads(threads)
+        before = numba.get_num_threads()  # which starts what the loop is linked with
+        loop = _loop_address(_parallel_loop)
+        if threads != before:
+            numba.set_num_threads(threads)
         try:
-            loop = _loop_address(_parallel_loop)
-            if numba.threading_layer() == "workqueue":
-                with _one_launch:
-                    entry(loop, tasks, arguments)
-            else:
+            with _one_launch():
                 entry(loop, tasks, arguments)
         finally:
-            numba.set_num_threads(before)
+            if threads != before:
+                numba.set_num_threads(before)
 
     return launch
 

@@ -23,6 +23,7 @@ from .activations import address
 from .sweeps import (
     BLOCK,
     PIECE,
+    SLAB,
     TASKS,
     at,
     block_gradient_sums,
@@ -40,6 +41,7 @@ from .sweeps import (
     set_terms,
     settle,
     store_totals,
+    unit_moments,
 )
 
 SHORT = 32
@@ -102,8 +104,7 @@ def _normalize(task, arguments):
     z = np.empty(BLOCK, x.dtype)
     for b in range(b0, b1):
         start = b * R * stride + g0 * K * S
-        for g in range(groups):
-            mean[g], M2[g] = block_moments(x, start + g * K * S, R, stride, K * S, True)
+        unit_moments(x, start, R, stride, K * S, groups, mean, M2)
         settle(mean, M2, groups, R * K * S, eps, outputs, b * G + g0)
         if y.size:
             set_terms(terms, groups * K, mean, M2, np.intp(0), K, weight, bias, g0 * K)
@@ -168,25 +169,31 @@ def _backward(task, arguments):
     mean, rstd = saved
     b0, b1, g0, g1, slot = _units_of(task, sizes)
     stride = G * K * S
-    sums = np.empty((3, K))
+    channels = (g1 - g0) * K
+    sums = np.empty((3, channels))
     for b in range(b0, b1):
-        for g in range(g0, g1):
-            unit = b * G + g
-            start = b * R * stride + g * K * S
-            s = np.float64(rstd[unit])
-            m = mean[unit]
-            for k in range(K):
-                sums[0, k], sums[1, k], sums[2, k] = block_gradient_sums(
-                    grad_y, x, start + k * S, R, stride, S, m
-                )
-            first = np.intp(0)
-            group_terms(sums, first, K, R * K * S, s, weight, g * K, False, totals, slot)
-            if grad_x.size:
-                for k in range(K):
-                    a = start + k * S
-                    scale = scale_of(s, weight, g * K + k)
-                    terms = sums[0, k], sums[1, k], sums[2, k]
-                    _write_grad_x(grad_y, x, a, R, stride, S, m, scale, terms, False, grad_x)
+        start = b * R * stride + g0 * K * S
+        unit = b * G + g0
+        sums[:] = 0.0
+        for r in range(R):
+            for c in range(channels):
+                a = start + r * stride + c * S
+                g, gx, lost = block_gradient_sums(grad_y, x, a, 1, 0, S, mean[unit + c // K])
+                sums[0, c] += g
+                sums[1, c] += gx
+                sums[2, c] += lost
+        for c in range(0, channels, K):
+            s = np.float64(rstd[unit + c // K])
+            group_terms(sums, c, K, R * K * S, s, weight, g0 * K + c, False, totals, slot)
+        if not grad_x.size:
+            continue
+        for r in range(R - 1, -1, -1):
+            for c in range(channels):
+                a = start + r * stride + c * S
+                i = unit + c // K
+                scale = scale_of(np.float64(rstd[i]), weight, g0 * K + c)
+                terms = sums[0, c], sums[1, c], sums[2, c]
+                _write_grad_x(grad_y, x, a, 1, 0, S, mean[i], scale, terms, False, grad_x)
 
 
 @kernel
@@ -221,13 +228,15 @@ def _units(x: Array, mean: Array) -> tuple[int, ...]:
     return B, N // B, G, C // G, S
 
 
-def _task_size(units: tuple[int, ...]) -> tuple[int, int] | None:
+def _task_size(units: tuple[int, ...], itemsize: int) -> tuple[int, int] | None:
     """How many images and groups make a task; None where units are so few that they are cut."""
     B, R, G, K, S = units
     size = R * K * S
     if B * G < TASKS and size >= 2 * PIECE:
         return None
-    groups = min(G, max(1, PIECE // size))
+    # Channels of a batch lie apart: the more side by side, the longer the runs in memory.
+    wide = min(SLAB // (size * itemsize), G // TASKS) if R > 1 else 1
+    groups = min(G, max(1, PIECE // size, wide))
     return (max(1, PIECE // (groups * size)) if groups == G else 1), groups
 
 
@@ -285,7 +294,7 @@ def normalize(
     x, residual, y = (flat(array, x) for array in (x, residual, y))
     weight, bias, *outputs = (flat(array, mean) for array in (weight, bias, *outputs))
     outputs = tuple(outputs)
-    if size := _task_size(units):
+    if size := _task_size(units, x.itemsize):
         tasks = ceil_div(B, size[0]) * ceil_div(G, size[1])
         sizes = *units, *size
         _normalize(threads, tasks, x, residual, weight, bias, eps, function, y, outputs, sizes)
@@ -405,7 +414,7 @@ def _differentiate(
     saved = flat(mean, mean), flat(rstd, mean)
     weight = flat(weight, mean)
     inputs = grad_y, x, saved, weight
-    size = _task_size(units)
+    size = _task_size(units, 2 * x.itemsize)
     if size and not frozen:
         slots = ceil_div(B, size[0])
         totals = np.zeros((slots, 2, C))

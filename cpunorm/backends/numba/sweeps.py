@@ -24,7 +24,7 @@ from ._jit import Array, jit, jit_sum, once
 from .activations import RELU, activate
 
 BLOCK = 4096  # elements that are swept several times from L1
-PIECE = 32768  # elements of the least task worth a thread
+PIECE = 16384 # elements of the least task worth a thread
 SLAB = 512 * 1024  # bytes that stay in L2 between two sweeps
 TASKS = 16  # enough to keep the threads busy; where there would be fewer, statistics are cut
 SHORT_SUM = 32  # rows summed in the type of x before float64 takes over
@@ -72,9 +72,8 @@ def unfold(values, width, lanes):
 
 
 @jit_sum
-def block_moments(x, start, rows, stride, width, center):
-    """Mean and M2 of one block; 0 and Σx² where it is not to be centred."""
-    pivot = np.float64(x[at(start)]) if center else 0.0
+def deviations(x, start, rows, stride, width, pivot):
+    """Σd and Σd² over one block, with d = x - pivot."""
     s1 = 0.0
     s2 = 0.0
     for r in range(rows):
@@ -83,10 +82,37 @@ def block_moments(x, start, rows, stride, width, center):
             d = x[at(a + j)] - pivot
             s1 += d
             s2 += d * d
+    return s1, s2
+
+
+@jit
+def block_moments(x, start, rows, stride, width, center):
+    """Mean and M2 of one block; 0 and Σx² where it is not to be centred."""
+    pivot = np.float64(x[at(start)]) if center else 0.0
+    s1, s2 = deviations(x, start, rows, stride, width, pivot)
     if not center:
         return 0.0, s2
     n = rows * width
     return pivot + s1 / n, s2 - s1 * s1 / n
+
+
+@jit
+def unit_moments(x, start, rows, stride, width, units, mean, M2):
+    """Mean and M2 of blocks side by side, read in the order of memory."""
+    for i in range(units):
+        mean[i] = 0.0
+        M2[i] = 0.0
+    for r in range(rows):
+        for i in range(units):
+            a = start + i * width
+            s1, s2 = deviations(x, a + r * stride, 1, 0, width, np.float64(x[at(a)]))
+            mean[i] += s1
+            M2[i] += s2
+    n = rows * width
+    for i in range(units):
+        s1 = mean[i]
+        mean[i] = x[at(start + i * width)] + s1 / n
+        M2[i] -= s1 * s1 / n
 
 
 @jit
