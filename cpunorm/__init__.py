@@ -39,6 +39,7 @@ from .functional import (
     rms_norm_backward,
 )
 from .layers import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
+from .moments import Moments, RunningStatistics
 
 if TYPE_CHECKING:
     from ._advice import Advice, advise
@@ -50,7 +51,9 @@ __all__ = [
     "GroupNorm",
     "InstanceNorm",
     "LayerNorm",
+    "Moments",
     "RMSNorm",
+    "RunningStatistics",
     "Stats",
     "add_layer_norm",
     "add_rms_norm",

@@ -7,19 +7,21 @@ caller's shape and strides.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from . import _dispatch
+from . import _dispatch, _masked
 from ._frame import Array as Array
-from ._frame import Frame, axis_frame, channel_frame
+from ._frame import Frame, axis_frame, channel_frame, ordered_frame
 from .backends import ACTIVATIONS
 
 # The types of arguments, as the public signatures name them.
 Layout = Literal["NCHW", "NHWC", "channels_first", "channels_last"]
 Activation = Literal["relu", "silu", "gelu", "sigmoid", "tanh"]
+ConventionName = Literal["torch", "keras", "onnx"]
 Shape = int | Sequence[int]
 Need = tuple[bool, bool, bool]
 
@@ -30,6 +32,33 @@ STATS_DTYPE: dict[np.dtype[Any], np.dtype[Any]] = {
     np.dtype(np.float64): np.dtype(np.float64),
 }
 DTYPE_NAMES = "float16, bfloat16, float32 or float64"
+
+# What momentum and eps are by default, in torch. Other conventions have others: these very objects
+# tell that nothing was given.
+MOMENTUM, EPS = 0.1, 1e-5
+
+
+class Convention(NamedTuple):
+    """How a library keeps running statistics."""
+
+    momentum: float  # by default
+    eps: float  # by default
+    of_old: bool  # whether momentum is the weight of the old value, or of the new one
+    unbiased: bool  # which variance is kept
+
+    def weight_of_new(self, momentum: float) -> float:
+        """Return the weight of the new value; the same turns that into a momentum."""
+        return 1 - momentum if self.of_old else momentum
+
+
+CONVENTIONS = {
+    "torch": Convention(MOMENTUM, EPS, of_old=False, unbiased=True),
+    "keras": Convention(0.99, 1e-3, of_old=True, unbiased=False),
+    "onnx": Convention(0.9, 1e-5, of_old=True, unbiased=False),
+}
+
+# Beyond so many deviations from zero float32 rounds a mean too coarsely to merge variances by.
+FAR = 8.0
 
 CHANNELS_LAST = {"NCHW": False, "channels_first": False, "NHWC": True, "channels_last": True}
 
@@ -74,14 +103,30 @@ def _listed(options: Sequence[object]) -> str:
     return ", ".join(map(repr, options))
 
 
-def _array(name: str, a: Any) -> Array:
+def array(name: str, a: Any) -> Array:
+    """Check an array, of NumPy or of whoever lets its memory be read; return one of NumPy."""
     # A subclass may redefine arithmetic (masked arrays) or shape (matrix): taking only its data
     # would silently drop what it means. A memmap is plain memory.
     if type(a) is np.ndarray or isinstance(a, np.memmap):
         return np.asarray(a)
+    reason = ""
+    if not isinstance(a, (np.ndarray, np.generic)):
+        from . import _interchange  # takes a moment to import, and few need it
+
+        if _interchange.is_foreign(a):
+            try:
+                return _interchange.read(a)
+            # Whatever the other library raises: that it does not give its memory is our error.
+            except Exception as error:
+                reason = f": {error}"
     raise TypeError(
-        f"{name} must be a numpy.ndarray, got {type(a).__module__}.{type(a).__qualname__}"
+        f"{name} must be a numpy.ndarray, or an array whose memory can be read by DLPack or "
+        f"__array_interface__, got {_kind(a)}{reason}"
     )
+
+
+def _kind(a: Any) -> str:
+    return f"{type(a).__module__}.{type(a).__qualname__}"
 
 
 def is_supported(dtype: np.dtype[Any]) -> bool:
@@ -94,7 +139,7 @@ def is_supported(dtype: np.dtype[Any]) -> bool:
 
 
 def _input(a: Any) -> Array:
-    x = _array("x", a)
+    x = array("x", a)
     if not is_supported(x.dtype):
         raise TypeError(f"x must have dtype {DTYPE_NAMES}, got {x.dtype}")
     return x
@@ -102,7 +147,7 @@ def _input(a: Any) -> Array:
 
 def _like(name: str, given: Any, x: Array) -> Array:
     """Check an array that must have the shape and dtype of x."""
-    a = _array(name, given)
+    a = array(name, given)
     if a.dtype != x.dtype:
         raise TypeError(f"{name} must have x's dtype {x.dtype}, got {a.dtype}")
     if a.shape != x.shape:
@@ -114,7 +159,7 @@ def _sized(
     name: str, given: Any, shape: tuple[int, ...], dtypes: Sequence[np.dtype[Any]], of: str
 ) -> Array:
     """Check a parameter or statistic; `of` says in the error where the shape comes from."""
-    a = _array(name, given)
+    a = array(name, given)
     if a.dtype not in dtypes:
         allowed = " or ".join(map(str, dtypes))
         raise TypeError(f"{name} must have dtype {allowed}, got {a.dtype}")
@@ -186,6 +231,34 @@ def integers(name: str, value: Any) -> tuple[int, ...]:
         raise TypeError(f"{name} must be an int or a sequence of ints, got {value!r}") from None
 
 
+def resolve_convention(convention: Any, momentum: Any, eps: Any) -> tuple[Convention, Any, Any]:
+    """Check a convention's name; return what it says, and momentum and eps, its own by default."""
+    if not isinstance(convention, str):
+        raise TypeError(f"convention must be a string, got {type(convention).__name__}")
+    if convention not in CONVENTIONS:
+        known = _listed(list(CONVENTIONS))
+        raise ValueError(f"convention must be one of {known}, got {convention!r}")
+    found = CONVENTIONS[convention]
+    momentum = found.momentum if momentum is MOMENTUM else momentum
+    return found, momentum, found.eps if eps is EPS else eps
+
+
+def _mask(given: Any, x: Array, channel_axis: int) -> Array | None:
+    """Check a mask; one that leaves nothing out is as good as none."""
+    if given is None:
+        return None
+    mask = array("mask", given)
+    if mask.dtype != np.bool_:
+        raise TypeError(f"mask must have dtype bool, True where x counts, got {mask.dtype}")
+    shape = x.shape[:channel_axis] + x.shape[channel_axis + 1 :]
+    if mask.shape != shape:
+        raise ValueError(
+            f"mask must have shape {shape}, x's without its channel axis {channel_axis}, "
+            f"got {mask.shape}"
+        )
+    return None if mask.all() else mask
+
+
 def _need(need: Any) -> tuple[bool, bool, bool]:
     if not isinstance(need, (tuple, list)):
         raise TypeError(f"need must be a sequence of three bools, got {type(need).__name__}")
@@ -212,6 +285,8 @@ def _out(
     name: str, out: Any, x: Array, same_as: dict[str, Array], others: dict[str, Array | None]
 ) -> Array:
     """Check an output: it may be one of `same_as` itself, and shares no memory otherwise."""
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"{name} must be a numpy.ndarray, got {_kind(out)}")
     checked = _like(name, out, x)
     if not checked.flags.writeable:
         raise ValueError(f"{name} must be writeable, got a read-only array")
@@ -260,6 +335,11 @@ def _stats(
     return Stats(mean, _sized("stats.rstd", rstd, shape, (dtype,), of))
 
 
+def _solver(positions: _masked.Positions | None) -> Callable[..., None]:
+    """Return what runs a kernel on all of x, or on the positions that count."""
+    return _dispatch.solve if positions is None else partial(_masked.solve, positions)
+
+
 # --------------------------------------------------------------------------------------------
 # Normalization over axes: layer norm and RMS norm
 # --------------------------------------------------------------------------------------------
@@ -297,6 +377,23 @@ def _normalized_axes(
     return shape, axes
 
 
+def _axis_problem(
+    x: Array, axes: tuple[int, ...], mask: Array | None
+) -> tuple[Frame, _masked.Positions | None]:
+    """Return how x is read, and which of its positions count if not all of them do."""
+    if mask is None:
+        return axis_frame(x, axes), None
+    if len(axes) > 1:
+        frame = ordered_frame(x, axes)
+        lain = frame.lay_mask(mask, axes[-1]).reshape(frame.shape[0], 1, -1)
+        return frame, _masked.Positions(lain, channels_last=True, own_parameters=True)
+    frame = axis_frame(x, axes)
+    rows = frame.problem == "rows"
+    lain = frame.lay_mask(mask, axes[-1])
+    lain = lain.reshape((1, 1, -1) if rows else (1, *frame.shape[::2]))
+    return frame, _masked.Positions(lain, channels_last=rows, own_statistics=True)
+
+
 def _axis_parameter(
     frame: Frame, axes: tuple[int, ...], a: Array | None, dtype: np.dtype[Any]
 ) -> Array | None:
@@ -328,6 +425,7 @@ def axis_norm(
     axis: Any,
     center: bool,
     add: bool,
+    mask: Any = None,
     out: Any,
     sum_out: Any = None,
     return_stats: Any,
@@ -344,7 +442,8 @@ def axis_norm(
     summands = {"x": x}
     if add:
         summands["residual"] = residual = _like("residual", residual, x)
-    parameters = {"weight": weight, "bias": bias}
+    mask = _mask(mask, x, axes[-1])
+    parameters = {"weight": weight, "bias": bias, "mask": mask}
     if out is not None:
         out = _out("out", out, x, summands, parameters)
     if sum_out is not None:
@@ -353,16 +452,17 @@ def axis_norm(
             raise ValueError("sum_out must not overlap out, got a view of its memory")
     backend = _dispatch.resolve(backend)
 
-    frame = axis_frame(x, axes)
+    frame, positions = _axis_problem(x, axes, mask)
+    solve = _solver(positions)
     y = frame.new(x) if out is None else out
     total = None if not add else frame.new(x) if sum_out is None else sum_out
-    new_statistic = np.empty if x.size else np.zeros
+    new_statistic = np.empty if x.size and mask is None else np.zeros
     rstd = new_statistic(frame.kept_shape, acc)
     mean = new_statistic(frame.kept_shape, acc) if center else None
     if x.size:
         flat = frame.shape[:1] if frame.problem == "rows" else frame.shape[::2]
         y_placed, total_placed = frame.place(y), frame.place(total)
-        _dispatch.solve(
+        solve(
             frame.problem,
             "normalize",
             backend,
@@ -396,6 +496,7 @@ def axis_norm_backward(
     axis: Any,
     center: bool,
     grad_sum: Any,
+    mask: Any = None,
     need: Any,
     backend: str | None,
 ) -> Gradients:
@@ -408,17 +509,19 @@ def axis_norm_backward(
     stats = _stats(stats, center, kept_shape, acc, "x's without the normalised axes")
     weight = _parameter("weight", weight, shape, x, "as normalized_shape")
     grad_sum = None if grad_sum is None else _like("grad_sum", grad_sum, x)
+    mask = _mask(mask, x, axes[-1])
     need_x, need_weight, need_bias = _need(need)
     backend = _dispatch.resolve(backend)
 
-    frame = axis_frame(x, axes)
+    frame, positions = _axis_problem(x, axes, mask)
+    solve = _solver(positions)
     grad_x = frame.new(x) if need_x else None
     size = math.prod(shape)
     grad_weight = np.zeros(size, acc) if need_weight else None
     grad_bias = np.zeros(size, acc) if need_bias and center else None
     if x.size:
         placed = frame.place(grad_x)
-        _dispatch.solve(
+        solve(
             frame.problem,
             "backward",
             backend,
@@ -482,6 +585,20 @@ def _channels(op: str, x: Array, layout: Any, num_groups: Any, frozen: bool) -> 
     return _Channels(axis, count, (images if per_image else 1, count), per_image)
 
 
+def _channel_problem(
+    x: Array, channels: _Channels, mask: Array | None
+) -> tuple[Frame, _masked.Positions | None]:
+    """Return how x is read, and which of its positions count if not all of them do."""
+    frame = channel_frame(x, channels.axis, channels.per_image)
+    if mask is None:
+        return frame, None
+    last = frame.problem == "channels_last"
+    images = frame.shape[0] if channels.per_image or last else 1
+    shape = (images, 1, -1) if last else (images, frame.shape[0] // images, -1)
+    lain = frame.lay_mask(mask, channels.axis).reshape(shape)
+    return frame, _masked.Positions(lain, channels_last=last)
+
+
 def _running_statistics(
     running: tuple[Any, Any], channels: _Channels, x: Array, frozen: bool
 ) -> dict[str, Any]:
@@ -526,9 +643,11 @@ def channel_norm(
     running: tuple[Any, Any] = (None, None),
     frozen: bool = False,
     momentum: Any = 0.0,
+    convention: Any = "torch",
     layout: Any,
     activation: Any,
     residual: Any,
+    mask: Any,
     out: Any,
     return_stats: Any,
     backend: str | None,
@@ -540,6 +659,7 @@ def channel_norm(
     weight = _parameter("weight", weight, (channels.size,), x, "one per channel")
     bias = _parameter("bias", bias, (channels.size,), x, "one per channel")
     statistics = _running_statistics(running, channels, x, frozen)
+    kept, momentum, eps = resolve_convention(convention, momentum, eps)
     eps = _eps(eps, positive=op == "batch_norm" and not frozen)
     momentum = _number("momentum", momentum)
     return_stats = flag("return_stats", return_stats)
@@ -547,7 +667,8 @@ def channel_norm(
     summands = {"x": x}
     if residual is not None:
         summands["residual"] = residual = _like("residual", residual, x)
-    parameters = {"weight": weight, "bias": bias}
+    mask = _mask(mask, x, channels.axis)
+    parameters = {"weight": weight, "bias": bias, "mask": mask}
     if not frozen:
         _updatable(statistics, {**summands, **parameters})
     if out is not None:
@@ -560,7 +681,8 @@ def channel_norm(
         )
     backend = _dispatch.resolve(backend)
 
-    frame = channel_frame(x, channels.axis, channels.per_image)
+    frame, positions = _channel_problem(x, channels, mask)
+    solve = _solver(positions)
     y = frame.new(x) if out is None else out
     if frozen:
         with np.errstate(all="ignore"):
@@ -568,7 +690,8 @@ def channel_norm(
             rstd = 1 / np.sqrt(statistics["running_var"].astype(np.float64) + eps)
             rstd = rstd.astype(acc).reshape(channels.stats)
     else:
-        mean, var, rstd = (np.empty if x.size else np.zeros)((3, *channels.stats), acc)
+        new_statistics = np.empty if x.size and mask is None else np.zeros
+        mean, var, rstd = new_statistics((3, *channels.stats), acc)
     if x.size:
         placed = frame.place(y)
         inputs = (
@@ -579,12 +702,16 @@ def channel_norm(
         )
         if frozen:
             call = frame.problem, "apply", backend, x.nbytes
-            _dispatch.solve(*call, *inputs, activation, placed, mean, rstd)
+            solve(*call, *inputs, activation, placed, mean, rstd)
         else:
             call = frame.problem, "normalize", backend, x.nbytes
-            _dispatch.solve(*call, *inputs, eps, activation, placed, mean, var, rstd)
+            solve(*call, *inputs, eps, activation, placed, mean, var, rstd)
             if statistics:
-                _update_running_statistics(statistics, mean, var, per_statistic, momentum)
+                counts = [per_statistic] if positions is None else positions.counts()
+                weight_of_new = kept.weight_of_new(momentum)
+                _update_running_statistics(
+                    statistics, mean, var, counts, weight_of_new, kept.unbiased
+                )
         frame.deliver(placed, y)
     if return_stats:
         shape = channels.public_stats
@@ -592,17 +719,66 @@ def channel_norm(
     return y
 
 
+def channel_moments(
+    x: Any, num_features: int, *, layout: Any, mask: Any, backend: str | None
+) -> tuple[Array, Array, int, np.dtype[Any]]:
+    """Mean and biased variance of every channel of x in float64, of how many values each, and the
+    dtype that statistics of x have."""
+    x = _input(x)
+    acc = STATS_DTYPE[x.dtype]
+    channels = _channels("batch_norm", x, layout, None, False)
+    if channels.size != num_features:
+        raise ValueError(
+            f"x must have {num_features} channels on axis {channels.axis}, got shape {x.shape}"
+        )
+    mask = _mask(mask, x, channels.axis)
+    backend = _dispatch.resolve(backend)
+    frame, positions = _channel_problem(x, channels, mask)
+    solve = _solver(positions)
+    mean, rest, var, rstd = np.zeros((4, *channels.stats), acc)
+    if x.size:
+        lain = frame.lay(x)
+        solve(frame.problem, "moments", backend, x.nbytes, lain, mean, var)
+        with np.errstate(all="ignore"):
+            far = bool(np.any(np.square(mean) > FAR**2 * var))
+        if far and x.dtype == np.float32:
+            centred = np.empty_like(lain)
+            inputs = lain, None, None, None, 0
+            rstd.fill(1)
+            solve(frame.problem, "apply", backend, x.nbytes, *inputs, centred, mean, rstd)
+            solve(frame.problem, "moments", backend, x.nbytes, centred, rest, var)
+    counts = [x.size // max(1, channels.size)] if positions is None else positions.counts()
+    with np.errstate(all="ignore"):
+        exact = np.add(mean[0], rest[0], dtype=np.float64)
+    return exact, var[0].astype(np.float64), int(counts[0]), acc
+
+
 def _update_running_statistics(
-    statistics: dict[str, Array], mean: Array, var: Array, count: int, momentum: float
+    statistics: dict[str, Array],
+    mean: Array,
+    var: Array,
+    counts: Sequence[int] | Array,
+    weight_of_new: float,
+    unbiased: bool,
 ) -> None:
-    """Move the running statistics towards the batch's means of mean and unbiased variance."""
+    """Move the running statistics towards the means, over the images, of mean and variance.
+
+    What covers fewer than two values says nothing about a variance, and is left out.
+    """
+    count = np.asarray(counts, np.float64)  # one for all images, or one for each
+    enough = count > 1
+    if not enough.any():
+        return
+    factor = count[enough] / (count[enough] - 1) if unbiased else np.ones(1)
+    if len(count) > 1:
+        mean, var, factor = mean[enough], var[enough] * factor[:, None], np.ones(1)
     with np.errstate(all="ignore"):
         new = {
             "running_mean": mean.mean(axis=0, dtype=np.float64),
-            "running_var": var.mean(axis=0, dtype=np.float64) * (count / (count - 1)),
+            "running_var": var.mean(axis=0, dtype=np.float64) * factor,
         }
         for name, old in statistics.items():
-            old[...] = (1 - momentum) * old.astype(np.float64) + momentum * new[name]
+            old[...] = (1 - weight_of_new) * old.astype(np.float64) + weight_of_new * new[name]
 
 
 def channel_norm_backward(
@@ -615,6 +791,7 @@ def channel_norm_backward(
     num_groups: Any = None,
     frozen: bool = False,
     layout: Any,
+    mask: Any,
     need: Any,
     backend: str | None,
 ) -> Gradients:
@@ -625,16 +802,18 @@ def channel_norm_backward(
     channels = _channels(op, x, layout, num_groups, frozen)
     stats = _stats(stats, True, channels.public_stats, acc, "as the forward pass returns them")
     weight = _parameter("weight", weight, (channels.size,), x, "one per channel")
+    mask = _mask(mask, x, channels.axis)
     need_x, need_weight, need_bias = _need(need)
     backend = _dispatch.resolve(backend)
 
-    frame = channel_frame(x, channels.axis, channels.per_image)
+    frame, positions = _channel_problem(x, channels, mask)
+    solve = _solver(positions)
     grad_x = frame.new(x) if need_x else None
     grad_weight = np.zeros(channels.size, acc) if need_weight else None
     grad_bias = np.zeros(channels.size, acc) if need_bias else None
     if x.size:
         placed = frame.place(grad_x)
-        _dispatch.solve(
+        solve(
             frame.problem,
             "backward_apply" if frozen else "backward",
             backend,

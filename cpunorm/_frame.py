@@ -61,6 +61,11 @@ class Frame(NamedTuple):
             lain = out.transpose(self.perm)
             lain[...] = placed.reshape(lain.shape)
 
+    def lay_mask(self, mask: Array, channel_axis: int) -> Array:
+        """Return a mask, which has x's axes but for that of the channels, as x is read."""
+        order = [i - (i > channel_axis) for i in self.perm if i != channel_axis]
+        return np.ascontiguousarray(mask.transpose(order))
+
     def lay_statistic(self, a: Array | None) -> Array | None:
         """Return a statistic, one axis per kept axis of x, as rows or columns has it."""
         if a is None:
@@ -92,6 +97,15 @@ def _axis_frame(
     if inner == 1:
         return frame._replace(problem="rows", shape=(outer, size))
     return frame._replace(problem="columns")
+
+
+def ordered_frame(x: Array, axes: tuple[int, ...]) -> Frame:
+    """View x as rows (M, D) with `axes` as D, in the very order in which they are named."""
+    order, dense = _memory_order(x.shape, x.strides, x.itemsize)
+    before = [i for i in range(x.ndim) if i in order and i not in axes]
+    inside = [i for i in axes if i in order]
+    frame = _frame(x.shape, axes, before, inside, [], dense)
+    return frame._replace(problem="rows", shape=frame.shape[:2])
 
 
 def channel_frame(x: Array, channel_axis: int, per_image: bool) -> Frame:

@@ -328,12 +328,16 @@ cdef object axis_norm(object x_, object residual, object normalized_shape, objec
     return (y, total) if add else y
 
 
-def layer_norm(x, normalized_shape, weight, bias, eps, axis, out, return_stats, backend):
+def layer_norm(x, normalized_shape, weight, bias, eps, axis, mask, out, return_stats, backend):
+    if mask is not None:
+        return None
     return axis_norm(x, None, normalized_shape, weight, bias, eps, True, False, axis, out, None,
                      return_stats, backend)
 
 
-def rms_norm(x, normalized_shape, weight, eps, axis, out, return_stats, backend):
+def rms_norm(x, normalized_shape, weight, eps, axis, mask, out, return_stats, backend):
+    if mask is not None:
+        return None
     return axis_norm(x, None, normalized_shape, weight, None, eps, False, False, axis, out, None,
                      return_stats, backend)
 
@@ -398,12 +402,18 @@ cdef inline bint common_need(object need) noexcept:
             and true_or_false((<tuple> need)[2]))
 
 
-def layer_norm_backward(grad_y, x, normalized_shape, stats, weight, axis, grad_sum, need, backend):
+def layer_norm_backward(grad_y, x, normalized_shape, stats, weight, axis, grad_sum, mask, need,
+                        backend):
+    if mask is not None:
+        return None
     return axis_norm_backward(grad_y, x, normalized_shape, stats, weight, True, axis, grad_sum,
                               need, backend)
 
 
-def rms_norm_backward(grad_y, x, normalized_shape, stats, weight, axis, grad_sum, need, backend):
+def rms_norm_backward(grad_y, x, normalized_shape, stats, weight, axis, grad_sum, mask, need,
+                      backend):
+    if mask is not None:
+        return None
     return axis_norm_backward(grad_y, x, normalized_shape, stats, weight, False, axis, grad_sum,
                               need, backend)
 
@@ -528,9 +538,13 @@ cdef inline cnp.ndarray new_statistic(int kind, const Channels* c):
                  &c.stats[0] if c.per_image else &c.stats[1])
 
 
+cdef inline bint torchs(object convention):
+    return PyUnicode_CheckExact(convention) and convention == "torch"
+
+
 def batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, layout,
-               activation, residual, out, return_stats, backend):
-    if not true_or_false(training):
+               activation, residual, mask, convention, out, return_stats, backend):
+    if mask is not None or not torchs(convention) or not true_or_false(training):
         return None
     return channel_norm(x, running_mean, running_var, weight, bias, eps, False, 0, True,
                         training is False, momentum, layout, activation, residual, out,
@@ -538,8 +552,8 @@ def batch_norm(x, running_mean, running_var, weight, bias, training, momentum, e
 
 
 def instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps,
-                  layout, activation, residual, out, return_stats, backend):
-    if not true_or_false(use_input_stats):
+                  layout, activation, residual, mask, convention, out, return_stats, backend):
+    if mask is not None or not torchs(convention) or not true_or_false(use_input_stats):
         return None
     cdef bint frozen = use_input_stats is False
     return channel_norm(x, running_mean, running_var, weight, bias, eps, not frozen, 0, False,
@@ -558,10 +572,10 @@ cdef inline Py_ssize_t groups_of(object num_groups) noexcept:
     return groups if groups > 0 else -1
 
 
-def group_norm(x, num_groups, weight, bias, eps, layout, activation, residual, out, return_stats,
-               backend):
+def group_norm(x, num_groups, weight, bias, eps, layout, activation, residual, mask, out,
+               return_stats, backend):
     cdef Py_ssize_t groups = groups_of(num_groups)
-    if groups < 0:
+    if groups < 0 or mask is not None:
         return None
     return channel_norm(x, None, None, weight, bias, eps, True, groups, False, False, 0.0, layout,
                         activation, residual, out, return_stats, backend)
@@ -613,24 +627,25 @@ cdef object channel_norm_backward(object grad_y, object x_, object stats, object
     return named(Gradients, (grad_x, grad_weight, grad_bias))
 
 
-def batch_norm_backward(grad_y, x, stats, weight, training, layout, need, backend):
-    if not true_or_false(training):
+def batch_norm_backward(grad_y, x, stats, weight, training, layout, mask, need, backend):
+    if mask is not None or not true_or_false(training):
         return None
     return channel_norm_backward(grad_y, x, stats, weight, False, 0, training is False, layout,
                                  need, backend)
 
 
-def instance_norm_backward(grad_y, x, stats, weight, use_input_stats, layout, need, backend):
-    if not true_or_false(use_input_stats):
+def instance_norm_backward(grad_y, x, stats, weight, use_input_stats, layout, mask, need,
+                           backend):
+    if mask is not None or not true_or_false(use_input_stats):
         return None
     cdef bint frozen = use_input_stats is False
     return channel_norm_backward(grad_y, x, stats, weight, not frozen, 0, frozen, layout, need,
                                  backend)
 
 
-def group_norm_backward(grad_y, x, num_groups, stats, weight, layout, need, backend):
+def group_norm_backward(grad_y, x, num_groups, stats, weight, layout, mask, need, backend):
     cdef Py_ssize_t groups = groups_of(num_groups)
-    if groups < 0:
+    if groups < 0 or mask is not None:
         return None
     return channel_norm_backward(grad_y, x, stats, weight, True, groups, False, layout, need,
                                  backend)

@@ -11,6 +11,7 @@ statistics may then be float32 too, which suits training.
 """
 
 from . import _canonical
+from ._canonical import EPS, MOMENTUM
 
 try:
     # The common case in compiled code: it answers, or declines with None.
@@ -26,12 +27,14 @@ def batch_norm(
     weight=None,
     bias=None,
     training=False,
-    momentum=0.1,
-    eps=1e-5,
+    momentum=MOMENTUM,
+    eps=EPS,
     *,
     layout="NCHW",
     activation=None,
     residual=None,
+    mask=None,
+    convention="torch",
     out=None,
     return_stats=False,
     backend=None,
@@ -50,8 +53,8 @@ def batch_norm(
         Of dtype float16, bfloat16, float32 or float64.
     running_mean, running_var : ndarray, shape (C,), or None
         Used when not training. In training they are updated in place,
-        ``running = (1 - momentum) * running + momentum * new``, with the unbiased variance.
-        Dtypes as for `weight`.
+        ``running = (1 - momentum) * running + momentum * new``, with the unbiased variance
+        (in torch's convention). Dtypes as for `weight`.
     weight, bias : ndarray, shape (C,), optional
         In x's dtype, or float32 for an `x` of 16 bits; 1 and 0 where absent.
     training : bool
@@ -66,6 +69,11 @@ def batch_norm(
         Applied last, in the same pass over memory (gelu is the exact one, with erf).
     residual : ndarray, optional
         Shape and dtype of `x`; added after the affine step, before the activation.
+    mask : ndarray of bool, shape (N, ...), optional
+        Which positions count; of x's shape without the channels. The others take no part in
+        anything, and come out zero.
+    convention : {"torch", "keras", "onnx"}
+        Whose `momentum`, default values and variance these are, see Notes.
     out : ndarray, optional
         Where to put the result: shape and dtype of `x`; may be `x` or `residual` itself.
     return_stats : bool
@@ -89,8 +97,19 @@ def batch_norm(
 
     Notes
     -----
-    These are torch's conventions. In Keras and ONNX `momentum` is the weight of the old value, and
-    the new variance in their running statistics is the biased one.
+    Which `convention` says how running statistics move, and what `momentum` and `eps` are where
+    they are not given:
+
+    ========== =================== ================ ====== =========
+    convention momentum weighs the running variance eps    momentum
+    ========== =================== ================ ====== =========
+    "torch"    new value           unbiased         1e-5   0.1
+    "keras"    old value           biased           1e-3   0.99
+    "onnx"     old value           biased           1e-5   0.9
+    ========== =================== ================ ====== =========
+
+    With a `mask`, a channel of which fewer than two values count leaves its running statistics as
+    they are; one of which none counts has a mean and rstd of zero.
 
     References
     ----------
@@ -120,6 +139,8 @@ def batch_norm(
         layout,
         activation,
         residual,
+        mask,
+        convention,
         out,
         return_stats,
         backend,
@@ -138,6 +159,8 @@ def batch_norm(
         layout=layout,
         activation=activation,
         residual=residual,
+        mask=mask,
+        convention=convention,
         out=out,
         return_stats=return_stats,
         backend=backend,
@@ -151,12 +174,14 @@ def instance_norm(
     weight=None,
     bias=None,
     use_input_stats=True,
-    momentum=0.1,
-    eps=1e-5,
+    momentum=MOMENTUM,
+    eps=EPS,
     *,
     layout="NCHW",
     activation=None,
     residual=None,
+    mask=None,
+    convention="torch",
     out=None,
     return_stats=False,
     backend=None,
@@ -187,6 +212,11 @@ def instance_norm(
         Applied last, in the same pass over memory (gelu is the exact one, with erf).
     residual : ndarray, optional
         Shape and dtype of `x`; added after the affine step, before the activation.
+    mask : ndarray of bool, shape (N, ...), optional
+        Which positions count; of x's shape without the channels. The others take no part in
+        anything, and come out zero.
+    convention : {"torch", "keras", "onnx"}
+        Whose `momentum`, default values and variance these are, see Notes.
     out : ndarray, optional
         Where to put the result: shape and dtype of `x`; may be `x` or `residual` itself.
     return_stats : bool
@@ -234,6 +264,8 @@ def instance_norm(
         layout,
         activation,
         residual,
+        mask,
+        convention,
         out,
         return_stats,
         backend,
@@ -252,6 +284,8 @@ def instance_norm(
         layout=layout,
         activation=activation,
         residual=residual,
+        mask=mask,
+        convention=convention,
         out=out,
         return_stats=return_stats,
         backend=backend,
@@ -268,6 +302,7 @@ def group_norm(
     layout="NCHW",
     activation=None,
     residual=None,
+    mask=None,
     out=None,
     return_stats=False,
     backend=None,
@@ -294,6 +329,9 @@ def group_norm(
         Applied last, in the same pass over memory (gelu is the exact one, with erf).
     residual : ndarray, optional
         Shape and dtype of `x`; added after the affine step, before the activation.
+    mask : ndarray of bool, shape (N, ...), optional
+        Which positions count; of x's shape without the channels. The others take no part in
+        anything, and come out zero.
     out : ndarray, optional
         Where to put the result: shape and dtype of `x`; may be `x` or `residual` itself.
     return_stats : bool
@@ -334,7 +372,18 @@ def group_norm(
     True
     """
     common = _front.group_norm(
-        x, num_groups, weight, bias, eps, layout, activation, residual, out, return_stats, backend
+        x,
+        num_groups,
+        weight,
+        bias,
+        eps,
+        layout,
+        activation,
+        residual,
+        mask,
+        out,
+        return_stats,
+        backend,
     )
     if common is not None:
         return common
@@ -348,6 +397,7 @@ def group_norm(
         layout=layout,
         activation=activation,
         residual=residual,
+        mask=mask,
         out=out,
         return_stats=return_stats,
         backend=backend,
@@ -362,6 +412,7 @@ def layer_norm(
     eps=1e-5,
     *,
     axis=None,
+    mask=None,
     out=None,
     return_stats=False,
     backend=None,
@@ -387,6 +438,9 @@ def layer_norm(
         The normalised axes, one per entry of `normalized_shape`; None is the trailing ones.
         ``axis=1`` normalises an NCHW array over the channels of every position, with no transpose
         and no copy.
+    mask : ndarray of bool, optional
+        Which positions count; of x's shape without the last of the normalised axes, the channels.
+        The others take no part in anything, and come out zero.
     out : ndarray, optional
         Where to put the result: shape and dtype of `x`; may be `x` itself.
     return_stats : bool
@@ -427,7 +481,7 @@ def layer_norm(
     True
     """
     common = _front.layer_norm(
-        x, normalized_shape, weight, bias, eps, axis, out, return_stats, backend
+        x, normalized_shape, weight, bias, eps, axis, mask, out, return_stats, backend
     )
     if common is not None:
         return common
@@ -441,6 +495,7 @@ def layer_norm(
         axis=axis,
         center=True,
         add=False,
+        mask=mask,
         out=out,
         return_stats=return_stats,
         backend=backend,
@@ -454,6 +509,7 @@ def rms_norm(
     eps=None,
     *,
     axis=None,
+    mask=None,
     out=None,
     return_stats=False,
     backend=None,
@@ -479,6 +535,9 @@ def rms_norm(
         The normalised axes, one per entry of `normalized_shape`; None is the trailing ones.
         ``axis=1`` normalises an NCHW array over the channels of every position, with no transpose
         and no copy.
+    mask : ndarray of bool, optional
+        Which positions count; of x's shape without the last of the normalised axes, the channels.
+        The others take no part in anything, and come out zero.
     out : ndarray, optional
         Where to put the result: shape and dtype of `x`; may be `x` itself.
     return_stats : bool
@@ -511,7 +570,9 @@ def rms_norm(
     >>> cpunorm.rms_norm(np.array([[1.0, 7.0]]), 2, eps=0.0)
     array([[0.2, 1.4]])
     """
-    common = _front.rms_norm(x, normalized_shape, weight, eps, axis, out, return_stats, backend)
+    common = _front.rms_norm(
+        x, normalized_shape, weight, eps, axis, mask, out, return_stats, backend
+    )
     if common is not None:
         return common
     return _canonical.axis_norm(
@@ -524,6 +585,7 @@ def rms_norm(
         axis=axis,
         center=False,
         add=False,
+        mask=mask,
         out=out,
         return_stats=return_stats,
         backend=backend,
@@ -725,6 +787,7 @@ def batch_norm_backward(
     training=True,
     *,
     layout="NCHW",
+    mask=None,
     need=(True, True, True),
     backend=None,
 ):
@@ -752,6 +815,9 @@ def batch_norm_backward(
         Whether the statistics were those of `x`; otherwise they are constants.
     layout : {"NCHW", "NHWC", "channels_first", "channels_last"}
         Where the channels are: axis 1, or the last axis, at any rank.
+    mask : ndarray of bool, shape (N, ...), optional
+        Which positions count; of x's shape without the channels. The others take no part in
+        anything, and their gradient is zero.
     need : (bool, bool, bool)
         Which of the gradients of x, weight and bias to compute.
     backend : {"auto", "cython", "numba", "numpy"}, optional
@@ -780,7 +846,9 @@ def batch_norm_backward(
     >>> bool(np.allclose(grads.bias, grad_y.sum(axis=(0, 2, 3))))
     True
     """
-    common = _front.batch_norm_backward(grad_y, x, stats, weight, training, layout, need, backend)
+    common = _front.batch_norm_backward(
+        grad_y, x, stats, weight, training, layout, mask, need, backend
+    )
     if common is not None:
         return common
     return _canonical.channel_norm_backward(
@@ -791,6 +859,7 @@ def batch_norm_backward(
         weight,
         frozen=not _canonical.flag("training", training),
         layout=layout,
+        mask=mask,
         need=need,
         backend=backend,
     )
@@ -804,6 +873,7 @@ def instance_norm_backward(
     use_input_stats=True,
     *,
     layout="NCHW",
+    mask=None,
     need=(True, True, True),
     backend=None,
 ):
@@ -831,6 +901,9 @@ def instance_norm_backward(
         Whether the statistics were those of `x`; otherwise they are constants.
     layout : {"NCHW", "NHWC", "channels_first", "channels_last"}
         Where the channels are: axis 1, or the last axis, at any rank.
+    mask : ndarray of bool, shape (N, ...), optional
+        Which positions count; of x's shape without the channels. The others take no part in
+        anything, and their gradient is zero.
     need : (bool, bool, bool)
         Which of the gradients of x, weight and bias to compute.
     backend : {"auto", "cython", "numba", "numpy"}, optional
@@ -860,7 +933,7 @@ def instance_norm_backward(
     True
     """
     common = _front.instance_norm_backward(
-        grad_y, x, stats, weight, use_input_stats, layout, need, backend
+        grad_y, x, stats, weight, use_input_stats, layout, mask, need, backend
     )
     if common is not None:
         return common
@@ -872,6 +945,7 @@ def instance_norm_backward(
         weight,
         frozen=not _canonical.flag("use_input_stats", use_input_stats),
         layout=layout,
+        mask=mask,
         need=need,
         backend=backend,
     )
@@ -885,6 +959,7 @@ def group_norm_backward(
     weight=None,
     *,
     layout="NCHW",
+    mask=None,
     need=(True, True, True),
     backend=None,
 ):
@@ -911,6 +986,9 @@ def group_norm_backward(
         The weight of the forward pass.
     layout : {"NCHW", "NHWC", "channels_first", "channels_last"}
         Where the channels are: axis 1, or the last axis, at any rank.
+    mask : ndarray of bool, shape (N, ...), optional
+        Which positions count; of x's shape without the channels. The others take no part in
+        anything, and their gradient is zero.
     need : (bool, bool, bool)
         Which of the gradients of x, weight and bias to compute.
     backend : {"auto", "cython", "numba", "numpy"}, optional
@@ -939,7 +1017,9 @@ def group_norm_backward(
     >>> grads.x.shape, grads.weight
     ((3, 4, 5, 5), None)
     """
-    common = _front.group_norm_backward(grad_y, x, num_groups, stats, weight, layout, need, backend)
+    common = _front.group_norm_backward(
+        grad_y, x, num_groups, stats, weight, layout, mask, need, backend
+    )
     if common is not None:
         return common
     return _canonical.channel_norm_backward(
@@ -950,6 +1030,7 @@ def group_norm_backward(
         weight,
         num_groups=num_groups,
         layout=layout,
+        mask=mask,
         need=need,
         backend=backend,
     )
@@ -964,6 +1045,7 @@ def layer_norm_backward(
     *,
     axis=None,
     grad_sum=None,
+    mask=None,
     need=(True, True, True),
     backend=None,
 ):
@@ -993,6 +1075,9 @@ def layer_norm_backward(
     grad_sum : ndarray, optional
         After `add_layer_norm`: the gradient that reaches the sum from elsewhere; added to the
         gradient of x, which is then that of both summands.
+    mask : ndarray of bool, optional
+        Which positions count; of x's shape without the last of the normalised axes, the channels.
+        The others take no part in anything, and their gradient is zero.
     need : (bool, bool, bool)
         Which of the gradients of x, weight and bias to compute.
     backend : {"auto", "cython", "numba", "numpy"}, optional
@@ -1022,7 +1107,7 @@ def layer_norm_backward(
     True
     """
     common = _front.layer_norm_backward(
-        grad_y, x, normalized_shape, stats, weight, axis, grad_sum, need, backend
+        grad_y, x, normalized_shape, stats, weight, axis, grad_sum, mask, need, backend
     )
     if common is not None:
         return common
@@ -1035,6 +1120,7 @@ def layer_norm_backward(
         axis=axis,
         center=True,
         grad_sum=grad_sum,
+        mask=mask,
         need=need,
         backend=backend,
     )
@@ -1049,6 +1135,7 @@ def rms_norm_backward(
     *,
     axis=None,
     grad_sum=None,
+    mask=None,
     need=(True, True, True),
     backend=None,
 ):
@@ -1078,6 +1165,9 @@ def rms_norm_backward(
     grad_sum : ndarray, optional
         After `add_rms_norm`: the gradient that reaches the sum from elsewhere; added to the
         gradient of x, which is then that of both summands.
+    mask : ndarray of bool, optional
+        Which positions count; of x's shape without the last of the normalised axes, the channels.
+        The others take no part in anything, and their gradient is zero.
     need : (bool, bool, bool)
         Which of the gradients of x, weight and bias to compute.
     backend : {"auto", "cython", "numba", "numpy"}, optional
@@ -1107,7 +1197,7 @@ def rms_norm_backward(
     True
     """
     common = _front.rms_norm_backward(
-        grad_y, x, normalized_shape, stats, weight, axis, grad_sum, need, backend
+        grad_y, x, normalized_shape, stats, weight, axis, grad_sum, mask, need, backend
     )
     if common is not None:
         return common
@@ -1120,6 +1210,7 @@ def rms_norm_backward(
         axis=axis,
         center=False,
         grad_sum=grad_sum,
+        mask=mask,
         need=need,
         backend=backend,
     )

@@ -19,21 +19,27 @@ import numpy as np
 
 from . import functional
 from ._canonical import (
+    CONVENTIONS,
     DTYPE_NAMES,
+    EPS,
+    MOMENTUM,
     Array,
     Gradients,
     Stats,
+    array,
     flag,
     integer,
     integers,
     is_supported,
     memory_of,
+    resolve_convention,
 )
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, DTypeLike
 
-    from ._canonical import Activation, Layout, Need, Shape
+    from ._canonical import Activation, ConventionName, Layout, Shape
+    from ._interchange import Readable
 
 # The arrays of a layer that are saved, in torch's order. Not every layer has every one.
 STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -54,8 +60,10 @@ class _Layer(ABC):
     grad_weight: Array | None = None
     grad_bias: Array | None = None
 
-    # x and Stats of the latest call, or why there are none.
-    _remembered: tuple[Array, Stats] | str = "it has not been called in training mode"
+    # x, mask and Stats of the latest call, or why there are none.
+    _remembered: tuple[Array, Readable | None, Stats] | str = (
+        "it has not been called in training mode"
+    )
 
     def __init__(
         self,
@@ -82,22 +90,23 @@ class _Layer(ABC):
         """Call the operation of `functional` with the layer's arguments and `options`."""
 
     @abstractmethod
-    def _gradients(self, grad_y: Array, x: Array, stats: Stats, need: Need) -> Gradients:
+    def _gradients(self, grad_y: Readable, x: Array, stats: Stats, **options: Any) -> Gradients:
         """Call its backward."""
 
-    def _run(self, x: Array, out: Array | None, **options: Any) -> Array:
+    def _run(self, x: Readable, out: Array | None, mask: Readable | None, **options: Any) -> Array:
         """Normalise x, and remember it where `backward` may be asked for."""
         y: Array
+        x = array("x", x)
         if self.training and self.activation is None:
-            y, stats = self._forward(x, out=out, return_stats=True, **options)
+            y, stats = self._forward(x, out=out, mask=mask, return_stats=True, **options)
             overwritten = out is not None and memory_of(out) == memory_of(x)
-            self._remembered = "its latest call wrote y over x" if overwritten else (x, stats)
+            self._remembered = "its latest call wrote y over x" if overwritten else (x, mask, stats)
         else:
-            y = self._forward(x, out=out, **options)
+            y = self._forward(x, out=out, mask=mask, **options)
             self._remembered = "its latest call kept nothing (evaluation mode, or an activation)"
         return y
 
-    def backward(self, grad_y: Array) -> Array:
+    def backward(self, grad_y: Readable) -> Array:
         """Return the gradient of x, from the gradient of the latest call's y.
 
         The gradients of weight and bias are stored in `grad_weight` and `grad_bias`; they replace
@@ -132,9 +141,11 @@ class _Layer(ABC):
                 f"{type(self).__name__}.backward needs the x of a call in training mode, "
                 f"but {self._remembered}"
             )
-        x, stats = self._remembered
+        x, mask, stats = self._remembered
         need = (True, self.weight is not None, self.bias is not None)
-        grad_x, self.grad_weight, self.grad_bias = self._gradients(grad_y, x, stats, need)
+        grad_x, self.grad_weight, self.grad_bias = self._gradients(
+            grad_y, x, stats, mask=mask, need=need
+        )
         assert grad_x is not None
         return grad_x
 
@@ -291,7 +302,14 @@ class _ChannelNorm(_Layer):
         # with channels on both axes it is right for either layout.
         self._forward(np.empty((0, *count, *count), self.dtype))
 
-    def __call__(self, x: Array, residual: Array | None = None, out: Array | None = None) -> Array:
+    def __call__(
+        self,
+        x: Readable,
+        residual: Readable | None = None,
+        out: Array | None = None,
+        *,
+        mask: Readable | None = None,
+    ) -> Array:
         """Normalise x.
 
         Parameters
@@ -304,13 +322,16 @@ class _ChannelNorm(_Layer):
         out : ndarray, optional
             Where to write the result; x's shape and dtype, and may be x (then `backward` is not
             possible) or residual.
+        mask : ndarray of bool, optional
+            Which positions count, of x's shape without the channels. The others take no part in
+            anything, and come out zero.
 
         Returns
         -------
         ndarray
             `out`, or a new array of x's shape and dtype.
         """
-        return self._run(x, out, residual=residual)
+        return self._run(x, out, mask, residual=residual)
 
 
 class BatchNorm(_ChannelNorm):
@@ -339,6 +360,9 @@ class BatchNorm(_ChannelNorm):
         Whether there are running statistics; without them, x's own are used in either mode.
     bias : bool
         Whether there is `bias` where `affine` holds.
+    convention : {"torch", "keras", "onnx"}
+        Which momentum and eps are the defaults, whether momentum is the weight of the old value
+        instead, and which variance is kept; see `batch_norm`.
     layout : {"NCHW", "NHWC"}
         Where the channels are: axis 1, or the last one.
     activation : {None, "relu", "silu", "gelu", "sigmoid", "tanh"}
@@ -385,19 +409,21 @@ class BatchNorm(_ChannelNorm):
     def __init__(
         self,
         num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
+        eps: float = EPS,
+        momentum: float | None = MOMENTUM,
         affine: bool = True,
         track_running_stats: bool = True,
         *,
         bias: bool = True,
+        convention: ConventionName = "torch",
         layout: Layout = "NCHW",
         activation: Activation | None = None,
         dtype: DTypeLike = np.float32,
         backend: str | None = None,
     ) -> None:
+        _, self.momentum, eps = resolve_convention(convention, momentum, eps)
         self.num_features = num_features
-        self.momentum = momentum
+        self.convention = convention
         self.track_running_stats = track_running_stats
         super().__init__(
             ("num_features", num_features), eps, affine, bias, track_running_stats,
@@ -408,19 +434,21 @@ class BatchNorm(_ChannelNorm):
         count = self.num_batches_tracked
         momentum = self.momentum
         if momentum is None:
-            momentum = 0.0 if count is None else 1.0 / (int(count) + 1)
+            weight_of_new = 0.0 if count is None else 1.0 / (int(count) + 1)
+            momentum = CONVENTIONS[self.convention].weight_of_new(weight_of_new)
         result = functional.batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias,
             self.training or self.running_mean is None, momentum, self.eps,
-            layout=self.layout, activation=self.activation, backend=self.backend, **options,
+            convention=self.convention, layout=self.layout, activation=self.activation,
+            backend=self.backend, **options,
         )  # fmt: skip
         if self.training and count is not None and x.size:
             count += 1
         return result
 
-    def _gradients(self, grad_y: Array, x: Array, stats: Stats, need: Need) -> Gradients:
+    def _gradients(self, grad_y: Readable, x: Array, stats: Stats, **options: Any) -> Gradients:
         return functional.batch_norm_backward(
-            grad_y, x, stats, self.weight, layout=self.layout, need=need, backend=self.backend
+            grad_y, x, stats, self.weight, layout=self.layout, backend=self.backend, **options
         )
 
 
@@ -450,6 +478,9 @@ class InstanceNorm(_ChannelNorm):
         Whether there are running statistics.
     bias : bool
         Whether there is `bias` where `affine` holds.
+    convention : {"torch", "keras", "onnx"}
+        Which momentum and eps are the defaults, whether momentum is the weight of the old value
+        instead, and which variance is kept; see `batch_norm`.
     layout : {"NCHW", "NHWC"}
         Where the channels are: axis 1, or the last one.
     activation : {None, "relu", "silu", "gelu", "sigmoid", "tanh"}
@@ -491,19 +522,21 @@ class InstanceNorm(_ChannelNorm):
     def __init__(
         self,
         num_features: int,
-        eps: float = 1e-5,
-        momentum: float = 0.1,
+        eps: float = EPS,
+        momentum: float = MOMENTUM,
         affine: bool = False,
         track_running_stats: bool = False,
         *,
         bias: bool = True,
+        convention: ConventionName = "torch",
         layout: Layout = "NCHW",
         activation: Activation | None = None,
         dtype: DTypeLike = np.float32,
         backend: str | None = None,
     ) -> None:
+        _, self.momentum, eps = resolve_convention(convention, momentum, eps)
         self.num_features = num_features
-        self.momentum = momentum
+        self.convention = convention
         self.track_running_stats = track_running_stats
         super().__init__(
             ("num_features", num_features), eps, affine, bias, track_running_stats,
@@ -514,12 +547,13 @@ class InstanceNorm(_ChannelNorm):
         return functional.instance_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias,
             self.training or self.running_mean is None, self.momentum, self.eps,
-            layout=self.layout, activation=self.activation, backend=self.backend, **options,
+            convention=self.convention, layout=self.layout, activation=self.activation,
+            backend=self.backend, **options,
         )  # fmt: skip
 
-    def _gradients(self, grad_y: Array, x: Array, stats: Stats, need: Need) -> Gradients:
+    def _gradients(self, grad_y: Readable, x: Array, stats: Stats, **options: Any) -> Gradients:
         return functional.instance_norm_backward(
-            grad_y, x, stats, self.weight, layout=self.layout, need=need, backend=self.backend
+            grad_y, x, stats, self.weight, layout=self.layout, backend=self.backend, **options
         )
 
 
@@ -604,10 +638,10 @@ class GroupNorm(_ChannelNorm):
             layout=self.layout, activation=self.activation, backend=self.backend, **options,
         )  # fmt: skip
 
-    def _gradients(self, grad_y: Array, x: Array, stats: Stats, need: Need) -> Gradients:
+    def _gradients(self, grad_y: Readable, x: Array, stats: Stats, **options: Any) -> Gradients:
         return functional.group_norm_backward(
             grad_y, x, self.num_groups, stats, self.weight,
-            layout=self.layout, need=need, backend=self.backend,
+            layout=self.layout, backend=self.backend, **options,
         )  # fmt: skip
 
 
@@ -634,7 +668,9 @@ class _AxisNorm(_Layer):
         self._forward(np.empty((0, *self.normalized_shape), self.dtype))
         self.axis = axis
 
-    def __call__(self, x: Array, out: Array | None = None) -> Array:
+    def __call__(
+        self, x: Readable, out: Array | None = None, *, mask: Readable | None = None
+    ) -> Array:
         """Normalise x.
 
         Parameters
@@ -645,13 +681,16 @@ class _AxisNorm(_Layer):
         out : ndarray, optional
             Where to write the result; x's shape and dtype, and may be x (then `backward` is not
             possible).
+        mask : ndarray of bool, optional
+            Which positions count, of x's shape without the last of the normalised axes. The others
+            take no part in anything, and come out zero.
 
         Returns
         -------
         ndarray
             `out`, or a new array of x's shape and dtype.
         """
-        return self._run(x, out)
+        return self._run(x, out, mask)
 
 
 class LayerNorm(_AxisNorm):
@@ -730,10 +769,10 @@ class LayerNorm(_AxisNorm):
             axis=self.axis, backend=self.backend, **options,
         )  # fmt: skip
 
-    def _gradients(self, grad_y: Array, x: Array, stats: Stats, need: Need) -> Gradients:
+    def _gradients(self, grad_y: Readable, x: Array, stats: Stats, **options: Any) -> Gradients:
         return functional.layer_norm_backward(
             grad_y, x, self.normalized_shape, stats, self.weight,
-            axis=self.axis, need=need, backend=self.backend,
+            axis=self.axis, backend=self.backend, **options,
         )  # fmt: skip
 
 
@@ -804,8 +843,8 @@ class RMSNorm(_AxisNorm):
             axis=self.axis, backend=self.backend, **options,
         )  # fmt: skip
 
-    def _gradients(self, grad_y: Array, x: Array, stats: Stats, need: Need) -> Gradients:
+    def _gradients(self, grad_y: Readable, x: Array, stats: Stats, **options: Any) -> Gradients:
         return functional.rms_norm_backward(
             grad_y, x, self.normalized_shape, stats, self.weight,
-            axis=self.axis, need=need, backend=self.backend,
+            axis=self.axis, backend=self.backend, **options,
         )  # fmt: skip

@@ -26,6 +26,9 @@ and one formula serves their gradients, with ĝ = weight·grad_y::
 Names, order and defaults of the arguments are those of the public functions. Arrays of any floating
 dtype are read as float64, and only what `add_*` add is rounded, as the sum is stored. No argument
 is ever written, results are float64, arrays must not be empty, and nothing is checked.
+
+With a mask, of x's shape without its channels (the last of the normalised axes), sums and m are
+over the positions where it is True, and everything is 0 at the others.
 """
 
 import math
@@ -66,32 +69,41 @@ class Forward(NamedTuple):
 # --- The formulas ------------------------------------------------------------------------------
 
 
-def _center(x, axes):
+def _mean(x, axes, counted):
+    """Mean over `axes`, which stay with length 1, of what is counted; 0 where nothing is."""
+    counted = np.broadcast_to(counted, x.shape)
+    return np.where(counted, x, 0.0).sum(axes, keepdims=True) / np.maximum(
+        counted.sum(axes, keepdims=True), 1
+    )
+
+
+def _center(x, axes, counted):
     """Mean over `axes`, which stay with length 1, and x without it."""
-    mean = x.mean(axes, keepdims=True)
+    mean = _mean(x, axes, counted)
     centred = x - mean
-    rest = centred.mean(axes, keepdims=True)  # what rounding the mean has left in x
+    rest = _mean(centred, axes, counted)  # what rounding the mean has left in x
     return mean + rest, centred - rest
 
 
-def _rstd(centred, axes, eps):
-    var = np.square(centred).mean(axes, keepdims=True)
-    return 1.0 / np.sqrt(var + eps)
+def _rstd(centred, axes, eps, counted):
+    some = np.broadcast_to(counted, centred.shape).any(axes, keepdims=True)
+    return np.where(some, 1.0 / np.sqrt(_mean(np.square(centred), axes, counted) + eps), 0.0)
 
 
-def _backward(grad_y, x_hat, rstd, weight, axes, center=True):
+def _backward(grad_y, x_hat, rstd, weight, axes, counted, center=True):
     """The gradient of x, through statistics over `axes` (None: the statistics are constants)."""
     grad_x_hat = weight * grad_y
     if axes is None:
-        return rstd * grad_x_hat
-    through_var = x_hat * (grad_x_hat * x_hat).mean(axes, keepdims=True)
-    through_mean = grad_x_hat.mean(axes, keepdims=True) if center else 0.0
-    return rstd * (grad_x_hat - through_mean - through_var)
+        return np.where(counted, rstd * grad_x_hat, 0.0)
+    through_var = x_hat * _mean(grad_x_hat * x_hat, axes, counted)
+    through_mean = _mean(grad_x_hat, axes, counted) if center else 0.0
+    return np.where(counted, rstd * (grad_x_hat - through_mean - through_var), 0.0)
 
 
-def _parameter_gradients(grad_y, x_hat, axes):
+def _parameter_gradients(grad_y, x_hat, axes, counted):
     """The gradients of weight and bias, summed over `axes`: those the parameters do not have."""
-    return (grad_y * x_hat).sum(axes), grad_y.sum(axes)
+    counted = np.broadcast_to(counted, grad_y.shape)
+    return tuple(np.where(counted, g, 0.0).sum(axes) for g in (grad_y * x_hat, grad_y))
 
 
 def _sigmoid(z):
@@ -134,46 +146,58 @@ def _per_channel(parameter, default, groups, size):
     return np.asarray(parameter, np.float64).reshape(1, groups, size, 1)
 
 
+def _counted_groups(mask, z):
+    """A mask (N, *spatial) against z as (N, G, K, S); no mask counts everything."""
+    return True if mask is None else np.asarray(mask, bool).reshape(len(z), 1, 1, -1)
+
+
 def _count_channels(x, layout):
     return np.shape(x)[1 if layout in ("NCHW", "channels_first") else -1]
 
 
-def _channel_statistics(z, axes, running, eps):
+def _channel_statistics(z, axes, running, eps, counted):
     """Mean, x without it, and rstd: over `axes` of (N, G, K, S), or None for the running ones."""
     if axes is None:
         mean, var = (_per_channel(r, np.nan, *z.shape[1:3]) for r in running)
         return mean, z - mean, 1.0 / np.sqrt(var + eps)
-    mean, centred = _center(z, axes)
-    return mean, centred, _rstd(centred, axes, eps)
+    mean, centred = _center(z, axes, counted)
+    return mean, centred, _rstd(centred, axes, eps, counted)
 
 
 def _channel_forward(
-    x, groups, axes, running, weight, bias, momentum, eps, layout, activation, residual
+    x, groups, axes, running, weight, bias, momentum, eps, layout, activation, residual, mask
 ):
     z = _as_groups(x, groups, layout)
-    mean, centred, rstd = _channel_statistics(z, axes, running, eps)
+    counted = _counted_groups(mask, z)
+    mean, centred, rstd = _channel_statistics(z, axes, running, eps, counted)
     weight = _per_channel(weight, 1.0, *z.shape[1:3])
     bias = _per_channel(bias, 0.0, *z.shape[1:3])
     y = _from_groups(weight * (centred * rstd) + bias, np.shape(x), layout)
     y = ACTIVATIONS[activation](y if residual is None else y + np.asarray(residual, np.float64))
+    everywhere = np.broadcast_to(counted, z.shape)
+    y = np.where(_from_groups(everywhere, np.shape(x), layout), y, 0.0)
 
     running_mean, running_var = (None if r is None else np.array(r, np.float64) for r in running)
     if axes is not None and running_mean is not None:
-        m = math.prod(z.shape[axis] for axis in axes)
-        unbiased = np.square(centred).sum(axes, keepdims=True) / (m - 1)
-        new_mean, new_var = mean.mean(axis=0).ravel(), unbiased.mean(axis=0).ravel()
-        running_mean = (1 - momentum) * running_mean + momentum * new_mean
-        running_var = (1 - momentum) * running_var + momentum * new_var
+        m = everywhere.sum(axes, keepdims=True)
+        enough = m[:, 0, 0, 0] > 1  # the others have no variance
+        squares = np.where(everywhere, np.square(centred), 0.0).sum(axes, keepdims=True)
+        if enough.any():
+            new_mean = mean[enough].mean(axis=0).ravel()
+            new_var = (squares[enough] / (m[enough] - 1)).mean(axis=0).ravel()
+            running_mean = (1 - momentum) * running_mean + momentum * new_mean
+            running_var = (1 - momentum) * running_var + momentum * new_var
     shape = (groups,) if axes is None or 0 in axes else (len(z), groups)
     return Forward(y, mean.reshape(shape), rstd.reshape(shape), running_mean, running_var)
 
 
-def _channel_backward(grad_y, x, groups, axes, running, weight, eps, layout):
+def _channel_backward(grad_y, x, groups, axes, running, weight, eps, layout, mask):
     z, g = _as_groups(x, groups, layout), _as_groups(grad_y, groups, layout)
-    _, centred, rstd = _channel_statistics(z, axes, running, eps)
+    counted = _counted_groups(mask, z)
+    _, centred, rstd = _channel_statistics(z, axes, running, eps, counted)
     x_hat = centred * rstd
-    grad_x = _backward(g, x_hat, rstd, _per_channel(weight, 1.0, *z.shape[1:3]), axes)
-    grad_weight, grad_bias = _parameter_gradients(g, x_hat, (0, 3))
+    grad_x = _backward(g, x_hat, rstd, _per_channel(weight, 1.0, *z.shape[1:3]), axes, counted)
+    grad_weight, grad_bias = _parameter_gradients(g, x_hat, (0, 3), counted)
     return _from_groups(grad_x, np.shape(x), layout), grad_weight.ravel(), grad_bias.ravel()
 
 
@@ -190,6 +214,7 @@ def batch_norm(
     layout: str = "NCHW",
     activation: str | None = None,
     residual: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
 ) -> Forward:
     """Batch normalization: one statistic per channel, over all images (Ioffe & Szegedy 2015).
 
@@ -211,7 +236,7 @@ def batch_norm(
     """
     return _channel_forward(
         x, _count_channels(x, layout), (0, 2, 3) if training else None, (running_mean, running_var),
-        weight, bias, momentum, eps, layout, activation, residual,
+        weight, bias, momentum, eps, layout, activation, residual, mask,
     )  # fmt: skip
 
 
@@ -228,6 +253,7 @@ def instance_norm(
     layout: str = "NCHW",
     activation: str | None = None,
     residual: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
 ) -> Forward:
     """Instance normalization: one statistic per image and channel, over S (Ulyanov et al. 2016).
 
@@ -245,7 +271,8 @@ def instance_norm(
     """
     return _channel_forward(
         x, _count_channels(x, layout), (2, 3) if use_input_stats else None,
-        (running_mean, running_var), weight, bias, momentum, eps, layout, activation, residual,
+        (running_mean, running_var),
+        weight, bias, momentum, eps, layout, activation, residual, mask,
     )  # fmt: skip
 
 
@@ -259,6 +286,7 @@ def group_norm(
     layout: str = "NCHW",
     activation: str | None = None,
     residual: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
 ) -> Forward:
     """Group normalization: one statistic per image and group of K channels (Wu & He 2018).
 
@@ -274,8 +302,9 @@ def group_norm(
         y, mean and rstd.
     """
     return _channel_forward(
-        x, num_groups, (2, 3), (None, None), weight, bias, 0.0, eps, layout, activation, residual
-    )
+        x, num_groups, (2, 3), (None, None),
+        weight, bias, 0.0, eps, layout, activation, residual, mask,
+    )  # fmt: skip
 
 
 def batch_norm_backward(
@@ -288,6 +317,7 @@ def batch_norm_backward(
     running_mean: ArrayLike | None = None,
     running_var: ArrayLike | None = None,
     layout: str = "NCHW",
+    mask: ArrayLike | None = None,
 ) -> Gradient:
     """The gradients of `batch_norm` (Ioffe & Szegedy 2015, section 3): x, weight, bias.
 
@@ -306,7 +336,7 @@ def batch_norm_backward(
     axes = (0, 2, 3) if training else None
     running = (running_mean, running_var)
     c = _count_channels(x, layout)
-    return _channel_backward(grad_y, x, c, axes, running, weight, eps, layout)
+    return _channel_backward(grad_y, x, c, axes, running, weight, eps, layout, mask)
 
 
 def instance_norm_backward(
@@ -319,6 +349,7 @@ def instance_norm_backward(
     running_mean: ArrayLike | None = None,
     running_var: ArrayLike | None = None,
     layout: str = "NCHW",
+    mask: ArrayLike | None = None,
 ) -> Gradient:
     """The gradients of `instance_norm`: x, weight, bias (Ulyanov et al. 2016).
 
@@ -333,7 +364,7 @@ def instance_norm_backward(
     axes = (2, 3) if use_input_stats else None
     running = (running_mean, running_var)
     c = _count_channels(x, layout)
-    return _channel_backward(grad_y, x, c, axes, running, weight, eps, layout)
+    return _channel_backward(grad_y, x, c, axes, running, weight, eps, layout, mask)
 
 
 def group_norm_backward(
@@ -344,6 +375,7 @@ def group_norm_backward(
     eps: float = 1e-5,
     *,
     layout: str = "NCHW",
+    mask: ArrayLike | None = None,
 ) -> Gradient:
     """The gradients of `group_norm`: x, weight, bias (Wu & He 2018).
 
@@ -355,7 +387,7 @@ def group_norm_backward(
     grad_weight : ndarray
     grad_bias : ndarray
     """
-    return _channel_backward(grad_y, x, num_groups, (2, 3), (None, None), weight, eps, layout)
+    return _channel_backward(grad_y, x, num_groups, (2, 3), (None, None), weight, eps, layout, mask)
 
 
 # --- Layer and RMS norm: x seen with its normalised axes last ----------------------------------
@@ -376,29 +408,40 @@ def _axes_back(x, axes):
     return np.moveaxis(x, range(-len(axes), 0), axes)
 
 
-def _row_statistics(z, axes, eps, center):
+def _counted_rows(mask, axes):
+    """A mask without the last of `axes`, against x with its axes last; none counts everything."""
+    if mask is None:
+        return True
+    return np.moveaxis(np.expand_dims(np.asarray(mask, bool), axes[-1]), axes, range(-len(axes), 0))
+
+
+def _row_statistics(z, axes, eps, center, counted):
     """Mean (None in RMS norm), x without it, and rstd."""
-    mean, centred = _center(z, axes) if center else (None, z)
-    return mean, centred, _rstd(centred, axes, eps)
+    mean, centred = _center(z, axes, counted) if center else (None, z)
+    return mean, centred, _rstd(centred, axes, eps, counted)
 
 
-def _row_forward(x, axes, weight, bias, eps, center):
+def _row_forward(x, axes, weight, bias, eps, center, mask):
     z, last = _axes_last(x, axes), tuple(range(-len(axes), 0))
-    mean, centred, rstd = _row_statistics(z, last, eps, center)
+    counted = _counted_rows(mask, axes)
+    mean, centred, rstd = _row_statistics(z, last, eps, center, counted)
     weight = 1.0 if weight is None else np.asarray(weight, np.float64)
     bias = 0.0 if bias is None else np.asarray(bias, np.float64)
-    y = _axes_back(weight * (centred * rstd) + bias, axes)
+    y = _axes_back(np.where(counted, weight * (centred * rstd) + bias, 0.0), axes)
     return Forward(y, np.squeeze(mean, last) if center else None, np.squeeze(rstd, last))
 
 
-def _row_backward(grad_y, x, axes, weight, eps, grad_sum, center):
+def _row_backward(grad_y, x, axes, weight, eps, grad_sum, center, mask):
     z, g, last = _axes_last(x, axes), _axes_last(grad_y, axes), tuple(range(-len(axes), 0))
-    _, centred, rstd = _row_statistics(z, last, eps, center)
+    counted = _counted_rows(mask, axes)
+    _, centred, rstd = _row_statistics(z, last, eps, center, counted)
     x_hat = centred * rstd
     weight = 1.0 if weight is None else np.asarray(weight, np.float64)
-    grad_x = _axes_back(_backward(g, x_hat, rstd, weight, last, center), axes)
-    grad_x = grad_x if grad_sum is None else grad_x + np.asarray(grad_sum, np.float64)
-    grad_weight, grad_bias = _parameter_gradients(g, x_hat, tuple(range(z.ndim - len(axes))))
+    grad_x = _backward(g, x_hat, rstd, weight, last, counted, center)
+    if grad_sum is not None:
+        grad_x = grad_x + np.where(counted, _axes_last(grad_sum, axes), 0.0)
+    grad_x, rest = _axes_back(grad_x, axes), tuple(range(z.ndim - len(axes)))
+    grad_weight, grad_bias = _parameter_gradients(g, x_hat, rest, counted)
     return grad_x, grad_weight, grad_bias if center else None
 
 
@@ -416,6 +459,7 @@ def layer_norm(
     eps: float = 1e-5,
     *,
     axis: int | tuple[int, ...] | None = None,
+    mask: ArrayLike | None = None,
 ) -> Forward:
     """Layer normalization: one statistic for everything but the normalised axes (Ba et al. 2016).
 
@@ -431,7 +475,7 @@ def layer_norm(
         y, mean and rstd.
     """
     axes = _normalised_axes(x, normalized_shape, axis)
-    return _row_forward(x, axes, weight, bias, eps, center=True)
+    return _row_forward(x, axes, weight, bias, eps, center=True, mask=mask)
 
 
 def rms_norm(
@@ -441,6 +485,7 @@ def rms_norm(
     eps: float | None = None,
     *,
     axis: int | tuple[int, ...] | None = None,
+    mask: ArrayLike | None = None,
 ) -> Forward:
     """RMS normalization: layer norm without the mean (Zhang & Sennrich 2019).
 
@@ -456,7 +501,7 @@ def rms_norm(
         y and rstd.
     """
     axes = _normalised_axes(x, normalized_shape, axis)
-    return _row_forward(x, axes, weight, None, _rms_eps(x, eps), center=False)
+    return _row_forward(x, axes, weight, None, _rms_eps(x, eps), center=False, mask=mask)
 
 
 def add_layer_norm(
@@ -511,6 +556,7 @@ def layer_norm_backward(
     *,
     axis: int | tuple[int, ...] | None = None,
     grad_sum: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
 ) -> Gradient:
     """The gradients of `layer_norm`: x, weight, bias (Ba et al. 2016).
 
@@ -525,7 +571,7 @@ def layer_norm_backward(
     grad_bias : ndarray
     """
     axes = _normalised_axes(x, normalized_shape, axis)
-    return _row_backward(grad_y, x, axes, weight, eps, grad_sum, center=True)
+    return _row_backward(grad_y, x, axes, weight, eps, grad_sum, center=True, mask=mask)
 
 
 def rms_norm_backward(
@@ -537,6 +583,7 @@ def rms_norm_backward(
     *,
     axis: int | tuple[int, ...] | None = None,
     grad_sum: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
 ) -> Gradient:
     """The gradients of `rms_norm`: x, weight, None (Zhang & Sennrich 2019).
 
@@ -551,4 +598,6 @@ def rms_norm_backward(
     grad_bias : None
     """
     axes = _normalised_axes(x, normalized_shape, axis)
-    return _row_backward(grad_y, x, axes, weight, _rms_eps(x, eps), grad_sum, center=False)
+    return _row_backward(
+        grad_y, x, axes, weight, _rms_eps(x, eps), grad_sum, center=False, mask=mask
+    )

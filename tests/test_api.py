@@ -6,18 +6,20 @@ import pytest
 
 import cpunorm
 
-COMMON = 'layout="NCHW", activation=None, residual=None, out=None, return_stats=False, backend=None'
-BACKWARD = 'layout="NCHW", need=(True, True, True), backend=None'
-AXIS_BACKWARD = "axis=None, grad_sum=None, need=(True, True, True), backend=None"
-AXIS = "axis=None, out=None, return_stats=False, backend=None"
+OUT = "out=None, return_stats=False, backend=None"
+GROUP = f'layout="NCHW", activation=None, residual=None, mask=None, {OUT}'
+RUNNING = f'layout="NCHW", activation=None, residual=None, mask=None, convention="torch", {OUT}'
+BACKWARD = 'layout="NCHW", mask=None, need=(True, True, True), backend=None'
+AXIS_BACKWARD = "axis=None, grad_sum=None, mask=None, need=(True, True, True), backend=None"
+AXIS = f"axis=None, mask=None, {OUT}"
 ADD = "axis=None, out=None, sum_out=None, return_stats=False, backend=None"
 
 SIGNATURES = {
     "batch_norm": "x, running_mean, running_var, weight=None, bias=None, training=False, "
-    f"momentum=0.1, eps=1e-5, *, {COMMON}",
+    f"momentum=0.1, eps=1e-5, *, {RUNNING}",
     "instance_norm": "x, running_mean=None, running_var=None, weight=None, bias=None, "
-    f"use_input_stats=True, momentum=0.1, eps=1e-5, *, {COMMON}",
-    "group_norm": f"x, num_groups, weight=None, bias=None, eps=1e-5, *, {COMMON}",
+    f"use_input_stats=True, momentum=0.1, eps=1e-5, *, {RUNNING}",
+    "group_norm": f"x, num_groups, weight=None, bias=None, eps=1e-5, *, {GROUP}",
     "layer_norm": f"x, normalized_shape, weight=None, bias=None, eps=1e-5, *, {AXIS}",
     "rms_norm": f"x, normalized_shape, weight=None, eps=None, *, {AXIS}",
     "add_layer_norm": f"x, residual, normalized_shape, weight=None, bias=None, eps=1e-5, *, {ADD}",
@@ -42,6 +44,7 @@ def test_public_names():
     functions = set(SIGNATURES)
     around = {"Stats", "Gradients", "use_backend", "set_num_threads", "get_num_threads"}
     around |= {"show_config", "available_backends", "advise", "Advice"}
+    around |= {"Moments", "RunningStatistics"}
     assert functions | around <= set(cpunorm.__all__)
     assert len(cpunorm.__all__) == len(set(cpunorm.__all__))
     for name in cpunorm.__all__:
@@ -49,7 +52,7 @@ def test_public_names():
 
 
 @pytest.mark.parametrize(
-    "name", [*SIGNATURES, "set_num_threads", "get_num_threads", "use_backend", "advise"]
+    "name", [*SIGNATURES, "set_num_threads", "get_num_threads", "use_backend", "advise", "Moments"]
 )
 def test_documented(name):
     """Every function says what it takes, what it gives, and shows an example."""
@@ -61,4 +64,5 @@ def test_documented(name):
 
 def test_results_are_named_tuples():
     assert cpunorm.Stats._fields == ("mean", "rstd")
+    assert cpunorm.RunningStatistics._fields == ("running_mean", "running_var")
     assert cpunorm.Gradients._fields == ("x", "weight", "bias")

@@ -46,19 +46,21 @@ class Call:
             self.arguments = {"grad_y": case.grad_y(), **pick(arrays, "x", "weight"), **common}
             forward = case.arrays()
             self.arguments |= {"stats": statistics(case, forward, backend="numpy")}
-            self.arguments |= {"need": (True, True, True)}
+            self.arguments |= {"need": (True, True, True), "mask": None}
             if not case.is_channel_op:
                 self.arguments |= {"grad_sum": case.grad_y()}
         else:
             self.name = case.op
             self.arguments = {**arrays, **common, "eps": 1e-5, "out": np.zeros_like(x)}
             self.arguments |= {"return_stats": False}
+            if not case.adds:
+                self.arguments |= {"mask": None}
             if case.adds:
                 self.arguments |= {"sum_out": np.zeros_like(x)}
             if case.is_channel_op:
                 self.arguments |= {"activation": None}
             if case.takes_running_statistics:
-                self.arguments |= {"momentum": 0.1}
+                self.arguments |= {"momentum": 0.1, "convention": "torch"}
 
     def __str__(self) -> str:
         return f"{self.name}{' frozen' if self.case.is_frozen else ''}"
@@ -238,7 +240,23 @@ TABLE: tuple[Wrong, ...] = (
     ),
     Wrong("need", (True, True), ValueError, ("2",)),
     Wrong("need", (True,) * 4, ValueError, ("4",)),
+    # masks
+    *not_arrays("mask", (N, H, W)),
+    *(
+        Wrong("mask", array(N, H, W, dtype=dtype), TypeError, ("bool", dtype), f"<{dtype}>")
+        for dtype in ("float32", "uint8", "int64")
+    ),
+    *(
+        Wrong("mask", array(*shape, dtype="bool"), ValueError, (str(shape), str((N, H, W))),
+              f"<{shape}>")
+        for shape in (SHAPE, (N, 1, H, W), (H, W), (N, H, W + 1), (N, C), (0,), ())
+    ),
     # words
+    *(
+        Wrong("convention", convention, ValueError, (repr(convention), "torch", "keras", "onnx"))
+        for convention in ("tensorflow", "Keras", "")
+    ),
+    *(Wrong("convention", value, TypeError, (type(value).__name__,)) for value in (None, 1)),
     *(
         Wrong("layout", layout, ValueError, (repr(layout), "NCHW", "NHWC", "channels_first",
                                              "channels_last"))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cpunorm import _dispatch
-from cpunorm.backends import ACTIVATIONS, KERNELS
+from cpunorm.backends import ACTIVATIONS, ARGUMENTS, KERNELS
 
 from .cases import SMALL_CASES
 from .support import (
@@ -51,6 +51,12 @@ WRITTEN = {
 @pytest.mark.parametrize(("problem", "verb"), KERNELS)
 def test_every_backend_provides_every_kernel(problem, verb, backend):
     assert callable(_dispatch.kernel(problem, verb, backend))
+
+
+@pytest.mark.parametrize(("problem", "verb"), KERNELS)
+def test_arguments_are_those_of_the_contract(problem, verb):
+    taken = inspect.signature(_dispatch.kernel(problem, verb, "numpy")).parameters
+    assert tuple(taken) == (*ARGUMENTS[problem, verb], "threads")
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)

@@ -1,19 +1,9 @@
 """The contract every backend fulfils: four canonical problems, and the verbs each one has.
 
 A backend is a module with one attribute per problem (`rows`, `columns`, `channels_first`,
-`channels_last`), and on each of them one function per verb, with these arguments:
-
-    rows, columns
-        normalize(x, residual, weight, bias, eps, y, total, mean, rstd, threads)
-        backward(grad_y, x, mean, rstd, weight, grad_total,
-                 grad_x, grad_weight, grad_bias, threads)
-
-    channels_first, channels_last
-        normalize(x, residual, weight, bias, eps, activation, y, mean, var, rstd, threads)
-        apply(x, residual, weight, bias, activation, y, mean, rstd, threads)
-        moments(x, mean, var, threads)
-        backward(grad_y, x, mean, rstd, weight, grad_x, grad_weight, grad_bias, threads)
-        backward_apply(...)    # as backward, with the statistics held constant
+`channels_last`), and on each of them one function per verb: `normalize`, `backward` and, on the
+channels, `apply`, `moments`, and `backward_apply`, which is `backward` with the statistics held
+constant. ARGUMENTS names what each one takes; the last argument of all is `threads`.
 
 Shapes, all arrays C-contiguous, aligned, and of no zero size:
 
@@ -48,16 +38,29 @@ What a statistic covers is said by the shape of `mean`: B is N (instance and gro
   it itself; variance by the shifted, corrected two-pass formula inside blocks merged in float64.
 """
 
-CHANNEL_VERBS = ("normalize", "apply", "moments", "backward", "backward_apply")
+AXIS_VERBS = {
+    "normalize": "x residual weight bias eps y total mean rstd",
+    "backward": "grad_y x mean rstd weight grad_total grad_x grad_weight grad_bias",
+}
+CHANNEL_VERBS = {
+    "normalize": "x residual weight bias eps activation y mean var rstd",
+    "apply": "x residual weight bias activation y mean rstd",
+    "moments": "x mean var",
+    "backward": "grad_y x mean rstd weight grad_x grad_weight grad_bias",
+    "backward_apply": "grad_y x mean rstd weight grad_x grad_weight grad_bias",
+}
 
-KERNELS = (
-    ("rows", "normalize"),
-    ("rows", "backward"),
-    ("columns", "normalize"),
-    ("columns", "backward"),
-    *(("channels_first", verb) for verb in CHANNEL_VERBS),
-    *(("channels_last", verb) for verb in CHANNEL_VERBS),
-)
+# (problem, verb) -> the names of the arguments, in their order; `threads` follows.
+ARGUMENTS = {
+    (problem, verb): tuple(names.split())
+    for problems, verbs in (
+        (("rows", "columns"), AXIS_VERBS),
+        (("channels_first", "channels_last"), CHANNEL_VERBS),
+    )
+    for problem in problems
+    for verb, names in verbs.items()
+}
+KERNELS = tuple(ARGUMENTS)
 
 BACKENDS = ("cython", "numba", "numpy")
 
