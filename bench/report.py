@@ -6,7 +6,6 @@ page says so. Nothing is written before everything is made.
 """
 
 import argparse
-import json
 import os
 import re
 import tempfile
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from cpunorm import _advice
 
-from .results import ResultsError, read
+from .results import ResultsError, read, read_document
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -61,11 +60,11 @@ def latest(folder: Path) -> Path:
 
     def date(path: Path) -> str:
         try:
-            return str(json.loads(path.read_text(encoding="utf-8"))["datetime"])
-        except (ValueError, KeyError, TypeError):
+            return str(read_document(path)["datetime"])
+        except (KeyError, TypeError):
             raise ResultsError(f"{path}: no results of python -m bench") from None
 
-    paths = sorted(folder.glob("*.json"))
+    paths = sorted(folder.glob("*.json*"))
     if not paths:
         raise ResultsError(f"no results file in {folder}: name one, or measure: python -m bench")
     return max(paths, key=date)

@@ -5,6 +5,7 @@ what was measured (the fields of `Row`), ``accuracy`` holds the errors of `Accur
 who could not compute what (`Absent`).
 """
 
+import gzip
 import json
 import math
 import os
@@ -173,12 +174,15 @@ def read(path: str | os.PathLike[str]) -> Results:
 
 
 def read_document(path: str | os.PathLike[str]) -> Any:
-    """Return the plain data of a JSON file, or raise `ResultsError`."""
+    """Return the plain data of a JSON file, or of one with gzip, or raise `ResultsError`."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        content = Path(path).read_bytes()
+        return json.loads(gzip.decompress(content) if _zipped(path) else content)
+    except gzip.BadGzipFile as error:
+        raise ResultsError(f"{path}: {error}") from None
     except OSError as error:
         raise ResultsError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, EOFError) as error:
         raise ResultsError(f"{path}: no complete JSON, {error}") from None
 
 
@@ -228,18 +232,23 @@ def _naming(path: str | os.PathLike[str], part: str) -> Iterator[None]:
         raise ResultsError(f"{path}: {part}: {error}") from None
 
 
+def _zipped(path: str | os.PathLike[str]) -> bool:
+    return Path(path).suffix == ".gz"
+
+
 def write(path: str | os.PathLike[str], document: Mapping[str, Any]) -> None:
-    """Write a sound document whole or not at all."""
+    """Write a sound document whole or not at all, with gzip if the name ends with .gz."""
     check(document, path)
-    write_text(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
+    content = (json.dumps(document, indent=1, allow_nan=False) + "\n").encode()
+    write_bytes(path, gzip.compress(content, mtime=0) if _zipped(path) else content)
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text beside its place and move it there."""
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write beside the place and move what was written there."""
     part = f"{os.fspath(path)}.{os.getpid()}.part"
     try:
-        with open(part, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(part, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)

@@ -12,8 +12,8 @@ MOST_BYTES = 64 * MIB
 
 # The planes of the maps: (C, HW) at 8 images, (N, C) at 14×14 pixels.
 IMAGES = (1, 8, 64, 512)
-CHANNELS = (8, 32, 128, 512, 2048)
-SIDES = (7, 14, 28, 56, 112)
+CHANNELS = (8, 64, 256, 1024)
+SIDES = (7, 14, 28, 56)
 PLANE_IMAGES, PLANE_SIDE = 8, 14
 # Rows of these lengths, of so much in all.
 LENGTHS = (8, 64, 512, 768, 4096, 65536)

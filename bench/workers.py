@@ -208,6 +208,9 @@ def _serve(pipe: Connection, contestant: Contestant) -> None:
     """Answer questions until the pipe is closed."""
     os.environ["OMP_NUM_THREADS"] = os.environ["NUMBA_NUM_THREADS"] = str(contestant.threads)
     if contestant.checkout is not None:
+        # What this process has imported on its way is of another checkout.
+        for name in [name for name in sys.modules if name.partition(".")[0] == "cpunorm"]:
+            del sys.modules[name]
         sys.path.insert(0, contestant.checkout)
     # An interrupt is for the process that asks.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -17,11 +17,9 @@ The way of the data, top to bottom::
 
 from typing import TYPE_CHECKING, Any
 
-# First, for it says how OpenMP starts.
-from ._threads import get_num_threads, set_num_threads  # isort: split
-
 from ._canonical import Gradients, Stats
 from ._dispatch import available_backends, show_config, use_backend, warn_if_not_compiled
+from ._threads import get_num_threads, set_num_threads
 from ._version import __version__ as __version__
 from .folding import fold_batch_norm
 from .functional import (

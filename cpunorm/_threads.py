@@ -4,34 +4,11 @@ import operator
 import os
 import sys
 from _thread import get_ident
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from ._cgroup import quota
 
-# How often OpenMP's threads look for work after a call before they sleep: some 0.2 ms. Its own
-# 300,000 times would keep cores from whatever else a program does between two calls, NumPy's
-# products of matrices first of all.
-SPIN_COUNT = 20_000
-
-
-@contextmanager
-def _spinning_briefly() -> Iterator[None]:
-    """Have OpenMP start with our count, where it is not running yet and the user has no wish."""
-    name = "GOMP_SPINCOUNT"
-    if name in os.environ or "OMP_WAIT_POLICY" in os.environ:
-        yield
-        return
-    os.environ[name] = str(SPIN_COUNT)
-    try:
-        yield
-    finally:
-        del os.environ[name]
-
-
 try:
-    with _spinning_briefly():
-        from ._openmp import max_threads as _openmp_max_threads
+    from ._openmp import max_threads as _openmp_max_threads
 except ImportError:
 
     def _openmp_max_threads() -> int:

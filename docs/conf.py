@@ -1,5 +1,8 @@
 """The site: sphinx-build -W -b html docs docs/_build/html"""
 
+import shutil
+from pathlib import Path
+
 from docutils.nodes import SkipNode
 from docutils.utils.math.latex2mathml import tex2mathml
 
@@ -39,5 +42,16 @@ def mathml(block):
     return visit, None
 
 
+def copy_explorer(app, exception):
+    """The interactive page of the maps is a page of its own, beside its script."""
+    if exception is None and app.builder.format == "html":
+        for name in ("explore.html", "plotly-basic.min.js"):
+            source = Path(app.srcdir, "maps", name)
+            if source.exists():
+                (Path(app.outdir) / "maps").mkdir(exist_ok=True)
+                shutil.copy(source, Path(app.outdir, "maps", name))
+
+
 def setup(app):
+    app.connect("build-finished", copy_explorer)
     app.add_html_math_renderer("mathml", mathml(block=False), mathml(block=True))

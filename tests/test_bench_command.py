@@ -272,6 +272,16 @@ def test_bad_files(tmp_path, spoil, named):
     assert bad.read_bytes() == before
 
 
+def test_gzip(tmp_path):
+    zipped = written(tmp_path / "good.json.gz", ROW)
+    assert zipped.read_bytes()[:2] == b"\x1f\x8b"
+    assert results.read(zipped).rows == (ROW,)
+    for content in (zipped.read_bytes()[:-30], b"no gzip"):
+        zipped.write_bytes(content)
+        with pytest.raises(ResultsError, match=r"good\.json\.gz"):
+            results.read(zipped)
+
+
 def test_a_bad_file_on_the_command_line(tmp_path):
     good = written(tmp_path / "good.json", ROW)
     bad = tmp_path / "bad.json"

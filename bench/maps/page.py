@@ -21,6 +21,8 @@ FAMILIES: dict[str, ModuleType] = {
 SHAPE = (8, 512, 7, 7)
 EXAMPLES = (SHAPE, (1, 256, 14, 14), (32, 256, 14, 14), (32, 64, 56, 56), (1, 768), (4096, 768))
 MOST_LOST = 60
+# As HTML: a link in Markdown to a file that is no page would become a download.
+EXPLORER = '<a href="explore.html">the interactive page</a>'
 
 READING = """\
 A cell is one shape. The line between two areas is the crossover: on it the two are equal. In a map
@@ -63,7 +65,7 @@ def _page(measured: Measured, found: dict[str, list[Figure]]) -> Iterator[str]:
         f"{measured.versions_line()}. `{measured.machine['command']}` measures, "
         "`python -m bench report` draws.\n"
     )
-    yield "Choose operation, pass, layout and type: [the interactive page](explore.html).\n"
+    yield f"Choose operation, pass, layout and type: {EXPLORER}.\n"
     for title, figures in found.items():
         yield f"## {title}\n"
         if not figures:
