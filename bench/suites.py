@@ -149,6 +149,7 @@ def _grid() -> Iterator[Case]:
             grid += _on_rows((max(1, elements // length), length))
     for num_groups in (1, 2, 8, 32, GROUPED[1]):
         grid += _in_groups(GROUPED, num_groups)
+    grid += [case for shape in IN_EVERY_DTYPE for case in on_shape(shape)]
     for dtype in DTYPES[1:]:
         some = [case for shape in IN_EVERY_DTYPE for case in on(shape, "NCHW")]
         some += _on_rows(LONG_ROWS)
