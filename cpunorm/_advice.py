@@ -258,13 +258,16 @@ class Estimate:
 class Advice:
     """What `advise` answers. As a string, in words.
 
-    Attributes
+    Parameters
     ----------
     shape : tuple of int
+        The one asked for.
     layout : {"NCHW", "NHWC", None}
         The one asked for.
     training : bool
+        Whether a training step was asked for.
     dtype : str
+        The one asked for.
     threads : int
         Those of the measurement, the nearest to those asked for; 0 if nothing is known.
     estimates : tuple of Estimate
@@ -312,7 +315,7 @@ def advise(
     dtype: Any = "float32",
     threads: int | None = None,
 ) -> Advice:
-    """Say which normalization, layout and backend is cheapest for a shape, and how sure that is.
+    r"""Say which normalization, layout and backend is cheapest for a shape, and how sure that is.
 
     The answer comes from times measured on one machine, which it names; between measured shapes
     they are interpolated, and far from all of them it says that it does not know. Cost alone is
@@ -321,7 +324,7 @@ def advise(
     Parameters
     ----------
     shape : sequence of int
-        (N, C) or (N, C, *spatial), channels first whatever the layout.
+        (N, C) or (N, C, \*spatial), channels first whatever the layout.
     layout : {"NCHW", "NHWC", "channels_first", "channels_last"}, optional
         Where the channels lie; None compares both.
     training : bool

@@ -46,8 +46,10 @@ def fold_batch_norm(
 
     Returns
     -------
-    weight, bias : ndarray
-        New arrays of the weight's dtype; bias has shape (C,).
+    weight : ndarray
+        A new array of the weight's dtype.
+    bias : ndarray, shape (C,)
+        The same.
 
     Raises
     ------

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class RunningStatistics(NamedTuple):
     """What batch norm uses where it does not use the statistics of x.
 
-    Attributes
+    Parameters
     ----------
     running_mean, running_var : ndarray, shape (C,)
         Under the names of `batch_norm` and of a layer's `state_dict`.
@@ -88,7 +88,7 @@ class Moments:
         Parameters
         ----------
         x : ndarray, shape (N, C, ...) or, with channels last, (N, ..., C)
-            float16, bfloat16, float32 or float64.
+            Of dtype float16, bfloat16, float32 or float64.
         mask : ndarray of bool, shape (N, ...), optional
             Which positions count; of x's shape without the channels.
 
@@ -142,6 +142,11 @@ class Moments:
         ----------
         other : Moments
             Of as many channels; it is left as it is.
+
+        Returns
+        -------
+        Moments
+            This object.
 
         Raises
         ------

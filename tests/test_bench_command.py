@@ -13,6 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytest.importorskip("rich")
+pytest.importorskip("scipy")
+pytest.importorskip("pytest_benchmark")
+
 from bench import compare, plan, results
 from bench.journal import Journal
 from bench.results import Absent, Accuracy, ResultsError, Row
