@@ -108,7 +108,7 @@ def test_regression_is_exact_on_planes():
 def test_shipped_data_answer():
     assert _advice.SHIPPED.stat().st_size < 200_000
     advice = cpunorm.advise(SHAPE)
-    assert advice.sure == "measured"
+    assert advice.sure in ("measured", "inside")
     assert {e.normalization for e in advice.ranking} == set(_advice.NORMALIZATIONS)
     with pytest.raises(dataclasses.FrozenInstanceError):
         advice.shape = ()
@@ -149,7 +149,7 @@ def test_command():
     content = json.loads(done.stdout)
     assert content["shape"] == list(SHAPE)
     assert content["training"] is True
-    assert content["sure"] == "measured"
+    assert content["sure"] in ("measured", "inside")
     assert all(e["layout"] == "NHWC" for e in content["estimates"])
     assert "NHWC, inference" in run("8,512,7,7", "--layout", "NHWC").stdout
 
