@@ -1,7 +1,7 @@
 """The front door: the common case of every operation, from arguments to kernel in compiled code.
 
-A call is common if its arrays are C-contiguous and of plain kinds, and it is for the compiled
-backend or for Numba. What is not, or is not right, is declined: the function returns None, nothing
+A call is common if its arrays are of plain kinds and C-contiguous, or have the shape NCHW and lie in
+memory as NHWC, and it is for the compiled backend or for Numba. What is not, or is not right, is declined: the function returns None, nothing
 has been written, and `_canonical.py` deals with the call, errors included.
 """
 
@@ -55,18 +55,33 @@ cdef struct Statistics:
 # ---------------------------------------------------------------------------------- what is common
 
 
-cdef inline bint plain(object a) noexcept:
-    return (type(a) is cnp.ndarray
-            and cnp.PyArray_CHKFLAGS(<cnp.ndarray> a, cnp.NPY_ARRAY_CARRAY_RO)
+cdef inline bint tidy(object a) noexcept:
+    return (type(a) is cnp.ndarray and cnp.PyArray_ISALIGNED(<cnp.ndarray> a)
             and cnp.PyArray_ISNOTSWAPPED(<cnp.ndarray> a))
 
 
-cdef inline int kind_of(object x):
-    """The Element of an x that is common, or -1."""
-    cdef int number
-    if not plain(x):
-        return -1
-    number = cnp.PyArray_TYPE(<cnp.ndarray> x)
+cdef inline bint plain(object a) noexcept:
+    return tidy(a) and cnp.PyArray_IS_C_CONTIGUOUS(<cnp.ndarray> a)
+
+
+cdef bint lies_last(object a) noexcept:
+    """Whether an array of shape (N, C, ...) lies in memory as one of shape (N, ..., C)."""
+    if not tidy(a):
+        return False
+    cdef int ndim = cnp.PyArray_NDIM(<cnp.ndarray> a), axis = 1, i
+    cdef cnp.npy_intp stride = cnp.PyArray_ITEMSIZE(<cnp.ndarray> a)
+    for i in range(ndim if ndim > 2 else 0):
+        if (cnp.PyArray_DIM(<cnp.ndarray> a, axis) != 1
+                and cnp.PyArray_STRIDE(<cnp.ndarray> a, axis) != stride):
+            return False
+        stride *= cnp.PyArray_DIM(<cnp.ndarray> a, axis)
+        axis = ndim - 1 - i if i < ndim - 2 else 0
+    return ndim > 2
+
+
+cdef inline int kind_of(cnp.ndarray x):
+    """The Element of x, or -1."""
+    cdef int number = cnp.PyArray_TYPE(x)
     if number == cnp.NPY_FLOAT32:
         return FLOAT32
     if number == cnp.NPY_FLOAT64:
@@ -82,8 +97,11 @@ cdef inline cnp.dtype reals(int kind):
 
 
 cdef inline bint like(object a, cnp.ndarray x) noexcept:
-    return (plain(a) and cnp.PyArray_TYPE(<cnp.ndarray> a) == cnp.PyArray_TYPE(x)
-            and cnp.PyArray_SAMESHAPE(<cnp.ndarray> a, x))
+    """Whether a is of the type and shape of x, which is common, and in the same order."""
+    return (tidy(a) and cnp.PyArray_TYPE(<cnp.ndarray> a) == cnp.PyArray_TYPE(x)
+            and cnp.PyArray_SAMESHAPE(<cnp.ndarray> a, x)
+            and (cnp.PyArray_IS_C_CONTIGUOUS(<cnp.ndarray> a) if cnp.PyArray_IS_C_CONTIGUOUS(x)
+                 else lies_last(a)))
 
 
 cdef inline bint parameter(object a, int kind, const cnp.npy_intp* shape, int ndim) noexcept:
@@ -102,7 +120,7 @@ cdef inline bint parameter(object a, int kind, const cnp.npy_intp* shape, int nd
 
 
 cdef inline bint apart(object a, object b) noexcept:
-    """Whether contiguous arrays share no memory; None shares none."""
+    """Whether arrays without gaps share no memory; None shares none."""
     if a is None or b is None:
         return True
     cdef char* a_ = <char*> cnp.PyArray_DATA(<cnp.ndarray> a)
@@ -269,7 +287,7 @@ cdef object axis_norm(object x_, object residual, object normalized_shape, objec
                       object bias, object eps_, bint center, bint add, object axis, object out,
                       object sum_out, object return_stats, object backend):
     cdef:
-        int kind = kind_of(x_), count, kept
+        int kind = kind_of(x_) if plain(x_) else -1, count, kept
         double eps
         cnp.ndarray x, y
         object total = None, mean = None, rstd = None
@@ -358,7 +376,7 @@ cdef object axis_norm_backward(object grad_y, object x_, object normalized_shape
                                object weight, bint center, object axis, object grad_sum,
                                object need, object backend):
     cdef:
-        int kind = kind_of(x_), count, kept
+        int kind = kind_of(x_) if plain(x_) else -1, count, kept
         cnp.ndarray x
         object mean, rstd, grad_x = None, grad_weight = None, grad_bias = None
         Py_ssize_t M = 1, i
@@ -432,6 +450,10 @@ cdef bint channels_of(cnp.ndarray x, object layout, bint per_image, Py_ssize_t g
         return False
     c.last = last is True
     c.N, c.C = cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, ndim - 1 if c.last else 1)
+    if not cnp.PyArray_IS_C_CONTIGUOUS(x):
+        if c.last:
+            return False
+        c.last = True
     c.S = cnp.PyArray_SIZE(x) // (c.N * c.C)
     c.per_image = per_image
     if groups == 0:
@@ -448,7 +470,7 @@ cdef object channel_norm(object x_, object running_mean, object running_var, obj
                          bint frozen, object momentum_, object layout, object activation,
                          object residual, object out, object return_stats, object backend):
     cdef:
-        int kind = kind_of(x_)
+        int kind = kind_of(x_) if plain(x_) or lies_last(x_) else -1
         double eps, momentum
         cnp.ndarray x, y
         object mean = None, rstd = None, index
@@ -585,7 +607,8 @@ cdef object channel_norm_backward(object grad_y, object x_, object stats, object
                                   bint per_image, Py_ssize_t groups, bint frozen, object layout,
                                   object need, object backend):
     cdef:
-        int kind = kind_of(x_), ndim = 2 if per_image else 1
+        int kind = kind_of(x_) if plain(x_) or lies_last(x_) else -1
+        int ndim = 2 if per_image else 1
         cnp.ndarray x
         object mean, rstd, grad_x = None, grad_weight = None, grad_bias = None
         const cnp.npy_intp* shape

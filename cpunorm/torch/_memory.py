@@ -8,6 +8,13 @@ import torch
 from .._frame import Array
 
 try:
+    from ._tensors import array as _array
+except ImportError:  # not compiled, or torch is older than 2.10
+
+    def _array(tensor: torch.Tensor) -> None: ...
+
+
+try:
     from ml_dtypes import bfloat16
 except ImportError:
     bfloat16 = None
@@ -26,6 +33,9 @@ def array(tensor: torch.Tensor | None) -> Any:
     """Return a CPU tensor's memory as an array; gradients do not pass."""
     if tensor is None:
         return None
+    found = _array(tensor)
+    if found is not None:
+        return found
     if tensor.dtype is torch.bfloat16:
         if bfloat16 is None:
             raise ImportError("tensors of torch.bfloat16 need the package ml-dtypes")
