@@ -450,9 +450,9 @@ ALWAYS void flush(backward_wides *wide, backward_vecs *sum)
     sum->g = sum->gx = sum->x = splat(0);
 }
 
-/* Adds at most BACKWARD_VECTORS vectors. */
+/* Adds at most BACKWARD_VECTORS vectors; what lies `ahead`, if not 0, and grad_x, if given, is wanted next. */
 ALWAYS void add_backward(const element *grad_y, const element *x, const real *weight, ptrdiff_t n, real mean,
-                         ptrdiff_t ahead, backward_vecs *sum)
+                         ptrdiff_t ahead, const element *grad_x, backward_vecs *sum)
 {
     backward_vecs even = *sum, odd = {{0}, {0}, {0}};
     ptrdiff_t i = 0;
@@ -461,6 +461,8 @@ ALWAYS void add_backward(const element *grad_y, const element *x, const real *we
         const ptrdiff_t j = i + k * LANES;                                              \
         if (ahead)                                                                      \
             prefetch(x + j + ahead), prefetch(grad_y + j + ahead);                      \
+        if (grad_x)                                                                     \
+            prefetch_to_write(grad_x + j);                                              \
         const vec t = load(x + j, left, mean) - mean;                                   \
         vec g = load(grad_y + j, left, 0);                                              \
         if (weight)                                                                     \
@@ -484,15 +486,15 @@ ALWAYS void add_backward(const element *grad_y, const element *x, const real *we
 /* Adds those of a stretch. They may nearly cancel, and are compared with values of order 1 all the same: only
  * BACKWARD_VECTORS vectors are added before they go to float64. */
 ALWAYS void add_long(const element *grad_y, const element *x, const real *weight, ptrdiff_t n, real mean,
-                     ptrdiff_t ahead, backward_wides *wide)
+                     ptrdiff_t ahead, const element *grad_x, backward_wides *wide)
 {
     backward_vecs sum = {{0}, {0}, {0}};
     for (ptrdiff_t i = 0; i < n; i += BACKWARD_VECTORS * LANES) {
         const ptrdiff_t count = MIN(BACKWARD_VECTORS * LANES, n - i);
         if (weight)
-            add_backward(grad_y + i, x + i, weight + i, count, mean, ahead, &sum);
+            add_backward(grad_y + i, x + i, weight + i, count, mean, ahead, grad_x ? grad_x + i : grad_x, &sum);
         else
-            add_backward(grad_y + i, x + i, (const real *)0, count, mean, ahead, &sum);
+            add_backward(grad_y + i, x + i, (const real *)0, count, mean, ahead, grad_x ? grad_x + i : grad_x, &sum);
         flush(wide, &sum);
     }
 }
@@ -504,16 +506,16 @@ ALWAYS void add_wides(const backward_wides *wide, double *g_sum, double *gx_sum,
 
 /* The sums of a stretch with a weight running along, or none. */
 SWEEP void stretch_backward_sums(const element *grad_y, const element *x, const real *weight, ptrdiff_t n,
-                                 real mean, double *sums)
+                                 real mean, double *sums, const element *grad_x)
 {
     if (n <= BACKWARD_VECTORS * LANES) {
         backward_vecs sum = {{0}, {0}, {0}};
-        add_backward(grad_y, x, weight, n, mean, 0, &sum);
+        add_backward(grad_y, x, weight, n, mean, 0, grad_x, &sum);
         sums[0] += lanes_sum(sum.g), sums[1] += lanes_sum(sum.gx), sums[2] += lanes_sum(sum.x);
     } else {
         backward_wides wide;
         clear(&wide);
-        add_long(grad_y, x, weight, n, mean, 0, &wide);
+        add_long(grad_y, x, weight, n, mean, 0, grad_x, &wide);
         add_wides(&wide, sums, sums + 1, sums + 2);
     }
 }
@@ -558,12 +560,12 @@ SWEEP void stretches_backward_sums(const element *grad_y, const element *x, ptrd
         for (ptrdiff_t u = 0; u < count; u++, grad_y += n, x += n) {
             if (n <= BACKWARD_VECTORS * LANES) {
                 backward_vecs one = {{0}, {0}, {0}};
-                add_backward(grad_y, x, (const real *)0, n, *mean, 0, &one);
+                add_backward(grad_y, x, (const real *)0, n, *mean, 0, (const element *)0, &one);
                 sum.g[u] = one.g, sum.gx[u] = one.gx, sum.x[u] = one.x;
             } else {
                 backward_wides wide;
                 clear(&wide);
-                add_long(grad_y, x, (const real *)0, n, *mean, 0, &wide);
+                add_long(grad_y, x, (const real *)0, n, *mean, 0, (const element *)0, &wide);
                 add_wides(&wide, g_sum + first + u, gx_sum + first + u, x_sum + first + u);
             }
             if (--left == 0)
@@ -589,7 +591,7 @@ SWEEP void plane_backward_sums(const element *grad_y, const element *x, ptrdiff_
             clear(wide + u);
         for (ptrdiff_t p = 0; p < planes; p++, grad_y += stride, x += stride)
             for (ptrdiff_t u = 0; u < units; u++)
-                add_long(grad_y + u * n, x + u * n, (const real *)0, n, mean[u], stride, wide + u);
+                add_long(grad_y + u * n, x + u * n, (const real *)0, n, mean[u], stride, (const element *)0, wide + u);
         for (ptrdiff_t u = 0; u < units; u++)
             add_wides(wide + u, found[0] + u, found[1] + u, found[2] + u);
     } else {
@@ -601,7 +603,7 @@ SWEEP void plane_backward_sums(const element *grad_y, const element *x, ptrdiff_
                 clear_units(&sum, 0, whole);
             for (ptrdiff_t u = 0; u < units; u++) {
                 backward_vecs one = {sum.g[u], sum.gx[u], sum.x[u]};
-                add_backward(grad_y + u * n, x + u * n, (const real *)0, n, mean[u], stride, &one);
+                add_backward(grad_y + u * n, x + u * n, (const real *)0, n, mean[u], stride, (const element *)0, &one);
                 sum.g[u] = one.g, sum.gx[u] = one.gx, sum.x[u] = one.x;
             }
             if (p % some == some - 1 || p == planes - 1)
@@ -713,7 +715,7 @@ EXACT_SWEEP void backward_affine(const element *grad_y, const element *x, elemen
 #define FROZEN(i, left) (prefetch(grad_y + (i) + ahead), a * load(grad_y + (i), left, 0))
 #define THROUGH(i, left)                                                                \
     (prefetch(grad_y + (i) + ahead), prefetch(x + (i) + ahead),                         \
-     r * (load(grad_y + (i), left, 0) * w + (b * (load(x + (i), left, 0) - pivot) + c)))
+     r * (load(grad_y + (i), left, 0) * w + fused(load(x + (i), left, 0) - pivot, splat(b), splat(c))))
     real pivot = mean[0], r = rstd[0], b = x ? b_[0] : 0, c = x ? c_[0] : 0;
     for (ptrdiff_t p = 0; p < planes; p++, grad_y += stride, grad_x += stride) {
         const real w = weight ? weight[p * parameter_step] : 1, a = rstd[p * statistic_step] * w;
@@ -731,8 +733,9 @@ EXACT_SWEEP void backward_affine(const element *grad_y, const element *x, elemen
 }
 
 /* The same for some rows with a weight running along, and grad_total added; grad_weight and grad_bias
- * get the sums of grad_y * x_hat and of grad_y, x_hat = (x - mean) * rstd + shift. */
-ALWAYS void backward_rows(const int rows, const int parameters, const int streaming, const element *grad_y,
+ * get the sums of grad_y * x_hat and of grad_y, x_hat = (x - mean) * rstd + shift. The rows after these are
+ * fetched, unless `cached`. */
+ALWAYS void backward_rows(const int rows, const int parameters, const int streaming, int cached, const element *grad_y,
                           const element *x, const real *weight, const element *grad_total, element *grad_x,
                           ptrdiff_t n, const double *mean, const double *shift, const double *rstd,
                           const double *b, const double *c, real *grad_weight, real *grad_bias)
@@ -745,8 +748,10 @@ ALWAYS void backward_rows(const int rows, const int parameters, const int stream
         vec weight_sum = {0}, bias_sum = {0};
         for (int k = 0; k < rows; k++) {
             const vec g = load(grad_y + k * n + i, left, 0), t = load(x + k * n + i, left, 0) - pivot[k];
+            if (!cached)
+                prefetch(x + (rows + k) * n + i), prefetch(grad_y + (rows + k) * n + i);
             if (grad_x) {
-                vec out = r[k] * (g * w + (b_[k] * t + c_[k]));
+                vec out = r[k] * (g * w + fused(t, splat(b_[k]), splat(c_[k])));
                 if (grad_total)
                     out += load(grad_total + k * n + i, left, 0);
                 if (streaming && left == LANES)
@@ -754,7 +759,7 @@ ALWAYS void backward_rows(const int rows, const int parameters, const int stream
                 else
                     store(grad_x + k * n + i, out, left);
             }
-            weight_sum += g * (t * r[k] + s[k]);
+            weight_sum = fused(g, fused(t, splat(r[k]), splat(s[k])), weight_sum);
             bias_sum += g;
         }
         if (parameters) {
@@ -768,10 +773,10 @@ ALWAYS void backward_rows(const int rows, const int parameters, const int stream
 EXACT_SWEEP void backward_affine_along(
     const element *grad_y, const element *x, const real *weight, const element *grad_total, element *grad_x,
     ptrdiff_t rows, ptrdiff_t n, const double *mean, const double *shift, const double *rstd, const double *b,
-    const double *c, real *grad_weight, real *grad_bias, int streaming)
+    const double *c, real *grad_weight, real *grad_bias, int streaming, int cached)
 {
 #define ROWS(rows, parameters, streaming)                                               \
-    backward_rows(rows, parameters, streaming, grad_y, x, weight, grad_total, grad_x, n, mean, shift, rstd, b, c, \
+    backward_rows(rows, parameters, streaming, cached, grad_y, x, weight, grad_total, grad_x, n, mean, shift, rstd, b, c, \
                   grad_weight, grad_bias)
     streaming = streaming && grad_x && until_aligned(grad_x) == 0 && n % LANES == 0;
     if (rows == PAIR && streaming) {
@@ -800,6 +805,13 @@ EXACT_SWEEP void backward_affine_along(
             grad_x += n;
     }
 #undef ROWS
+}
+
+/* Adds n reals to as many doubles, and leaves zeros. */
+SWEEP void flush_reals(double *restrict wide, real *restrict sums, ptrdiff_t n)
+{
+    for (ptrdiff_t i = 0; i < n; i++)
+        wide[i] += sums[i], sums[i] = 0;
 }
 
 /* --------------------------------------------------------------------------- rows in registers */
@@ -900,7 +912,7 @@ ALWAYS void backward_in_registers(const int vectors, const element *grad_y, cons
         const real b_ = b, c_ = mean ? -total * inverse - b * rest : 0, s = -rest * r;
         for (int v = 0; v < vectors; v++) {
             if (grad_x) {
-                vec out = r_ * (g[v] * w[v] + (b_ * t[v] + c_));
+                vec out = r_ * (g[v] * w[v] + fused(t[v], splat(b_), splat(c_)));
                 if (grad_total)
                     out += load(grad_total + m * n + v * LANES, LEFT(v), 0);
                 if (streaming)
@@ -908,7 +920,7 @@ ALWAYS void backward_in_registers(const int vectors, const element *grad_y, cons
                 else
                     store(grad_x + m * n + v * LANES, out, LEFT(v));
             }
-            weight_sum[v] += g[v] * (t[v] * r_ + s);
+            weight_sum[v] = fused(g[v], fused(t[v], splat(r_), splat(s)), weight_sum[v]);
             bias_sum[v] += g[v];
         }
         if (grad_weight && (m % BACKWARD_ROWS == BACKWARD_ROWS - 1 || m == M - 1))
@@ -1318,11 +1330,11 @@ EXACT_SWEEP void backward_block(const element *grad_y, const element *x, const e
     const vec c_ = load_real(c + j, left, 0);
 #define FROZEN(i, row, j, left) PUT(i, r * w * load(grad_y + (i), left, 0), left)
 #define THROUGH(i, row, j, left) \
-    PUT(i, r * (load(grad_y + (i), left, 0) * w + (b_ * (load(x + (i), left, 0) - m) + c_)), left)
+    PUT(i, r * (load(grad_y + (i), left, 0) * w + fused(load(x + (i), left, 0) - m, b_, c_)), left)
 #define BY_ROW(i, row, j, left)                                                         \
     {                                                                                   \
         vec sum = load(grad_y + (i), left, 0) * (row_weight ? row_weight[row] : (real)1); \
-        sum = r * (sum + (b_ * (load(x + (i), left, 0) - m) + c_));                     \
+        sum = r * (sum + fused(load(x + (i), left, 0) - m, b_, c_));                     \
         if (grad_total)                                                                 \
             sum += load(grad_total + (i), left, 0);                                     \
         PUT(i, sum, left)                                                               \
