@@ -1027,6 +1027,22 @@ ALWAYS void vectors_moments(const int vectors, const ptrdiff_t left, const eleme
                    above, mean + v * LANES, m2 + v * LANES);
 }
 
+/* Adds what a few rows hold to the sums of n columns, and fetches as many rows more. */
+ALWAYS void add_rows(const int together, const element *x, ptrdiff_t stride, ptrdiff_t n, const real *pivot,
+                     real *sum, real *squares)
+{
+    FOR_VECTORS(j, left, n, {
+        const vec p = load_real(pivot + j, left, 0);
+        vec s = {0}, q = {0};
+        for (int k = 0; k < together; k++) {
+            prefetch(x + (k + together) * stride + j);
+            add_one(load(x + k * stride + j, left, 0) - p, &s, &q);
+        }
+        store_real(sum + j, load_real(sum + j, left, 0) + s, left);
+        store_real(squares + j, load_real(squares + j, left, 0) + q, left);
+    })
+}
+
 /* The same for up to SEGMENT columns, along the rows: the hardware foresees no steps from row to row. */
 ALWAYS void segment_moments(const element *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t n, double above,
                             double *mean, double *m2)
@@ -1044,23 +1060,11 @@ ALWAYS void segment_moments(const element *x, ptrdiff_t rows, ptrdiff_t stride, 
             store_real(pivot + j, first + total / (real)some, left);
         })
     }
-    for (ptrdiff_t r = 0; r < rows; r += PAIR) {
-        const element *one = x + r * stride, *other = one + stride;
-        if (r + PAIR <= rows) {
-            FOR_VECTORS(j, left, n, {
-                const vec p = load_real(pivot + j, left, 0);
-                const vec t = load(one + j, left, 0) - p, u = load(other + j, left, 0) - p;
-                store_real(sum + j, load_real(sum + j, left, 0) + (t + u), left);
-                store_real(squares + j, load_real(squares + j, left, 0) + t * t + u * u, left);
-            })
-        } else {
-            FOR_VECTORS(j, left, n, {
-                const vec t = load(one + j, left, 0) - load_real(pivot + j, left, 0);
-                store_real(sum + j, load_real(sum + j, left, 0) + t, left);
-                store_real(squares + j, load_real(squares + j, left, 0) + t * t, left);
-            })
-        }
-    }
+    ptrdiff_t r = 0;
+    for (; r + TOGETHER <= rows; r += TOGETHER)
+        add_rows(TOGETHER, x + r * stride, stride, n, pivot, sum, squares);
+    for (; r < rows; r++)
+        add_rows(1, x + r * stride, stride, n, pivot, sum, squares);
     merge_rows(pivot, sum, squares, rows, n, above, mean, m2);
 }
 
@@ -1202,6 +1206,39 @@ SWEEP void set_columns(const double *mean, const double *rstd, ptrdiff_t step, c
     }
 }
 
+/* Mean, which may be NULL, and rstd of n columns of `rows` values; pivot, scale and shift of affine_strip. */
+EXACT_SWEEP void finish_columns(const double *mu, const double *m2, ptrdiff_t n, ptrdiff_t rows, double eps,
+                                real *restrict mean, real *restrict rstd, real *restrict pivot,
+                                real *restrict scale, real *restrict shift)
+{
+    const double inverse = 1.0 / rows;
+    for (ptrdiff_t i = 0; i < n; i++) {
+        /* Rounding can leave m2 a hair below zero; a NaN must pass. */
+        const double r = 1 / sqrt((m2[i] < 0 ? 0 : m2[i] * inverse) + eps);
+        const real p = mu[i];
+        pivot[i] = p, scale[i] = r;
+        shift[i] = (p - mu[i]) * r;
+    }
+    memcpy(rstd, scale, n * sizeof(real));
+    if (mean)
+        memcpy(mean, pivot, n * sizeof(real));
+}
+
+/* shift, b and c of backward_strip, from the sums of column_backward_sums. */
+EXACT_SWEEP void finish_backward(const double *g_sum, const double *gx_sum, const double *x_sum, ptrdiff_t n,
+                                 ptrdiff_t rows, const real *rstd, int centred, real *restrict shift,
+                                 real *restrict b, real *restrict c)
+{
+    const double inverse = 1.0 / rows;
+    for (ptrdiff_t i = 0; i < n; i++) {
+        /* The mean arrives rounded: what was rounded away is the mean of what is left. */
+        const double r = rstd[i], rest = centred ? x_sum[i] * inverse : 0;
+        const real slope = -r * r * (gx_sum[i] - rest * g_sum[i]) * inverse;
+        shift[i] = -rest * r;
+        b[i] = slope, c[i] = centred ? -g_sum[i] * inverse - slope * rest : 0;
+    }
+}
+
 ALWAYS void combine_groups(const ptrdiff_t K, ptrdiff_t groups, const double *restrict g,
                            const double *restrict gx, const double *restrict x, const real *restrict weight,
                            double n, int through, const real *restrict rstd, double *restrict grad_weight,
@@ -1250,19 +1287,18 @@ SWEEP void combine_channels(ptrdiff_t K, ptrdiff_t groups, const double *g, cons
         ptrdiff_t row = 0;                                                              \
         for (; close && row + TOGETHER <= (rows); row += TOGETHER)                      \
             FOR_VECTORS(j, left, width, PREPARE(j, left)                                \
-                AT(row * (stride) + j, row, j, left)                                    \
-                AT((row + 1) * (stride) + j, row + 1, j, left)                          \
-                AT((row + 2) * (stride) + j, row + 2, j, left)                          \
-                AT((row + 3) * (stride) + j, row + 3, j, left))                         \
+                AT(row * (stride) + j, left)                                            \
+                AT((row + 1) * (stride) + j, left)                                      \
+                AT((row + 2) * (stride) + j, left)                                      \
+                AT((row + 3) * (stride) + j, left))                                     \
         for (; row < (rows); row++)                                                     \
-            FOR_VECTORS(j, left, width, PREPARE(j, left) AT(row * (stride) + j, row, j, left)) \
+            FOR_VECTORS(j, left, width, PREPARE(j, left) AT(row * (stride) + j, left))  \
     }
 
-/* y = activation(((x - pivot) * scale + shift) * weight + bias + residual): pivot, scale and shift per
- * column, weight and bias per row, where given (both, then, and no residual or activation). */
+/* y = activation((x - pivot) * scale + shift + residual): pivot, scale and shift per column. */
 SWEEP void affine_block(const element *x, const element *residual, element *y, ptrdiff_t rows, ptrdiff_t stride,
                         ptrdiff_t width, const real *pivot, const real *scale, const real *shift,
-                        const real *weight, const real *bias, int activation, int streaming, int cached)
+                        int activation, int streaming, int cached)
 {
     const vec floor = floor_of(activation);
     streaming = streaming && until_aligned(y) == 0 && stride % LANES == 0;
@@ -1278,13 +1314,9 @@ SWEEP void affine_block(const element *x, const element *residual, element *y, p
         else                                                                            \
             store(y + (i), out, left);                                                  \
     }
-#define PLAIN(i, row, j, left) PUT(i, at_least(VALUE(i, left), floor), left)
-#define ADDED(i, row, j, left) PUT(i, at_least(VALUE(i, left) + load(residual + (i), left, 0), floor), left)
-#define WEIGHTED(i, row, j, left) \
-    PUT(i, VALUE(i, left) * (weight ? weight[row] : (real)1) + (bias ? bias[row] : (real)0), left)
-    if (weight || bias) {
-        FOR_BLOCK(rows, stride, width, COLUMNS, WEIGHTED)
-    } else if (activation > RELU) {
+#define PLAIN(i, left) PUT(i, at_least(VALUE(i, left), floor), left)
+#define ADDED(i, left) PUT(i, at_least(VALUE(i, left) + load(residual + (i), left, 0), floor), left)
+    if (activation > RELU) {
         for (ptrdiff_t row = 0; row < rows; row++)
             for (ptrdiff_t start = 0; start < width; start += SCRATCH) {
                 real scratch[SCRATCH];
@@ -1306,70 +1338,149 @@ SWEEP void affine_block(const element *x, const element *residual, element *y, p
     }
 #undef PLAIN
 #undef ADDED
-#undef WEIGHTED
 #undef VALUE
 #undef COLUMNS
 }
 
-/* grad_x = rstd * (grad_y * weight + b * (x - mean) + c) + grad_total with mean, rstd, b and c per column,
- * and the weight per column or per row; no x: grad_x = rstd * weight * grad_y. See backward_affine. */
-EXACT_SWEEP void backward_block(const element *grad_y, const element *x, const element *grad_total,
-                                element *grad_x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t width,
-                                const real *mean, const real *rstd, const real *b, const real *c,
-                                const real *column_weight, const real *row_weight, int streaming, int cached)
+/* grad_x = rstd * (grad_y * weight + b * (x - mean) + c) with all but the arrays per column; no x:
+ * grad_x = rstd * weight * grad_y. See backward_affine. */
+EXACT_SWEEP void backward_block(const element *grad_y, const element *x, element *grad_x, ptrdiff_t rows,
+                                ptrdiff_t stride, ptrdiff_t width, const real *mean, const real *rstd,
+                                const real *b, const real *c, const real *weight, int streaming, int cached)
 {
     element *const y = grad_x;
     streaming = streaming && until_aligned(y) == 0 && stride % LANES == 0;
-#define COLUMNS(j, left)                                                                \
-    const vec r = load_real(rstd + j, left, 0);                                         \
-    const vec w = column_weight ? load_real(column_weight + j, left, 0) : splat(1);     \
-    (void)w;
+#define COLUMNS(j, left) \
+    const vec r = load_real(rstd + j, left, 0), w = load_real(weight + j, left, 0);
 #define ALL_COLUMNS(j, left)                                                            \
     COLUMNS(j, left)                                                                    \
     const vec m = load_real(mean + j, left, 0), b_ = load_real(b + j, left, 0);         \
     const vec c_ = load_real(c + j, left, 0);
-#define FROZEN(i, row, j, left) PUT(i, r * w * load(grad_y + (i), left, 0), left)
-#define THROUGH(i, row, j, left) \
+#define FROZEN(i, left) PUT(i, r * w * load(grad_y + (i), left, 0), left)
+#define THROUGH(i, left) \
     PUT(i, r * (load(grad_y + (i), left, 0) * w + fused(load(x + (i), left, 0) - m, b_, c_)), left)
-#define BY_ROW(i, row, j, left)                                                         \
-    {                                                                                   \
-        vec sum = load(grad_y + (i), left, 0) * (row_weight ? row_weight[row] : (real)1); \
-        sum = r * (sum + fused(load(x + (i), left, 0) - m, b_, c_));                     \
-        if (grad_total)                                                                 \
-            sum += load(grad_total + (i), left, 0);                                     \
-        PUT(i, sum, left)                                                               \
-    }
     if (!x) {
         FOR_BLOCK(rows, stride, width, COLUMNS, FROZEN)
-    } else if (row_weight || grad_total) {
-        FOR_BLOCK(rows, stride, width, ALL_COLUMNS, BY_ROW)
     } else {
         FOR_BLOCK(rows, stride, width, ALL_COLUMNS, THROUGH)
     }
 #undef FROZEN
 #undef THROUGH
-#undef BY_ROW
 #undef COLUMNS
 #undef ALL_COLUMNS
 #undef PUT
 }
 
-/* Adds the sums of grad_y * ((x - mean) * rstd + shift) and of grad_y over each row of a strip. */
-SWEEP void row_parameter_sums(const element *grad_y, const element *x, ptrdiff_t rows, ptrdiff_t stride,
-                              ptrdiff_t n, const real *mean, const real *rstd, const real *shift,
-                              double *grad_weight, double *grad_bias)
-{
-    for (ptrdiff_t row = 0; row < rows; row++, grad_y += stride, x += stride) {
-        vec weight_sum = {0}, bias_sum = {0};
-        FOR_VECTORS(i, left, n, {
-            const vec g = load(grad_y + i, left, 0);
-            weight_sum += g * ((load(x + i, left, 0) - load_real(mean + i, left, 0)) * load_real(rstd + i, left, 0)
-                               + load_real(shift + i, left, 0));
-            bias_sum += g;
-        })
-        grad_weight[row] += lanes_sum(weight_sum);
-        grad_bias[row] += lanes_sum(bias_sum);
+/* The rows of a strip with a weight each. They are taken TOGETHER where all is in the cache; where not,
+ * `ahead` is how far away lies what is read next: it is fetched, row by row, as the hardware follows. */
+#define FOR_ROWS(row, rows, ahead, AT)                                                  \
+    {                                                                                   \
+        ptrdiff_t row = 0;                                                              \
+        for (; !(ahead) && row + TOGETHER <= (rows); row += TOGETHER)                   \
+            AT(TOGETHER, row);                                                          \
+        for (; row < (rows); row++)                                                     \
+            AT(1, row);                                                                 \
     }
+
+ALWAYS void affine_rows(const int together, const element *x, element *y, ptrdiff_t stride, ptrdiff_t width,
+                        const real *pivot, const real *scale, const real *shift, const real *weight,
+                        const real *bias, int streaming, ptrdiff_t ahead)
+{
+    FOR_VECTORS(j, left, width, {
+        const vec p = load_real(pivot + j, left, 0), a = load_real(scale + j, left, 0);
+        const vec b = load_real(shift + j, left, 0);
+        for (int k = 0; k < together; k++) {
+            const ptrdiff_t i = k * stride + j;
+            if (together == 1)
+                prefetch(x + i + ahead);
+            const vec out = ((load(x + i, left, 0) - p) * a + b) * (weight ? weight[k] : (real)1)
+                            + (bias ? bias[k] : (real)0);
+            if (streaming && left == LANES)
+                stream(y + i, out);
+            else
+                store(y + i, out, left);
+        }
+    })
+}
+
+/* y = ((x - pivot) * scale + shift) * weight + bias: pivot, scale and shift per column, weight and bias,
+ * which may be NULL, per row. */
+SWEEP void affine_strip(const element *x, element *y, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t width,
+                        const real *pivot, const real *scale, const real *shift, const real *weight,
+                        const real *bias, int streaming, ptrdiff_t ahead)
+{
+    streaming = streaming && until_aligned(y) == 0 && stride % LANES == 0;
+#define AT(together, row)                                                               \
+    affine_rows(together, x + row * stride, y + row * stride, stride, width, pivot, scale, shift, \
+                weight ? weight + row : weight, bias ? bias + row : bias, streaming, ahead)
+    FOR_ROWS(row, rows, ahead, AT)
+#undef AT
+}
+
+ALWAYS void backward_strip_rows(const int together, const int parameters, const element *grad_y,
+                                const element *x, const real *weight, const element *grad_total,
+                                element *grad_x, ptrdiff_t stride, ptrdiff_t width, const real *mean,
+                                const real *rstd, const real *shift, const real *b, const real *c,
+                                double *grad_weight, double *grad_bias, int streaming, ptrdiff_t ahead)
+{
+    vec weight_sum[TOGETHER], bias_sum[TOGETHER];
+    for (int k = 0; k < together; k++)
+        weight_sum[k] = bias_sum[k] = splat(0);
+    FOR_VECTORS(j, left, width, {
+        const vec m = load_real(mean + j, left, 0), r = load_real(rstd + j, left, 0);
+        const vec s = load_real(shift + j, left, 0), b_ = load_real(b + j, left, 0);
+        const vec c_ = load_real(c + j, left, 0);
+        for (int k = 0; k < together; k++) {
+            const ptrdiff_t i = k * stride + j;
+            if (together == 1)
+                prefetch(grad_y + i + ahead), prefetch(x + i + ahead);
+            const vec g = load(grad_y + i, left, 0), t = load(x + i, left, 0) - m;
+            if (grad_x) {
+                vec out = r * (g * (weight ? weight[k] : (real)1) + (b_ * t + c_));
+                if (grad_total)
+                    out += load(grad_total + i, left, 0);
+                if (streaming && left == LANES)
+                    stream(grad_x + i, out);
+                else
+                    store(grad_x + i, out, left);
+            }
+            if (parameters) {
+                weight_sum[k] += g * (t * r + s);
+                bias_sum[k] += g;
+            }
+        }
+    })
+    for (int k = 0; parameters && k < together; k++) {
+        grad_weight[k] += lanes_sum(weight_sum[k]);
+        grad_bias[k] += lanes_sum(bias_sum[k]);
+    }
+}
+
+/* grad_x = rstd * (grad_y * weight + b * (x - mean) + c) + grad_total with the weight per row, all else per
+ * column; see backward_affine. Adds to grad_weight and grad_bias, which may be NULL together, the sums over
+ * each row of grad_y * ((x - mean) * rstd + shift) and of grad_y. */
+EXACT_SWEEP void backward_strip(const element *grad_y, const element *x, const real *weight,
+                                const element *grad_total, element *grad_x, ptrdiff_t rows, ptrdiff_t stride,
+                                ptrdiff_t width, const real *mean, const real *rstd, const real *shift,
+                                const real *b, const real *c, double *grad_weight, double *grad_bias,
+                                int streaming, ptrdiff_t ahead)
+{
+    streaming = streaming && grad_x && until_aligned(grad_x) == 0 && stride % LANES == 0;
+#define ROWS(together, parameters, row)                                                 \
+    backward_strip_rows(together, parameters, grad_y + row * stride, x + row * stride,  \
+                        weight ? weight + row : weight, grad_total ? grad_total + row * stride : grad_total, \
+                        grad_x ? grad_x + row * stride : grad_x, stride, width, mean, rstd, shift, b, c, \
+                        grad_weight + row, grad_bias + row, streaming, ahead)
+#define SUMMED(together, row) ROWS(together, 1, row)
+#define ALONE(together, row) ROWS(together, 0, row)
+    if (grad_weight) {
+        FOR_ROWS(row, rows, ahead, SUMMED)
+    } else {
+        FOR_ROWS(row, rows, ahead, ALONE)
+    }
+#undef ROWS
+#undef SUMMED
+#undef ALONE
 }
 
 /* ------------------------------------------------------------------------------ running statistics */
