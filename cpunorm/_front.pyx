@@ -1,8 +1,8 @@
 """The front door: the common case of every operation, from arguments to kernel in compiled code.
 
 A call is common if its arrays are of plain kinds and C-contiguous, or have the shape NCHW and lie in
-memory as NHWC, and it is for the compiled backend or for Numba. What is not, or is not right, is declined: the function returns None, nothing
-has been written, and `_canonical.py` deals with the call, errors included.
+memory as NHWC, and it is for the compiled backend or for Numba. What is not, or is not right, is
+declined: the function returns None, nothing has been written, and `_canonical.py` deals with the call, errors included.
 """
 
 cimport numpy as cnp
@@ -46,6 +46,7 @@ cdef:
 cdef enum:
     USER_DEFINED = 256  # from here on NumPy numbers the types of others
     FEW = 64            # statistics that need no memory of their own
+    MOST_AXES = 64      # that an array of NumPy has
 
 cdef struct Statistics:
     double few[FEW]
@@ -157,6 +158,16 @@ cdef inline bint number(object value, double* out) noexcept:
     return True
 
 
+cdef inline bint integer(object value, Py_ssize_t* out) noexcept:
+    if not PyLong_CheckExact(value):
+        return False
+    try:
+        out[0] = PyLong_AsSsize_t(value)
+    except OverflowError:
+        return False
+    return True
+
+
 cdef inline bint true_or_false(object value) noexcept:
     return value is True or value is False
 
@@ -205,7 +216,7 @@ cdef object frozen_rstd(cnp.ndarray var, const Call* call, object out):
 cdef tuple arguments(tuple kernel, cnp.ndarray x_, const Call* call):
     """A call as backends/__init__.py has it."""
     cdef:
-        bint rows = kernel[0] == "rows"
+        bint rows = kernel[0] == "rows", columns = kernel[0] == "columns"
         int type_number = cnp.PyArray_TYPE(x_)
         int real = cnp.NPY_FLOAT64 if type_number == cnp.NPY_FLOAT64 else cnp.NPY_FLOAT32
         int ndim = 2 if rows else 3, ndim_stats = 1 if rows else 2
@@ -215,6 +226,9 @@ cdef tuple arguments(tuple kernel, cnp.ndarray x_, const Call* call):
     if rows:
         shape[0], shape[1] = call.M, call.D
         stats[0], size = call.M, call.D
+    elif columns:
+        shape[0], shape[1], shape[2] = call.N, call.D, call.S
+        stats[0], stats[1], size = call.N, call.S, call.D
     else:
         shape[0], shape[1], shape[2] = call.N, call.C, call.S
         stats[0], stats[1], size = call.B, call.G, call.C
@@ -228,7 +242,7 @@ cdef tuple arguments(tuple kernel, cnp.ndarray x_, const Call* call):
         residual = view(call.residual, ndim, shape, type_number)
         bias = view(call.bias, 1, &size, real)
         y = view(call.y, ndim, shape, type_number)
-        if rows:
+        if rows or columns:
             total = view(call.total, ndim, shape, type_number)
             return x, residual, weight, bias, call.eps, y, total, mean, rstd
         var = view(call.var, ndim_stats, stats, real)
@@ -238,7 +252,7 @@ cdef tuple arguments(tuple kernel, cnp.ndarray x_, const Call* call):
     grad_y = view(call.grad_y, ndim, shape, type_number)
     gradients = (view(call.grad_x, ndim, shape, type_number),
                  view(call.grad_weight, 1, &size, real), view(call.grad_bias, 1, &size, real))
-    if rows:
+    if rows or columns:
         grad_total = view(call.grad_total, ndim, shape, type_number)
         return grad_y, x, mean, rstd, weight, grad_total, *gradients
     return grad_y, x, mean, rstd, weight, *gradients
@@ -266,48 +280,93 @@ cdef inline object named(object kind, tuple values):
 # ------------------------------------------------------------------------- layer norm and RMS norm
 
 
-cdef int trailing(cnp.ndarray x, object normalized_shape):
-    """How many trailing axes of x are normalized, or -1 if that is not the shape of any."""
-    cdef int ndim = cnp.PyArray_NDIM(x), count, i
-    if PyLong_CheckExact(normalized_shape):
-        return 1 if ndim and normalized_shape == cnp.PyArray_DIM(x, ndim - 1) else -1
-    if not PyTuple_CheckExact(normalized_shape):
-        return -1
-    count = len(<tuple> normalized_shape)
-    if count == 0 or count > ndim:
-        return -1
-    for i in range(count):
-        n = (<tuple> normalized_shape)[i]
-        if not PyLong_CheckExact(n) or n != cnp.PyArray_DIM(x, ndim - count + i):
-            return -1
-    return count
+cdef struct Axes:
+    Py_ssize_t first, count     # those that are normalized
+    int kept                    # the others
+    cnp.npy_intp kept_shape[MOST_AXES]
+    Py_ssize_t N, D, S          # values before, inside and after them
+    bint rows                   # which problem it is; it has N rows, if so
+
+
+cdef inline Py_ssize_t entries(object given) noexcept:
+    return len(<tuple> given) if PyTuple_CheckExact(given) else 1
+
+
+cdef inline bint entry(object given, Py_ssize_t i, Py_ssize_t* out) noexcept:
+    """The i-th of some integers, or the only one."""
+    return integer(<object> (<tuple> given)[i] if PyTuple_CheckExact(given) else given, out)
+
+
+cdef bint axes_of(cnp.ndarray x, object normalized_shape, object axis, Axes* a) noexcept:
+    """The canonical problem of a call, if the axes normalized follow one another."""
+    cdef:
+        Py_ssize_t ndim = cnp.PyArray_NDIM(x), i, n
+        const cnp.npy_intp* shape = cnp.PyArray_DIMS(x)
+    a.count = entries(normalized_shape)
+    a.first = ndim - a.count
+    if a.count == 0 or a.first < 0 or cnp.PyArray_SIZE(x) == 0:
+        return False
+    if axis is not None:
+        if entries(axis) != a.count or not entry(axis, 0, &n):
+            return False
+        n = n + ndim if n < 0 else n
+        if not 0 <= n <= a.first:
+            return False
+        a.first = n
+    for i in range(a.first, a.first + a.count):
+        if not entry(normalized_shape, i - a.first, &n) or n != shape[i]:
+            return False
+        if axis is not None and not (entry(axis, i - a.first, &n) and (n == i or n + ndim == i)):
+            return False
+    a.N = a.D = a.S = 1
+    a.kept = 0
+    for i in range(ndim):
+        if a.first <= i < a.first + a.count:
+            a.D *= shape[i]
+            continue
+        a.kept_shape[a.kept] = shape[i]
+        a.kept += 1
+        if i < a.first:
+            a.N *= shape[i]
+        else:
+            a.S *= shape[i]
+    # Axes of one value lie anywhere: last, for instance.
+    a.rows = a.S == 1 or a.D == 1
+    if a.rows:
+        a.N *= a.S
+    return True
+
+
+cdef inline void set_axes(Call* call, const Axes* a) noexcept:
+    call.M = call.N = a.N
+    call.D, call.S = a.D, a.S
 
 
 cdef object axis_norm(object x_, object residual, object normalized_shape, object weight,
                       object bias, object eps_, bint center, bint add, object axis, object out,
                       object sum_out, object return_stats, object backend):
     cdef:
-        int kind = kind_of(x_) if plain(x_) else -1, count, kept
+        int kind = kind_of(x_) if plain(x_) else -1
         double eps
         cnp.ndarray x, y
         object total = None, mean = None, rstd = None
-        Py_ssize_t M = 1, i
+        Py_ssize_t count
+        Axes axes
         Statistics statistics
+        Verb verb
         Call call
-    if kind < 0 or axis is not None or not true_or_false(return_stats):
+    if kind < 0 or not true_or_false(return_stats):
         return None
     x = x_
     if eps_ is None and not center:
         eps = DBL_EPSILON if kind == FLOAT64 else FLT_EPSILON
     elif not number(eps_, &eps) or not (eps >= 0 and isfinite(eps)):
         return None
-    count = trailing(x, normalized_shape)
     backend = chosen(backend, x)
-    if count < 0 or cnp.PyArray_SIZE(x) == 0 or backend is None:
+    if not axes_of(x, normalized_shape, axis, &axes) or backend is None:
         return None
-    kept = cnp.PyArray_NDIM(x) - count
-    if (not parameter(weight, kind, cnp.PyArray_DIMS(x) + kept, count)
-            or not parameter(bias, kind, cnp.PyArray_DIMS(x) + kept, count)):
+    if (not parameter(weight, kind, cnp.PyArray_DIMS(x) + axes.first, axes.count)
+            or not parameter(bias, kind, cnp.PyArray_DIMS(x) + axes.first, axes.count)):
         return None
     if add and not like(residual, x):
         return None
@@ -318,26 +377,28 @@ cdef object axis_norm(object x_, object residual, object normalized_shape, objec
                                     and apart(sum_out, bias) and apart(sum_out, out)):
         return None
 
-    for i in range(kept):
-        M *= cnp.PyArray_DIM(x, i)
+    kernel = ("rows" if axes.rows else "columns", "normalize")
+    verb = tables[kind].rows_normalize if axes.rows else tables[kind].columns_normalize
     y = empty_as(x) if out is None else out
     call = call_for(x, y)
-    call.M, call.D, call.eps = M, cnp.PyArray_SIZE(x) // M, eps
+    set_axes(&call, &axes)
+    call.eps = eps
     call.weight, call.bias = data(weight), data(bias)
     if add:
         total = empty_as(x) if sum_out is None else sum_out
         call.residual, call.total = data(residual), data(total)
     if return_stats is True:
-        rstd = empty(reals(kind), kept, cnp.PyArray_DIMS(x))
-        mean = empty(reals(kind), kept, cnp.PyArray_DIMS(x)) if center else None
+        rstd = empty(reals(kind), axes.kept, axes.kept_shape)
+        mean = empty(reals(kind), axes.kept, axes.kept_shape) if center else None
         call.mean, call.rstd = data(mean), data(rstd)
-        solve(backend, ("rows", "normalize"), tables[kind].rows_normalize, x, &call)
+        solve(backend, kernel, verb, x, &call)
     else:
-        place(&statistics, 2 * M)
+        count = cnp.PyArray_SIZE(x) // axes.D
+        place(&statistics, 2 * count)
         call.mean = statistics.scratch if center else NULL
-        call.rstd = <double*> statistics.scratch + M
+        call.rstd = <double*> statistics.scratch + count
         try:
-            solve(backend, ("rows", "normalize"), tables[kind].rows_normalize, x, &call)
+            solve(backend, kernel, verb, x, &call)
         finally:
             leave(&statistics)
     if return_stats is True:
@@ -376,41 +437,40 @@ cdef object axis_norm_backward(object grad_y, object x_, object normalized_shape
                                object weight, bint center, object axis, object grad_sum,
                                object need, object backend):
     cdef:
-        int kind = kind_of(x_) if plain(x_) else -1, count, kept
+        int kind = kind_of(x_) if plain(x_) else -1
         cnp.ndarray x
         object mean, rstd, grad_x = None, grad_weight = None, grad_bias = None
-        Py_ssize_t M = 1, i
+        Axes axes
         Call call
-    if kind < 0 or axis is not None or type(stats) is not Stats or not common_need(need):
+    if kind < 0 or type(stats) is not Stats or not common_need(need):
         return None
     x = x_
-    count = trailing(x, normalized_shape)
     backend = chosen(backend, x)
-    if count < 0 or cnp.PyArray_SIZE(x) == 0 or backend is None:
+    if not axes_of(x, normalized_shape, axis, &axes) or backend is None:
         return None
-    kept = cnp.PyArray_NDIM(x) - count
     mean, rstd = <object> (<tuple> stats)[0], <object> (<tuple> stats)[1]
     if (not like(grad_y, x) or (grad_sum is not None and not like(grad_sum, x))
-            or not parameter(weight, kind, cnp.PyArray_DIMS(x) + kept, count)
+            or not parameter(weight, kind, cnp.PyArray_DIMS(x) + axes.first, axes.count)
             or (mean is None) == center or rstd is None
-            or not parameter(mean, kind, cnp.PyArray_DIMS(x), kept)
-            or not parameter(rstd, kind, cnp.PyArray_DIMS(x), kept)):
+            or not parameter(mean, kind, axes.kept_shape, axes.kept)
+            or not parameter(rstd, kind, axes.kept_shape, axes.kept)):
         return None
 
-    for i in range(kept):
-        M *= cnp.PyArray_DIM(x, i)
     if (<tuple> need)[0] is True:
         grad_x = empty_as(x)
     if (<tuple> need)[1] is True:
-        grad_weight = empty(reals(kind), count, cnp.PyArray_DIMS(x) + kept)
+        grad_weight = empty(reals(kind), axes.count, cnp.PyArray_DIMS(x) + axes.first)
     if (<tuple> need)[2] is True and center:
-        grad_bias = empty(reals(kind), count, cnp.PyArray_DIMS(x) + kept)
+        grad_bias = empty(reals(kind), axes.count, cnp.PyArray_DIMS(x) + axes.first)
     call = call_for(x, None)
-    call.M, call.D = M, cnp.PyArray_SIZE(x) // M
+    set_axes(&call, &axes)
     call.grad_y, call.grad_total = data(grad_y), data(grad_sum)
     call.mean, call.rstd, call.weight = data(mean), data(rstd), data(weight)
     call.grad_x, call.grad_weight, call.grad_bias = data(grad_x), data(grad_weight), data(grad_bias)
-    solve(backend, ("rows", "backward"), tables[kind].rows_backward, x, &call)
+    if axes.rows:
+        solve(backend, ("rows", "backward"), tables[kind].rows_backward, x, &call)
+    else:
+        solve(backend, ("columns", "backward"), tables[kind].columns_backward, x, &call)
     return named(Gradients, (grad_x, grad_weight, grad_bias))
 
 
@@ -585,13 +645,7 @@ def instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, m
 cdef inline Py_ssize_t groups_of(object num_groups) noexcept:
     """The number of groups, or -1 for what is not common."""
     cdef Py_ssize_t groups
-    if not PyLong_CheckExact(num_groups):
-        return -1
-    try:
-        groups = PyLong_AsSsize_t(num_groups)
-    except OverflowError:
-        return -1
-    return groups if groups > 0 else -1
+    return groups if integer(num_groups, &groups) and groups > 0 else -1
 
 
 def group_norm(x, num_groups, weight, bias, eps, layout, activation, residual, mask, out,

@@ -6,7 +6,7 @@ import pytest
 import cpunorm
 from cpunorm import _no_front, functional
 
-from .cases import CASES, SMALL_CASES
+from .cases import CASES, SMALL_CASES, Case
 from .support import AVAILABLE, assert_same_bits, assert_values_close, first, run, run_oracle
 from .test_determinism import everything
 
@@ -53,7 +53,7 @@ def test_the_same_bits_as_the_general_way(case, dtype, monkeypatch):
 def test_the_same_bits_by_numba(case, answers, monkeypatch):
     arrays, grad_y = case.arrays(), case.grad_y()
     got = everything(case, arrays, grad_y, "numba")
-    assert all(answers) == (case.kwargs.get("axis") is None)
+    assert all(answers)
     monkeypatch.setattr(functional, "_front", _no_front)
     assert_same_bits(got, everything(case, arrays, grad_y, "numba"))
 
@@ -61,14 +61,11 @@ def test_the_same_bits_by_numba(case, answers, monkeypatch):
 @pytest.mark.parametrize("case", SMALL_CASES, ids=str)
 def test_common_calls_are_answered(case, answers):
     everything(case, case.arrays(), case.grad_y(), None)
-    assert len(answers) == 3
-    assert all(answers) == (case.kwargs.get("axis") is None)
+    assert answers == [True] * 3
 
 
 @pytest.mark.parametrize("case", SMALL_CASES, ids=str)
 def test_half_with_parameters_of_float32(case, answers):
-    if case.kwargs.get("axis") is not None:
-        return
     arrays = case.arrays("float16", "float32")
     expected = run_oracle(case, arrays)
     assert_values_close(first(run(case, arrays)), expected.y)
@@ -84,7 +81,10 @@ def test_half_with_parameters_of_float32(case, answers):
         ((X, [6]), {}),
         ((X, 6, None, None, 1), {}),
         ((X, 6, W[::-1]), {}),
-        ((X, 4), {"axis": 0}),
+        ((X, (6, 4)), {"axis": (1, 0)}),
+        ((X, (4, 6)), {"axis": [0, 1]}),
+        ((X, 4), {"axis": np.int64(0)}),
+        ((X.reshape(2, 2, 2, 3), (2, 2)), {"axis": (0, 2)}),
         ((X, 6), {"backend": "numpy"}),
         ((X[:0], 6), {}),
         ((X, 6), {"out": np.empty((8, 6), "float32")[::2]}),
@@ -92,6 +92,55 @@ def test_half_with_parameters_of_float32(case, answers):
 )
 def test_what_is_not_common_is_declined(answers, arguments, options):
     cpunorm.layer_norm(*arguments, **options)
+    assert answers == [False]
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [
+        ((4, 6), 0),
+        ((4, 6), -2),
+        ((4, 6), (-1,)),
+        ((2, 3, 4, 5), (1, -2)),
+        ((2, 3, 4, 5), (-4, 1)),
+        ((2, 3, 4, 5), (0, 1, 2, 3)),
+        ((2, 3, 1, 1), 1),
+        ((2, 1, 4, 5), 1),
+        ((1, 3, 1, 5), (1, 2)),
+        ((2, 3, 4, 5, 2, 1, 2), (2, 3)),
+    ],
+)
+@pytest.mark.parametrize("op", ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"])
+def test_axes_that_follow_one_another(op, shape, axis, answers, monkeypatch):
+    axes = (axis,) if isinstance(axis, int) else axis
+    normalized = tuple(shape[a] for a in axes)
+    case = Case(op, shape, {"normalized_shape": normalized, "axis": axis})
+    arrays, grad_y = case.arrays(), case.grad_y()
+    got = everything(case, arrays, grad_y, "cython")
+    assert answers == [True] * 3
+    monkeypatch.setattr(functional, "_front", _no_front)
+    assert_same_bits(got, everything(case, arrays, grad_y, "cython"))
+
+
+@pytest.mark.parametrize(
+    ("normalized_shape", "axis"),
+    [
+        (6, 0),
+        (6, 2),
+        (6, -3),
+        (6, 2**70),
+        ((4, 6), (0,)),
+        ((4, 6), (1, 2)),
+        ((6, 4), (0, 1)),
+        ((6, 6), (1, 1)),
+        ((4, 6, 1), (0, 1, 2)),
+        ((), ()),
+        (6, True),
+    ],
+)
+def test_axes_that_are_wrong_are_declined(normalized_shape, axis, answers):
+    with pytest.raises((TypeError, ValueError)):
+        cpunorm.layer_norm(X, normalized_shape, axis=axis)
     assert answers == [False]
 
 

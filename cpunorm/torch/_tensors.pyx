@@ -18,6 +18,7 @@ cnp.import_array()
 
 cdef enum:
     MAJOR_VERSION = 1
+    CPU = 1
     MOST_AXES = 16
 
 cdef struct DLTensor:
@@ -77,7 +78,7 @@ def array(tensor):
         raise TypeError(f"expected a tensor, got {type(tensor).__name__}")
     api.export_view(<PyObject*> tensor, &view)
     dtype = dtypes.get((view.code, view.bits))
-    if dtype is None or view.ndim > MOST_AXES or tensor.is_neg():
+    if view.device_type != CPU or dtype is None or view.ndim > MOST_AXES or tensor.is_neg():
         return None
     for i in range(view.ndim):
         strides[i] = view.strides[i] * dtype.itemsize

@@ -505,7 +505,7 @@ cdef inline int _backward_short(const Units* u) noexcept nogil:
     s.grad_y, s.grad_x = <const element*> call.grad_y, <element*> call.grad_x
     s.grad_weight = NULL if call.grad_weight is NULL else scratch + length
     s.grad_bias = NULL if call.grad_bias is NULL else scratch + 2 * length
-    failed = backward_stretches(&s, call.threads)
+    failed = backward_stretches(&s, call.slab, call.threads)
     if not failed:
         for c in range(call.C):
             weight_sum = bias_sum = 0

@@ -9,37 +9,48 @@ from libc.string cimport memset
 
 from .call cimport Call
 from .sweeps cimport (
-    add, affine_block, at, backward_block, column_backward_sums, column_moments, column_squares,
-    element, real, row_parameter_sums, rstd_of, share, stream_fence, sum_parts, team, team_barrier,
-    variance,
+    add, affine_strip, at, backward_strip, column_backward_sums, column_moments, column_squares,
+    element, finish_backward, finish_columns, real, share, stream_fence, sum_parts, team,
+    team_barrier,
 )
 
 cdef enum:
     WIDEST = 512        # positions in a strip
     NARROWEST = 64
     PARTS = 32          # at most, of the strips in backward
+    NEAR = 16           # slabs that the caches of the machine hold between them
 
 
 cdef struct Columns:
     const Call* call
     Py_ssize_t width, strips    # of an image
+    bint near                   # whether nothing need be fetched ahead
     Py_ssize_t parts
     double* sums                # (parts, 2, D), or NULL
 
 
-cdef inline Columns _columns(const Call* call) noexcept nogil:
+cdef inline Columns _columns(const Call* call, Py_ssize_t arrays) noexcept nogil:
     cdef:
         Columns work
+        Py_ssize_t nbytes = call.N * call.D * call.S * <Py_ssize_t> sizeof(element)
         Py_ssize_t fitting = call.slab // (call.D * sizeof(element)) // NARROWEST * NARROWEST
     work.call = call
     work.width = min(call.S, max(<Py_ssize_t> NARROWEST, min(<Py_ssize_t> WIDEST, fitting)))
     work.strips = (call.S + work.width - 1) // work.width
+    work.near = arrays * nbytes <= NEAR * call.slab
     work.parts = min(call.N * work.strips, <Py_ssize_t> PARTS)
     work.sums = NULL
     return work
 
 
-cdef inline void _normalize_strip(const Call* call, Py_ssize_t n, Py_ssize_t s,
+cdef inline Py_ssize_t _ahead(const Columns* columns, Py_ssize_t s, Py_ssize_t width) noexcept nogil:
+    """How far away the next strip lies, 0 where that does not matter."""
+    if columns.near:
+        return 0
+    return width if s + width < columns.call.S else columns.call.D * columns.call.S - s
+
+
+cdef inline void _normalize_strip(const Columns* columns, Py_ssize_t n, Py_ssize_t s,
                                   Py_ssize_t width) noexcept nogil:
     cdef:
         double mu[WIDEST]
@@ -47,34 +58,26 @@ cdef inline void _normalize_strip(const Call* call, Py_ssize_t n, Py_ssize_t s,
         real pivot[WIDEST]
         real scale[WIDEST]
         real shift[WIDEST]
-        double r
+        const Call* call = columns.call
         Py_ssize_t D = call.D, S = call.S, here = n * D * S + s, statistic = n * S + s, d
         const element* x = <const element*> call.x + here
         const element* residual = <const element*> call.residual
         element* total = at(<element*> call.total, here)
-        real* mean = at(<real*> call.mean, statistic)
-        real* rstd = <real*> call.rstd + statistic
     if total is not NULL:
         for d in range(D):
             add(x + d * S, residual + here + d * S, total + d * S, width)
         x = total
-    if mean is not NULL:
+    if call.mean is not NULL:
         column_moments(x, D, S, width, mu, m2)
     else:
         memset(mu, 0, width * sizeof(double))
         memset(m2, 0, width * sizeof(double))
         column_squares(x, D, S, width, m2)
-    for s in range(width):
-        r = rstd_of(variance(m2[s], D), call.eps)
-        rstd[s] = <real> r
-        if mean is not NULL:
-            mean[s] = <real> mu[s]
-        pivot[s] = <real> mu[s]
-        scale[s] = <real> r
-        shift[s] = <real> ((pivot[s] - mu[s]) * r)
-    affine_block(x, <const element*> NULL, <element*> call.y + here, D, S, width, pivot, scale,
-                 shift, <const real*> call.weight, <const real*> call.bias, 0, call.streaming,
-                 False)
+    finish_columns(mu, m2, width, D, call.eps, at(<real*> call.mean, statistic),
+                   <real*> call.rstd + statistic, pivot, scale, shift)
+    affine_strip(x, <element*> call.y + here, D, S, width, pivot, scale, shift,
+                 <const real*> call.weight, <const real*> call.bias, call.streaming,
+                 _ahead(columns, s, width))
 
 
 cdef inline void _normalize(void* work, int member, int members) noexcept nogil:
@@ -83,55 +86,49 @@ cdef inline void _normalize(void* work, int member, int members) noexcept nogil:
         Py_ssize_t tasks = columns.call.N * columns.strips, task, s
     for task in range(share(tasks, member, members), share(tasks, member + 1, members)):
         s = task % columns.strips * columns.width
-        _normalize_strip(columns.call, task // columns.strips, s,
+        _normalize_strip(columns, task // columns.strips, s,
                          min(columns.width, columns.call.S - s))
     if columns.call.streaming:
         stream_fence()
 
 
 cdef inline int normalize(const Call* call) noexcept nogil:
-    cdef Columns work = _columns(call)
+    cdef Columns work = _columns(call, 2)
     team(_normalize, &work, call.threads)
     return 0
 
 
-cdef inline void _backward_strip(const Call* call, Py_ssize_t n, Py_ssize_t s, Py_ssize_t width,
-                                 double* parameter_sums) noexcept nogil:
+cdef inline void _backward_strip(const Columns* columns, Py_ssize_t n, Py_ssize_t s,
+                                 Py_ssize_t width, double* parameter_sums) noexcept nogil:
     """Adds to parameter_sums, (2, D), unless it is NULL."""
     cdef:
         double sums[3 * WIDEST]
-        real pivot[WIDEST]
+        real zeros[WIDEST]
+        real shift[WIDEST]
         real b[WIDEST]
         real c[WIDEST]
-        real shift[WIDEST]
         double* g_sum = sums
         double* gx_sum = sums + WIDEST
         double* x_sum = sums + 2 * WIDEST
-        double r, rest
+        const Call* call = columns.call
+        bint centred = call.mean is not NULL
         Py_ssize_t D = call.D, S = call.S, here = n * D * S + s, statistic = n * S + s
         const element* grad_y = <const element*> call.grad_y + here
         const element* x = <const element*> call.x + here
         const real* mean = at(<const real*> call.mean, statistic)
         const real* rstd = <const real*> call.rstd + statistic
         const real* weight = <const real*> call.weight
+    if not centred:
+        memset(zeros, 0, width * sizeof(real))
+        mean = zeros
     memset(sums, 0, sizeof(sums))
-    for s in range(width):
-        pivot[s] = 0 if mean is NULL else mean[s]
-    column_backward_sums(grad_y, x, weight, D, S, width, pivot, g_sum, gx_sum, x_sum)
-    for s in range(width):
-        r = rstd[s]
-        # The mean arrives rounded: what was rounded away is the mean of what is left.
-        rest = 0 if mean is NULL else x_sum[s] / D
-        b[s] = <real> (-r * r * (gx_sum[s] - rest * g_sum[s]) / D)
-        c[s] = 0 if mean is NULL else <real> (-g_sum[s] / D - b[s] * rest)
-        shift[s] = <real> (-rest * r)
-    if parameter_sums is not NULL:
-        row_parameter_sums(grad_y, x, D, S, width, pivot, rstd, shift, parameter_sums,
-                           parameter_sums + D)
-    if call.grad_x is not NULL:
-        backward_block(grad_y, x, at(<const element*> call.grad_total, here),
-                       <element*> call.grad_x + here, D, S, width, pivot, rstd, b, c,
-                       <const real*> NULL, weight, call.streaming, False)
+    column_backward_sums(grad_y, x, weight, D, S, width, mean, g_sum, gx_sum, x_sum)
+    finish_backward(g_sum, gx_sum, x_sum, width, D, rstd, centred, shift, b, c)
+    if parameter_sums is not NULL or call.grad_x is not NULL:
+        backward_strip(grad_y, x, weight, at(<const element*> call.grad_total, here),
+                       at(<element*> call.grad_x, here), D, S, width, mean, rstd, shift, b, c,
+                       parameter_sums, at(parameter_sums, D), call.streaming,
+                       _ahead(columns, s, width))
 
 
 cdef inline void _backward(void* work, int member, int members) noexcept nogil:
@@ -142,7 +139,7 @@ cdef inline void _backward(void* work, int member, int members) noexcept nogil:
     for p in range(share(parts, member, members), share(parts, member + 1, members)):
         for task in range(tasks * p // parts, tasks * (p + 1) // parts):
             s = task % columns.strips * columns.width
-            _backward_strip(call, task // columns.strips, s, min(columns.width, call.S - s),
+            _backward_strip(columns, task // columns.strips, s, min(columns.width, call.S - s),
                             at(columns.sums, 2 * p * D))
     if call.streaming:
         stream_fence()
@@ -153,7 +150,7 @@ cdef inline void _backward(void* work, int member, int members) noexcept nogil:
 
 
 cdef inline int backward(const Call* call) noexcept nogil:
-    cdef Columns work = _columns(call)
+    cdef Columns work = _columns(call, 3)
     if call.grad_weight is not NULL or call.grad_bias is not NULL:
         work.sums = <double*> calloc(2 * work.parts * call.D, sizeof(double))
         if work.sums is NULL:

@@ -32,4 +32,4 @@ cdef inline int backward(const Call* call) noexcept nogil:
     s.grad_y, s.grad_total = <const element*> call.grad_y, <const element*> call.grad_total
     s.grad_x = <element*> call.grad_x
     s.grad_weight, s.grad_bias = <real*> call.grad_weight, <real*> call.grad_bias
-    return backward_stretches(&s, call.threads)
+    return backward_stretches(&s, call.slab, call.threads)

@@ -14,7 +14,7 @@ from libc.string cimport memset
 
 from .sweeps cimport (
     BACKWARD_SHORT, BLOCK, LANES, PAIR, SHORT_VECTORS, UNITS, add, affine_along, at,
-    backward_affine_along, backward_short, element, merge_moments, normalize_short, own_lines,
+    backward_affine_along, backward_short, element, flush_reals, merge_moments, normalize_short, own_lines,
     real, rstd_of, share, stream_fence, stretch_backward_sums, stretch_moments, stretch_squares,
     sum_parts, team, team_barrier, variance,
 )
@@ -25,7 +25,9 @@ cdef enum:
     PIECES = 64         # at most, of one stretch
     PARTS = 32          # at most, of the stretches in backward
     FLUSH = 8           # pairs summed as reals before they go to float64
-    ROWS = 16           # stretches of a part, at least
+    ROWS = 32           # stretches of a part, at least; of one of the first FEW_PARTS,
+    FEW_ROWS = 8
+    FEW_PARTS = 4
 
 
 cdef struct Stretches:
@@ -50,6 +52,7 @@ cdef struct Stretches:
     real* grad_weight
     real* grad_bias
     Py_ssize_t parts
+    bint cached                 # whether what is read and written stays in the team's caches
     # Scratch of the whole team.
     Py_ssize_t piece
     double* wide
@@ -209,11 +212,12 @@ cdef inline void _backward_together(const Stretches* s, Py_ssize_t m, Py_ssize_t
         mu[k] = 0 if s.mean is NULL else s.mean[m + k]
         sums[0] = sums[1] = sums[2] = 0
         stretch_backward_sums(s.grad_y + here + k * s.D, s.x + here + k * s.D,
-                              at(s.weight, along), s.D, <real> mu[k], sums)
+                              at(s.weight, along), s.D, <real> mu[k], sums,
+                              NULL if s.cached or s.streaming else at(s.grad_x, here + k * s.D))
         _terms(sums, s.D, s.mean is not NULL, r[k], shift + k, b + k, c + k)
     backward_affine_along(s.grad_y + here, s.x + here, at(s.weight, along),
                           at(s.grad_total, here), at(s.grad_x, here), count, s.D, mu, shift, r,
-                          b, c, grad_weight, grad_bias, s.streaming)
+                          b, c, grad_weight, grad_bias, s.streaming, s.cached)
 
 
 cdef inline void _backward_part(const Stretches* s, Py_ssize_t part, real* sums) noexcept nogil:
@@ -221,8 +225,10 @@ cdef inline void _backward_part(const Stretches* s, Py_ssize_t part, real* sums)
     cdef:
         Py_ssize_t first = s.M * part // s.parts, last = s.M * (part + 1) // s.parts
         Py_ssize_t length = s.period * s.D, together = PAIR if s.period == 1 else 1
-        Py_ssize_t before_flush = FLUSH * PAIR * s.period, m, i, along
+        Py_ssize_t before_flush = FLUSH * PAIR * s.period, m, along
         double* wide = at(s.wide, 2 * part * length)
+    if wide is not NULL:
+        memset(wide, 0, 2 * length * sizeof(double))
     if s.period == 1 and s.D <= BACKWARD_SHORT * LANES:
         along = first * s.D
         backward_short(s.grad_y + along, s.x + along, s.weight, at(s.grad_total, along),
@@ -236,9 +242,7 @@ cdef inline void _backward_part(const Stretches* s, Py_ssize_t part, real* sums)
                            at(sums, length + along))
         m += together
         if wide is not NULL and (m >= last or (m - first) % before_flush == 0):
-            for i in range(2 * length):
-                wide[i] += sums[i]
-            memset(sums, 0, 2 * length * sizeof(real))
+            flush_reals(wide, sums, 2 * length)
 
 
 cdef inline void _backward_whole(void* work, int member, int members) noexcept nogil:
@@ -274,7 +278,8 @@ cdef inline void _backward_pieces(void* work, int member, int members) noexcept 
             start = p * s.piece
             here = m * s.D + start
             stretch_backward_sums(s.grad_y + here, s.x + here, at(s.weight, start),
-                                  min(s.piece, s.D - start), <real> mu, sums + 3 * p)
+                                  min(s.piece, s.D - start), <real> mu, sums + 3 * p,
+                                  <const element*> NULL)
         team_barrier(members)
         total[0] = total[1] = total[2] = 0
         for i in range(3 * pieces):
@@ -286,7 +291,7 @@ cdef inline void _backward_pieces(void* work, int member, int members) noexcept 
             backward_affine_along(s.grad_y + here, s.x + here, at(s.weight, start),
                                   at(s.grad_total, here), at(s.grad_x, here), 1,
                                   min(s.piece, s.D - start), &mu, &shift, &r, &b, &c,
-                                  at(s.sums, start), at(s.sums, s.D + start), s.streaming)
+                                  at(s.sums, start), at(s.sums, s.D + start), s.streaming, True)
     for p in range(first, last):
         start = p * s.piece
         n = min(s.piece, s.D - start)
@@ -299,7 +304,7 @@ cdef inline void _backward_pieces(void* work, int member, int members) noexcept 
         stream_fence()
 
 
-cdef inline int backward_stretches(Stretches* s, int threads) noexcept nogil:
+cdef inline int backward_stretches(Stretches* s, Py_ssize_t slab, int threads) noexcept nogil:
     """grad_weight and grad_bias, where wanted, are `period` * D long. -1 if out of memory."""
     cdef:
         Py_ssize_t length = s.period * s.D
@@ -307,13 +312,15 @@ cdef inline int backward_stretches(Stretches* s, int threads) noexcept nogil:
         bint pieces = s.D >= LONG and s.M < FEW and s.period == 1
         double wide[6 * PIECES]
     s.wide, s.sums = NULL, NULL
-    s.parts = max(1, min(s.M // (ROWS * s.period), <Py_ssize_t> PARTS))
+    s.parts = max(1, min(s.M // (FEW_ROWS * s.period), <Py_ssize_t> FEW_PARTS),
+                  min(s.M // (ROWS * s.period), <Py_ssize_t> PARTS))
+    s.cached = 3 * s.M * s.D * <Py_ssize_t> sizeof(element) <= slab * threads
     if parameters:
         s.sums = <real*> calloc(own_lines(2 * length) * (1 if pieces else threads), sizeof(real))
         if s.sums is NULL:
             return -1
         if not pieces:
-            s.wide = <double*> calloc(2 * s.parts * length, sizeof(double))
+            s.wide = <double*> malloc(2 * s.parts * length * sizeof(double))
             if s.wide is NULL:
                 free(s.sums)
                 return -1

@@ -282,15 +282,13 @@ cdef inline void _transform(const Images* im, Py_ssize_t start, Py_ssize_t index
         const real* shift = columns_of(im, terms + 2 * C, &task, im.in_line, column_shift)
     affine_block(<const element*> call.x + here, at(<const element*> call.residual, here),
                  <element*> call.y + here, rows, stride, width, pivot, scale, shift,
-                 <const real*> NULL, <const real*> NULL, call.activation, call.streaming,
-                 im.cached)
+                 call.activation, call.streaming, im.cached)
     if task.rows % im.in_line:
         here += rows * stride
         affine_block(<const element*> call.x + here, at(<const element*> call.residual, here),
                      <element*> call.y + here, 1, stride,
                      task.rows % im.in_line * task.channels * im.inner, pivot, scale, shift,
-                     <const real*> NULL, <const real*> NULL, call.activation, call.streaming,
-                     im.cached)
+                     call.activation, call.streaming, im.cached)
 
 
 cdef inline void _normalize_image(const Images* im, Py_ssize_t image, double* wide, real* terms,
@@ -471,17 +469,16 @@ cdef inline void _differentiate(const Images* im, Py_ssize_t start, Py_ssize_t i
     for v in range(5):
         per_column[v] = columns_of(im, terms + v * im.channels, &task, im.in_line,
                                    columns + v * COLUMNS)
-    backward_block(<const element*> call.grad_y + here, at(x, here), <const element*> NULL,
-                   <element*> call.grad_x + here, rows, stride, width, per_column[0],
-                   per_column[2], per_column[3], per_column[4], per_column[1],
-                   <const real*> NULL, call.streaming, im.cached)
+    backward_block(<const element*> call.grad_y + here, at(x, here), <element*> call.grad_x + here,
+                   rows, stride, width, per_column[0], per_column[2], per_column[3], per_column[4],
+                   per_column[1], call.streaming, im.cached)
     if task.rows % im.in_line:
         here += rows * stride
-        backward_block(<const element*> call.grad_y + here, at(x, here), <const element*> NULL,
+        backward_block(<const element*> call.grad_y + here, at(x, here),
                        <element*> call.grad_x + here, 1, stride,
                        task.rows % im.in_line * task.channels * im.inner, per_column[0],
                        per_column[2], per_column[3], per_column[4], per_column[1],
-                       <const real*> NULL, call.streaming, im.cached)
+                       call.streaming, im.cached)
 
 
 cdef inline void _set_backward(const Images* im, Py_ssize_t image, Py_ssize_t first,

@@ -450,9 +450,9 @@ ALWAYS void flush(backward_wides *wide, backward_vecs *sum)
     sum->g = sum->gx = sum->x = splat(0);
 }
 
-/* Adds at most BACKWARD_VECTORS vectors. */
+/* Adds at most BACKWARD_VECTORS vectors; what lies `ahead`, if not 0, and grad_x, if given, is wanted next. */
 ALWAYS void add_backward(const element *grad_y, const element *x, const real *weight, ptrdiff_t n, real mean,
-                         ptrdiff_t ahead, backward_vecs *sum)
+                         ptrdiff_t ahead, const element *grad_x, backward_vecs *sum)
 {
     backward_vecs even = *sum, odd = {{0}, {0}, {0}};
     ptrdiff_t i = 0;
@@ -461,6 +461,8 @@ ALWAYS void add_backward(const element *grad_y, const element *x, const real *we
         const ptrdiff_t j = i + k * LANES;                                              \
         if (ahead)                                                                      \
             prefetch(x + j + ahead), prefetch(grad_y + j + ahead);                      \
+        if (grad_x)                                                                     \
+            prefetch_to_write(grad_x + j);                                              \
         const vec t = load(x + j, left, mean) - mean;                                   \
         vec g = load(grad_y + j, left, 0);                                              \
         if (weight)                                                                     \
@@ -484,15 +486,15 @@ ALWAYS void add_backward(const element *grad_y, const element *x, const real *we
 /* Adds those of a stretch. They may nearly cancel, and are compared with values of order 1 all the same: only
  * BACKWARD_VECTORS vectors are added before they go to float64. */
 ALWAYS void add_long(const element *grad_y, const element *x, const real *weight, ptrdiff_t n, real mean,
-                     ptrdiff_t ahead, backward_wides *wide)
+                     ptrdiff_t ahead, const element *grad_x, backward_wides *wide)
 {
     backward_vecs sum = {{0}, {0}, {0}};
     for (ptrdiff_t i = 0; i < n; i += BACKWARD_VECTORS * LANES) {
         const ptrdiff_t count = MIN(BACKWARD_VECTORS * LANES, n - i);
         if (weight)
-            add_backward(grad_y + i, x + i, weight + i, count, mean, ahead, &sum);
+            add_backward(grad_y + i, x + i, weight + i, count, mean, ahead, grad_x ? grad_x + i : grad_x, &sum);
         else
-            add_backward(grad_y + i, x + i, (const real *)0, count, mean, ahead, &sum);
+            add_backward(grad_y + i, x + i, (const real *)0, count, mean, ahead, grad_x ? grad_x + i : grad_x, &sum);
         flush(wide, &sum);
     }
 }
@@ -504,16 +506,16 @@ ALWAYS void add_wides(const backward_wides *wide, double *g_sum, double *gx_sum,
 
 /* The sums of a stretch with a weight running along, or none. */
 SWEEP void stretch_backward_sums(const element *grad_y, const element *x, const real *weight, ptrdiff_t n,
-                                 real mean, double *sums)
+                                 real mean, double *sums, const element *grad_x)
 {
     if (n <= BACKWARD_VECTORS * LANES) {
         backward_vecs sum = {{0}, {0}, {0}};
-        add_backward(grad_y, x, weight, n, mean, 0, &sum);
+        add_backward(grad_y, x, weight, n, mean, 0, grad_x, &sum);
         sums[0] += lanes_sum(sum.g), sums[1] += lanes_sum(sum.gx), sums[2] += lanes_sum(sum.x);
     } else {
         backward_wides wide;
         clear(&wide);
-        add_long(grad_y, x, weight, n, mean, 0, &wide);
+        add_long(grad_y, x, weight, n, mean, 0, grad_x, &wide);
         add_wides(&wide, sums, sums + 1, sums + 2);
     }
 }
@@ -558,12 +560,12 @@ SWEEP void stretches_backward_sums(const element *grad_y, const element *x, ptrd
         for (ptrdiff_t u = 0; u < count; u++, grad_y += n, x += n) {
             if (n <= BACKWARD_VECTORS * LANES) {
                 backward_vecs one = {{0}, {0}, {0}};
-                add_backward(grad_y, x, (const real *)0, n, *mean, 0, &one);
+                add_backward(grad_y, x, (const real *)0, n, *mean, 0, (const element *)0, &one);
                 sum.g[u] = one.g, sum.gx[u] = one.gx, sum.x[u] = one.x;
             } else {
                 backward_wides wide;
                 clear(&wide);
-                add_long(grad_y, x, (const real *)0, n, *mean, 0, &wide);
+                add_long(grad_y, x, (const real *)0, n, *mean, 0, (const element *)0, &wide);
                 add_wides(&wide, g_sum + first + u, gx_sum + first + u, x_sum + first + u);
             }
             if (--left == 0)
@@ -589,7 +591,7 @@ SWEEP void plane_backward_sums(const element *grad_y, const element *x, ptrdiff_
             clear(wide + u);
         for (ptrdiff_t p = 0; p < planes; p++, grad_y += stride, x += stride)
             for (ptrdiff_t u = 0; u < units; u++)
-                add_long(grad_y + u * n, x + u * n, (const real *)0, n, mean[u], stride, wide + u);
+                add_long(grad_y + u * n, x + u * n, (const real *)0, n, mean[u], stride, (const element *)0, wide + u);
         for (ptrdiff_t u = 0; u < units; u++)
             add_wides(wide + u, found[0] + u, found[1] + u, found[2] + u);
     } else {
@@ -601,7 +603,7 @@ SWEEP void plane_backward_sums(const element *grad_y, const element *x, ptrdiff_
                 clear_units(&sum, 0, whole);
             for (ptrdiff_t u = 0; u < units; u++) {
                 backward_vecs one = {sum.g[u], sum.gx[u], sum.x[u]};
-                add_backward(grad_y + u * n, x + u * n, (const real *)0, n, mean[u], stride, &one);
+                add_backward(grad_y + u * n, x + u * n, (const real *)0, n, mean[u], stride, (const element *)0, &one);
                 sum.g[u] = one.g, sum.gx[u] = one.gx, sum.x[u] = one.x;
             }
             if (p % some == some - 1 || p == planes - 1)
@@ -713,7 +715,7 @@ EXACT_SWEEP void backward_affine(const element *grad_y, const element *x, elemen
 #define FROZEN(i, left) (prefetch(grad_y + (i) + ahead), a * load(grad_y + (i), left, 0))
 #define THROUGH(i, left)                                                                \
     (prefetch(grad_y + (i) + ahead), prefetch(x + (i) + ahead),                         \
-     r * (load(grad_y + (i), left, 0) * w + (b * (load(x + (i), left, 0) - pivot) + c)))
+     r * (load(grad_y + (i), left, 0) * w + fused(load(x + (i), left, 0) - pivot, splat(b), splat(c))))
     real pivot = mean[0], r = rstd[0], b = x ? b_[0] : 0, c = x ? c_[0] : 0;
     for (ptrdiff_t p = 0; p < planes; p++, grad_y += stride, grad_x += stride) {
         const real w = weight ? weight[p * parameter_step] : 1, a = rstd[p * statistic_step] * w;
@@ -731,8 +733,9 @@ EXACT_SWEEP void backward_affine(const element *grad_y, const element *x, elemen
 }
 
 /* The same for some rows with a weight running along, and grad_total added; grad_weight and grad_bias
- * get the sums of grad_y * x_hat and of grad_y, x_hat = (x - mean) * rstd + shift. */
-ALWAYS void backward_rows(const int rows, const int parameters, const int streaming, const element *grad_y,
+ * get the sums of grad_y * x_hat and of grad_y, x_hat = (x - mean) * rstd + shift. The rows after these are
+ * fetched, unless `cached`. */
+ALWAYS void backward_rows(const int rows, const int parameters, const int streaming, int cached, const element *grad_y,
                           const element *x, const real *weight, const element *grad_total, element *grad_x,
                           ptrdiff_t n, const double *mean, const double *shift, const double *rstd,
                           const double *b, const double *c, real *grad_weight, real *grad_bias)
@@ -745,8 +748,10 @@ ALWAYS void backward_rows(const int rows, const int parameters, const int stream
         vec weight_sum = {0}, bias_sum = {0};
         for (int k = 0; k < rows; k++) {
             const vec g = load(grad_y + k * n + i, left, 0), t = load(x + k * n + i, left, 0) - pivot[k];
+            if (!cached)
+                prefetch(x + (rows + k) * n + i), prefetch(grad_y + (rows + k) * n + i);
             if (grad_x) {
-                vec out = r[k] * (g * w + (b_[k] * t + c_[k]));
+                vec out = r[k] * (g * w + fused(t, splat(b_[k]), splat(c_[k])));
                 if (grad_total)
                     out += load(grad_total + k * n + i, left, 0);
                 if (streaming && left == LANES)
@@ -754,7 +759,7 @@ ALWAYS void backward_rows(const int rows, const int parameters, const int stream
                 else
                     store(grad_x + k * n + i, out, left);
             }
-            weight_sum += g * (t * r[k] + s[k]);
+            weight_sum = fused(g, fused(t, splat(r[k]), splat(s[k])), weight_sum);
             bias_sum += g;
         }
         if (parameters) {
@@ -768,10 +773,10 @@ ALWAYS void backward_rows(const int rows, const int parameters, const int stream
 EXACT_SWEEP void backward_affine_along(
     const element *grad_y, const element *x, const real *weight, const element *grad_total, element *grad_x,
     ptrdiff_t rows, ptrdiff_t n, const double *mean, const double *shift, const double *rstd, const double *b,
-    const double *c, real *grad_weight, real *grad_bias, int streaming)
+    const double *c, real *grad_weight, real *grad_bias, int streaming, int cached)
 {
 #define ROWS(rows, parameters, streaming)                                               \
-    backward_rows(rows, parameters, streaming, grad_y, x, weight, grad_total, grad_x, n, mean, shift, rstd, b, c, \
+    backward_rows(rows, parameters, streaming, cached, grad_y, x, weight, grad_total, grad_x, n, mean, shift, rstd, b, c, \
                   grad_weight, grad_bias)
     streaming = streaming && grad_x && until_aligned(grad_x) == 0 && n % LANES == 0;
     if (rows == PAIR && streaming) {
@@ -800,6 +805,13 @@ EXACT_SWEEP void backward_affine_along(
             grad_x += n;
     }
 #undef ROWS
+}
+
+/* Adds n reals to as many doubles, and leaves zeros. */
+SWEEP void flush_reals(double *restrict wide, real *restrict sums, ptrdiff_t n)
+{
+    for (ptrdiff_t i = 0; i < n; i++)
+        wide[i] += sums[i], sums[i] = 0;
 }
 
 /* --------------------------------------------------------------------------- rows in registers */
@@ -900,7 +912,7 @@ ALWAYS void backward_in_registers(const int vectors, const element *grad_y, cons
         const real b_ = b, c_ = mean ? -total * inverse - b * rest : 0, s = -rest * r;
         for (int v = 0; v < vectors; v++) {
             if (grad_x) {
-                vec out = r_ * (g[v] * w[v] + (b_ * t[v] + c_));
+                vec out = r_ * (g[v] * w[v] + fused(t[v], splat(b_), splat(c_)));
                 if (grad_total)
                     out += load(grad_total + m * n + v * LANES, LEFT(v), 0);
                 if (streaming)
@@ -908,7 +920,7 @@ ALWAYS void backward_in_registers(const int vectors, const element *grad_y, cons
                 else
                     store(grad_x + m * n + v * LANES, out, LEFT(v));
             }
-            weight_sum[v] += g[v] * (t[v] * r_ + s);
+            weight_sum[v] = fused(g[v], fused(t[v], splat(r_), splat(s)), weight_sum[v]);
             bias_sum[v] += g[v];
         }
         if (grad_weight && (m % BACKWARD_ROWS == BACKWARD_ROWS - 1 || m == M - 1))
@@ -1015,6 +1027,22 @@ ALWAYS void vectors_moments(const int vectors, const ptrdiff_t left, const eleme
                    above, mean + v * LANES, m2 + v * LANES);
 }
 
+/* Adds what a few rows hold to the sums of n columns, and fetches as many rows more. */
+ALWAYS void add_rows(const int together, const element *x, ptrdiff_t stride, ptrdiff_t n, const real *pivot,
+                     real *sum, real *squares)
+{
+    FOR_VECTORS(j, left, n, {
+        const vec p = load_real(pivot + j, left, 0);
+        vec s = {0}, q = {0};
+        for (int k = 0; k < together; k++) {
+            prefetch(x + (k + together) * stride + j);
+            add_one(load(x + k * stride + j, left, 0) - p, &s, &q);
+        }
+        store_real(sum + j, load_real(sum + j, left, 0) + s, left);
+        store_real(squares + j, load_real(squares + j, left, 0) + q, left);
+    })
+}
+
 /* The same for up to SEGMENT columns, along the rows: the hardware foresees no steps from row to row. */
 ALWAYS void segment_moments(const element *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t n, double above,
                             double *mean, double *m2)
@@ -1032,23 +1060,11 @@ ALWAYS void segment_moments(const element *x, ptrdiff_t rows, ptrdiff_t stride, 
             store_real(pivot + j, first + total / (real)some, left);
         })
     }
-    for (ptrdiff_t r = 0; r < rows; r += PAIR) {
-        const element *one = x + r * stride, *other = one + stride;
-        if (r + PAIR <= rows) {
-            FOR_VECTORS(j, left, n, {
-                const vec p = load_real(pivot + j, left, 0);
-                const vec t = load(one + j, left, 0) - p, u = load(other + j, left, 0) - p;
-                store_real(sum + j, load_real(sum + j, left, 0) + (t + u), left);
-                store_real(squares + j, load_real(squares + j, left, 0) + t * t + u * u, left);
-            })
-        } else {
-            FOR_VECTORS(j, left, n, {
-                const vec t = load(one + j, left, 0) - load_real(pivot + j, left, 0);
-                store_real(sum + j, load_real(sum + j, left, 0) + t, left);
-                store_real(squares + j, load_real(squares + j, left, 0) + t * t, left);
-            })
-        }
-    }
+    ptrdiff_t r = 0;
+    for (; r + TOGETHER <= rows; r += TOGETHER)
+        add_rows(TOGETHER, x + r * stride, stride, n, pivot, sum, squares);
+    for (; r < rows; r++)
+        add_rows(1, x + r * stride, stride, n, pivot, sum, squares);
     merge_rows(pivot, sum, squares, rows, n, above, mean, m2);
 }
 
@@ -1190,6 +1206,39 @@ SWEEP void set_columns(const double *mean, const double *rstd, ptrdiff_t step, c
     }
 }
 
+/* Mean, which may be NULL, and rstd of n columns of `rows` values; pivot, scale and shift of affine_strip. */
+EXACT_SWEEP void finish_columns(const double *mu, const double *m2, ptrdiff_t n, ptrdiff_t rows, double eps,
+                                real *restrict mean, real *restrict rstd, real *restrict pivot,
+                                real *restrict scale, real *restrict shift)
+{
+    const double inverse = 1.0 / rows;
+    for (ptrdiff_t i = 0; i < n; i++) {
+        /* Rounding can leave m2 a hair below zero; a NaN must pass. */
+        const double r = 1 / sqrt((m2[i] < 0 ? 0 : m2[i] * inverse) + eps);
+        const real p = mu[i];
+        pivot[i] = p, scale[i] = r;
+        shift[i] = (p - mu[i]) * r;
+    }
+    memcpy(rstd, scale, n * sizeof(real));
+    if (mean)
+        memcpy(mean, pivot, n * sizeof(real));
+}
+
+/* shift, b and c of backward_strip, from the sums of column_backward_sums. */
+EXACT_SWEEP void finish_backward(const double *g_sum, const double *gx_sum, const double *x_sum, ptrdiff_t n,
+                                 ptrdiff_t rows, const real *rstd, int centred, real *restrict shift,
+                                 real *restrict b, real *restrict c)
+{
+    const double inverse = 1.0 / rows;
+    for (ptrdiff_t i = 0; i < n; i++) {
+        /* The mean arrives rounded: what was rounded away is the mean of what is left. */
+        const double r = rstd[i], rest = centred ? x_sum[i] * inverse : 0;
+        const real slope = -r * r * (gx_sum[i] - rest * g_sum[i]) * inverse;
+        shift[i] = -rest * r;
+        b[i] = slope, c[i] = centred ? -g_sum[i] * inverse - slope * rest : 0;
+    }
+}
+
 ALWAYS void combine_groups(const ptrdiff_t K, ptrdiff_t groups, const double *restrict g,
                            const double *restrict gx, const double *restrict x, const real *restrict weight,
                            double n, int through, const real *restrict rstd, double *restrict grad_weight,
@@ -1238,19 +1287,18 @@ SWEEP void combine_channels(ptrdiff_t K, ptrdiff_t groups, const double *g, cons
         ptrdiff_t row = 0;                                                              \
         for (; close && row + TOGETHER <= (rows); row += TOGETHER)                      \
             FOR_VECTORS(j, left, width, PREPARE(j, left)                                \
-                AT(row * (stride) + j, row, j, left)                                    \
-                AT((row + 1) * (stride) + j, row + 1, j, left)                          \
-                AT((row + 2) * (stride) + j, row + 2, j, left)                          \
-                AT((row + 3) * (stride) + j, row + 3, j, left))                         \
+                AT(row * (stride) + j, left)                                            \
+                AT((row + 1) * (stride) + j, left)                                      \
+                AT((row + 2) * (stride) + j, left)                                      \
+                AT((row + 3) * (stride) + j, left))                                     \
         for (; row < (rows); row++)                                                     \
-            FOR_VECTORS(j, left, width, PREPARE(j, left) AT(row * (stride) + j, row, j, left)) \
+            FOR_VECTORS(j, left, width, PREPARE(j, left) AT(row * (stride) + j, left))  \
     }
 
-/* y = activation(((x - pivot) * scale + shift) * weight + bias + residual): pivot, scale and shift per
- * column, weight and bias per row, where given (both, then, and no residual or activation). */
+/* y = activation((x - pivot) * scale + shift + residual): pivot, scale and shift per column. */
 SWEEP void affine_block(const element *x, const element *residual, element *y, ptrdiff_t rows, ptrdiff_t stride,
                         ptrdiff_t width, const real *pivot, const real *scale, const real *shift,
-                        const real *weight, const real *bias, int activation, int streaming, int cached)
+                        int activation, int streaming, int cached)
 {
     const vec floor = floor_of(activation);
     streaming = streaming && until_aligned(y) == 0 && stride % LANES == 0;
@@ -1266,13 +1314,9 @@ SWEEP void affine_block(const element *x, const element *residual, element *y, p
         else                                                                            \
             store(y + (i), out, left);                                                  \
     }
-#define PLAIN(i, row, j, left) PUT(i, at_least(VALUE(i, left), floor), left)
-#define ADDED(i, row, j, left) PUT(i, at_least(VALUE(i, left) + load(residual + (i), left, 0), floor), left)
-#define WEIGHTED(i, row, j, left) \
-    PUT(i, VALUE(i, left) * (weight ? weight[row] : (real)1) + (bias ? bias[row] : (real)0), left)
-    if (weight || bias) {
-        FOR_BLOCK(rows, stride, width, COLUMNS, WEIGHTED)
-    } else if (activation > RELU) {
+#define PLAIN(i, left) PUT(i, at_least(VALUE(i, left), floor), left)
+#define ADDED(i, left) PUT(i, at_least(VALUE(i, left) + load(residual + (i), left, 0), floor), left)
+    if (activation > RELU) {
         for (ptrdiff_t row = 0; row < rows; row++)
             for (ptrdiff_t start = 0; start < width; start += SCRATCH) {
                 real scratch[SCRATCH];
@@ -1294,70 +1338,149 @@ SWEEP void affine_block(const element *x, const element *residual, element *y, p
     }
 #undef PLAIN
 #undef ADDED
-#undef WEIGHTED
 #undef VALUE
 #undef COLUMNS
 }
 
-/* grad_x = rstd * (grad_y * weight + b * (x - mean) + c) + grad_total with mean, rstd, b and c per column,
- * and the weight per column or per row; no x: grad_x = rstd * weight * grad_y. See backward_affine. */
-EXACT_SWEEP void backward_block(const element *grad_y, const element *x, const element *grad_total,
-                                element *grad_x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t width,
-                                const real *mean, const real *rstd, const real *b, const real *c,
-                                const real *column_weight, const real *row_weight, int streaming, int cached)
+/* grad_x = rstd * (grad_y * weight + b * (x - mean) + c) with all but the arrays per column; no x:
+ * grad_x = rstd * weight * grad_y. See backward_affine. */
+EXACT_SWEEP void backward_block(const element *grad_y, const element *x, element *grad_x, ptrdiff_t rows,
+                                ptrdiff_t stride, ptrdiff_t width, const real *mean, const real *rstd,
+                                const real *b, const real *c, const real *weight, int streaming, int cached)
 {
     element *const y = grad_x;
     streaming = streaming && until_aligned(y) == 0 && stride % LANES == 0;
-#define COLUMNS(j, left)                                                                \
-    const vec r = load_real(rstd + j, left, 0);                                         \
-    const vec w = column_weight ? load_real(column_weight + j, left, 0) : splat(1);     \
-    (void)w;
+#define COLUMNS(j, left) \
+    const vec r = load_real(rstd + j, left, 0), w = load_real(weight + j, left, 0);
 #define ALL_COLUMNS(j, left)                                                            \
     COLUMNS(j, left)                                                                    \
     const vec m = load_real(mean + j, left, 0), b_ = load_real(b + j, left, 0);         \
     const vec c_ = load_real(c + j, left, 0);
-#define FROZEN(i, row, j, left) PUT(i, r * w * load(grad_y + (i), left, 0), left)
-#define THROUGH(i, row, j, left) \
-    PUT(i, r * (load(grad_y + (i), left, 0) * w + (b_ * (load(x + (i), left, 0) - m) + c_)), left)
-#define BY_ROW(i, row, j, left)                                                         \
-    {                                                                                   \
-        vec sum = load(grad_y + (i), left, 0) * (row_weight ? row_weight[row] : (real)1); \
-        sum = r * (sum + (b_ * (load(x + (i), left, 0) - m) + c_));                     \
-        if (grad_total)                                                                 \
-            sum += load(grad_total + (i), left, 0);                                     \
-        PUT(i, sum, left)                                                               \
-    }
+#define FROZEN(i, left) PUT(i, r * w * load(grad_y + (i), left, 0), left)
+#define THROUGH(i, left) \
+    PUT(i, r * (load(grad_y + (i), left, 0) * w + fused(load(x + (i), left, 0) - m, b_, c_)), left)
     if (!x) {
         FOR_BLOCK(rows, stride, width, COLUMNS, FROZEN)
-    } else if (row_weight || grad_total) {
-        FOR_BLOCK(rows, stride, width, ALL_COLUMNS, BY_ROW)
     } else {
         FOR_BLOCK(rows, stride, width, ALL_COLUMNS, THROUGH)
     }
 #undef FROZEN
 #undef THROUGH
-#undef BY_ROW
 #undef COLUMNS
 #undef ALL_COLUMNS
 #undef PUT
 }
 
-/* Adds the sums of grad_y * ((x - mean) * rstd + shift) and of grad_y over each row of a strip. */
-SWEEP void row_parameter_sums(const element *grad_y, const element *x, ptrdiff_t rows, ptrdiff_t stride,
-                              ptrdiff_t n, const real *mean, const real *rstd, const real *shift,
-                              double *grad_weight, double *grad_bias)
-{
-    for (ptrdiff_t row = 0; row < rows; row++, grad_y += stride, x += stride) {
-        vec weight_sum = {0}, bias_sum = {0};
-        FOR_VECTORS(i, left, n, {
-            const vec g = load(grad_y + i, left, 0);
-            weight_sum += g * ((load(x + i, left, 0) - load_real(mean + i, left, 0)) * load_real(rstd + i, left, 0)
-                               + load_real(shift + i, left, 0));
-            bias_sum += g;
-        })
-        grad_weight[row] += lanes_sum(weight_sum);
-        grad_bias[row] += lanes_sum(bias_sum);
+/* The rows of a strip with a weight each. They are taken TOGETHER where all is in the cache; where not,
+ * `ahead` is how far away lies what is read next: it is fetched, row by row, as the hardware follows. */
+#define FOR_ROWS(row, rows, ahead, AT)                                                  \
+    {                                                                                   \
+        ptrdiff_t row = 0;                                                              \
+        for (; !(ahead) && row + TOGETHER <= (rows); row += TOGETHER)                   \
+            AT(TOGETHER, row);                                                          \
+        for (; row < (rows); row++)                                                     \
+            AT(1, row);                                                                 \
     }
+
+ALWAYS void affine_rows(const int together, const element *x, element *y, ptrdiff_t stride, ptrdiff_t width,
+                        const real *pivot, const real *scale, const real *shift, const real *weight,
+                        const real *bias, int streaming, ptrdiff_t ahead)
+{
+    FOR_VECTORS(j, left, width, {
+        const vec p = load_real(pivot + j, left, 0), a = load_real(scale + j, left, 0);
+        const vec b = load_real(shift + j, left, 0);
+        for (int k = 0; k < together; k++) {
+            const ptrdiff_t i = k * stride + j;
+            if (together == 1)
+                prefetch(x + i + ahead);
+            const vec out = ((load(x + i, left, 0) - p) * a + b) * (weight ? weight[k] : (real)1)
+                            + (bias ? bias[k] : (real)0);
+            if (streaming && left == LANES)
+                stream(y + i, out);
+            else
+                store(y + i, out, left);
+        }
+    })
+}
+
+/* y = ((x - pivot) * scale + shift) * weight + bias: pivot, scale and shift per column, weight and bias,
+ * which may be NULL, per row. */
+SWEEP void affine_strip(const element *x, element *y, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t width,
+                        const real *pivot, const real *scale, const real *shift, const real *weight,
+                        const real *bias, int streaming, ptrdiff_t ahead)
+{
+    streaming = streaming && until_aligned(y) == 0 && stride % LANES == 0;
+#define AT(together, row)                                                               \
+    affine_rows(together, x + row * stride, y + row * stride, stride, width, pivot, scale, shift, \
+                weight ? weight + row : weight, bias ? bias + row : bias, streaming, ahead)
+    FOR_ROWS(row, rows, ahead, AT)
+#undef AT
+}
+
+ALWAYS void backward_strip_rows(const int together, const int parameters, const element *grad_y,
+                                const element *x, const real *weight, const element *grad_total,
+                                element *grad_x, ptrdiff_t stride, ptrdiff_t width, const real *mean,
+                                const real *rstd, const real *shift, const real *b, const real *c,
+                                double *grad_weight, double *grad_bias, int streaming, ptrdiff_t ahead)
+{
+    vec weight_sum[TOGETHER], bias_sum[TOGETHER];
+    for (int k = 0; k < together; k++)
+        weight_sum[k] = bias_sum[k] = splat(0);
+    FOR_VECTORS(j, left, width, {
+        const vec m = load_real(mean + j, left, 0), r = load_real(rstd + j, left, 0);
+        const vec s = load_real(shift + j, left, 0), b_ = load_real(b + j, left, 0);
+        const vec c_ = load_real(c + j, left, 0);
+        for (int k = 0; k < together; k++) {
+            const ptrdiff_t i = k * stride + j;
+            if (together == 1)
+                prefetch(grad_y + i + ahead), prefetch(x + i + ahead);
+            const vec g = load(grad_y + i, left, 0), t = load(x + i, left, 0) - m;
+            if (grad_x) {
+                vec out = r * (g * (weight ? weight[k] : (real)1) + (b_ * t + c_));
+                if (grad_total)
+                    out += load(grad_total + i, left, 0);
+                if (streaming && left == LANES)
+                    stream(grad_x + i, out);
+                else
+                    store(grad_x + i, out, left);
+            }
+            if (parameters) {
+                weight_sum[k] += g * (t * r + s);
+                bias_sum[k] += g;
+            }
+        }
+    })
+    for (int k = 0; parameters && k < together; k++) {
+        grad_weight[k] += lanes_sum(weight_sum[k]);
+        grad_bias[k] += lanes_sum(bias_sum[k]);
+    }
+}
+
+/* grad_x = rstd * (grad_y * weight + b * (x - mean) + c) + grad_total with the weight per row, all else per
+ * column; see backward_affine. Adds to grad_weight and grad_bias, which may be NULL together, the sums over
+ * each row of grad_y * ((x - mean) * rstd + shift) and of grad_y. */
+EXACT_SWEEP void backward_strip(const element *grad_y, const element *x, const real *weight,
+                                const element *grad_total, element *grad_x, ptrdiff_t rows, ptrdiff_t stride,
+                                ptrdiff_t width, const real *mean, const real *rstd, const real *shift,
+                                const real *b, const real *c, double *grad_weight, double *grad_bias,
+                                int streaming, ptrdiff_t ahead)
+{
+    streaming = streaming && grad_x && until_aligned(grad_x) == 0 && stride % LANES == 0;
+#define ROWS(together, parameters, row)                                                 \
+    backward_strip_rows(together, parameters, grad_y + row * stride, x + row * stride,  \
+                        weight ? weight + row : weight, grad_total ? grad_total + row * stride : grad_total, \
+                        grad_x ? grad_x + row * stride : grad_x, stride, width, mean, rstd, shift, b, c, \
+                        grad_weight + row, grad_bias + row, streaming, ahead)
+#define SUMMED(together, row) ROWS(together, 1, row)
+#define ALONE(together, row) ROWS(together, 0, row)
+    if (grad_weight) {
+        FOR_ROWS(row, rows, ahead, SUMMED)
+    } else {
+        FOR_ROWS(row, rows, ahead, ALONE)
+    }
+#undef ROWS
+#undef SUMMED
+#undef ALONE
 }
 
 /* ------------------------------------------------------------------------------ running statistics */

@@ -35,7 +35,8 @@ cdef extern from "sweeps.h" nogil:
     void stretch_squares(const element* x, Py_ssize_t units, Py_ssize_t n, double* squares,
                          const element* y) noexcept
     void stretch_backward_sums(const element* grad_y, const element* x, const real* weight,
-                               Py_ssize_t n, real mean, double* sums) noexcept
+                               Py_ssize_t n, real mean, double* sums,
+                               const element* grad_x) noexcept
     void stretches_backward_sums(const element* grad_y, const element* x, Py_ssize_t stretches,
                                  Py_ssize_t n, const real* mean, Py_ssize_t K, double* g_sum,
                                  double* gx_sum, double* x_sum) noexcept
@@ -62,7 +63,10 @@ cdef extern from "sweeps.h" nogil:
                                const element* grad_total, element* grad_x, Py_ssize_t rows,
                                Py_ssize_t n, const double* mean, const double* shift,
                                const double* rstd, const double* b, const double* c,
-                               real* grad_weight, real* grad_bias, int streaming) noexcept
+                               real* grad_weight, real* grad_bias, int streaming,
+                               int cached) noexcept
+    void flush_reals(double* wide, real* sums, Py_ssize_t n) noexcept
+
     void normalize_short(const element* x, const real* weight, const real* bias, element* y,
                          Py_ssize_t M, Py_ssize_t n, double eps, real* mean, real* rstd,
                          int streaming) noexcept
@@ -84,6 +88,12 @@ cdef extern from "sweeps.h" nogil:
     void set_columns(const double* mean, const double* rstd, Py_ssize_t step, const real* weight,
                      const real* bias, Py_ssize_t n, real* pivot, real* scale,
                      real* shift) noexcept
+    void finish_columns(const double* mu, const double* m2, Py_ssize_t n, Py_ssize_t rows,
+                        double eps, real* mean, real* rstd, real* pivot, real* scale,
+                        real* shift) noexcept
+    void finish_backward(const double* g_sum, const double* gx_sum, const double* x_sum,
+                         Py_ssize_t n, Py_ssize_t rows, const real* rstd, int centred,
+                         real* shift, real* b, real* c) noexcept
     void combine_channels(Py_ssize_t K, Py_ssize_t groups, const double* g, const double* gx,
                           const double* x, const real* weight, double n, int through,
                           const real* rstd, double* grad_weight, double* grad_bias, real* b,
@@ -91,16 +101,20 @@ cdef extern from "sweeps.h" nogil:
 
     void affine_block(const element* x, const element* residual, element* y, Py_ssize_t rows,
                       Py_ssize_t stride, Py_ssize_t width, const real* pivot, const real* scale,
-                      const real* shift, const real* weight, const real* bias, int activation,
-                      int streaming, int cached) noexcept
-    void backward_block(const element* grad_y, const element* x, const element* grad_total,
-                        element* grad_x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t width,
-                        const real* mean, const real* rstd, const real* b, const real* c,
-                        const real* column_weight, const real* row_weight, int streaming,
+                      const real* shift, int activation, int streaming, int cached) noexcept
+    void backward_block(const element* grad_y, const element* x, element* grad_x, Py_ssize_t rows,
+                        Py_ssize_t stride, Py_ssize_t width, const real* mean, const real* rstd,
+                        const real* b, const real* c, const real* weight, int streaming,
                         int cached) noexcept
-    void row_parameter_sums(const element* grad_y, const element* x, Py_ssize_t rows,
-                            Py_ssize_t stride, Py_ssize_t n, const real* mean, const real* rstd,
-                            const real* shift, double* grad_weight, double* grad_bias) noexcept
+    void affine_strip(const element* x, element* y, Py_ssize_t rows, Py_ssize_t stride,
+                      Py_ssize_t width, const real* pivot, const real* scale, const real* shift,
+                      const real* weight, const real* bias, int streaming,
+                      Py_ssize_t ahead) noexcept
+    void backward_strip(const element* grad_y, const element* x, const real* weight,
+                        const element* grad_total, element* grad_x, Py_ssize_t rows,
+                        Py_ssize_t stride, Py_ssize_t width, const real* mean, const real* rstd,
+                        const real* shift, const real* b, const real* c, double* grad_weight,
+                        double* grad_bias, int streaming, Py_ssize_t ahead) noexcept
 
     void move_running(real* running, const real* new_, Py_ssize_t B, Py_ssize_t stride,
                       Py_ssize_t n, double factor, double momentum) noexcept

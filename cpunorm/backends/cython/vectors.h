@@ -338,6 +338,22 @@ ALWAYS vec lanes_sums(const vec *v)
 #endif
 }
 
+/* a * b + c, rounded once where the processor can. */
+ALWAYS vec fused(vec a, vec b, vec c)
+{
+#if defined(__AVX512F__) && defined(ELEMENT_FLOAT64)
+    return (vec)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__AVX512F__)
+    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__) && defined(ELEMENT_FLOAT64)
+    return (vec)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#elif defined(__FMA__)
+    return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
 /* v where it is not below floor; NaN stays NaN. */
 ALWAYS vec at_least(vec v, vec floor)
 {
