@@ -72,7 +72,8 @@ def extension(name, source, macros=(), flags=()):
 
 
 def extensions():
-    names = [f"cpunorm.{name}" for name in ("_memory", "_openmp", "_front", "_capi", "torch._tensors")]
+    names = [f"cpunorm.{name}" for name in ("_memory", "_openmp", "_runs", "_front", "_capi")]
+    names += ["cpunorm.torch._tensors"]
     names += [f"{PACKAGE}.{name}" for name in ("verbs", "kernels")]
     *common, kernels = cythonize(
         [Extension(name, [name.replace(".", "/") + ".pyx"]) for name in names],
