@@ -43,7 +43,8 @@ cdef inline Columns _columns(const Call* call, Py_ssize_t arrays) noexcept nogil
     return work
 
 
-cdef inline Py_ssize_t _ahead(const Columns* columns, Py_ssize_t s, Py_ssize_t width) noexcept nogil:
+cdef inline Py_ssize_t _ahead(const Columns* columns, Py_ssize_t s,
+                              Py_ssize_t width) noexcept nogil:
     """How far away the next strip lies, 0 where that does not matter."""
     if columns.near:
         return 0
