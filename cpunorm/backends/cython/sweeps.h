@@ -32,6 +32,7 @@
 #define TOGETHER 4          /* rows that share the loads of what runs along them */
 #define PAIR 2              /* the same, where each row is three streams of memory */
 #define UNITS 32            /* units measured together, at most */
+#define LONG_BYTES 4096     /* of a plane that is stored past the caches wherever it begins */
 
 /* Code that is inlined in two places may be rounded in two ways, and which place runs may depend on the
  * number of threads. So there is one copy of every sweep, in which sums may be reordered and multiply-adds
@@ -625,6 +626,13 @@ SWEEP void add(const element *x, const element *residual, element *total, ptrdif
 
 #undef SUM
 
+/* Whether planes of n elements are stored past the caches: where they are short and end within a line, two
+ * planes write it, each a part, and what the others gain is lost. */
+ALWAYS int worth_streaming(const element *y, ptrdiff_t n)
+{
+    return n * (ptrdiff_t)sizeof(element) >= LONG_BYTES || (until_aligned(y) == 0 && n % LANES == 0);
+}
+
 /* y = activation((x - mean) * rstd * weight + bias + residual) for planes side by side or `stride` apart;
  * a plane's mean and rstd are `statistic_step` from those of the one before, its weight and bias
  * `parameter_step`. What lies `ahead` is wanted next. */
@@ -634,6 +642,7 @@ SWEEP void affine(const element *x, const element *residual, element *y, ptrdiff
                   ptrdiff_t ahead)
 {
     const vec floor = floor_of(activation);
+    streaming = streaming && worth_streaming(y, n);
 #define PLAIN(i, left) (prefetch(x + (i) + ahead), at_least((load(x + (i), left, 0) - pivot) * a + b, floor))
 #define ADDED(i, left) \
     (prefetch(x + (i) + ahead), prefetch(residual + (i) + ahead), \
@@ -716,6 +725,7 @@ EXACT_SWEEP void backward_affine(const element *grad_y, const element *x, elemen
 #define THROUGH(i, left)                                                                \
     (prefetch(grad_y + (i) + ahead), prefetch(x + (i) + ahead),                         \
      r * (load(grad_y + (i), left, 0) * w + fused(load(x + (i), left, 0) - pivot, splat(b), splat(c))))
+    streaming = streaming && worth_streaming(grad_x, n);
     real pivot = mean[0], r = rstd[0], b = x ? b_[0] : 0, c = x ? c_[0] : 0;
     for (ptrdiff_t p = 0; p < planes; p++, grad_y += stride, grad_x += stride) {
         const real w = weight ? weight[p * parameter_step] : 1, a = rstd[p * statistic_step] * w;
