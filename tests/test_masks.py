@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cpunorm
-from cpunorm import reference
+from cpunorm import _masked, _no_runs, reference
 
 from .cases import Case, in_layout
 from .support import (
@@ -155,6 +155,32 @@ def test_gradients_against_finite_differences(case):
     ):
         for gradient, wanted in zip(gradients, numeric, strict=False):
             np.testing.assert_allclose(gradient, wanted, rtol=1e-6, atol=1e-7)
+
+
+@all_masks
+@all_cases
+def test_channel_by_channel(case, mask_of, backend, monkeypatch):
+    """Little is gathered at a time: what is more is solved in parts."""
+    monkeypatch.setattr(_masked, "PART_BYTES", 1)
+    mask, arrays, grad_y = mask_of(case), case.arrays(), case.grad_y()
+    y, stats = run(case, copies(arrays), mask=mask, return_stats=True, backend=backend)
+    assert_values_close(y, run_oracle(case, copies(arrays), mask=mask).y)
+    gradients = run_backward(case, arrays, grad_y, stats, mask=mask, backend=backend)
+    assert_gradients_close(gradients, run_oracle_backward(case, arrays, grad_y, mask=mask))
+
+
+@all_masks
+@all_cases
+def test_where_nothing_was_compiled(case, mask_of, monkeypatch):
+    """The bits of the compiled way to gather."""
+    mask, arrays, grad_y = mask_of(case), case.arrays(), case.grad_y()
+    results = []
+    for module in (_masked, _no_runs):
+        monkeypatch.setattr(_masked, "Runs", module.Runs)
+        y, stats = run(case, copies(arrays), mask=mask, return_stats=True, backend="numpy")
+        gradients = run_backward(case, arrays, grad_y, stats, mask=mask, backend="numpy")
+        results.append((y, tuple(stats), tuple(gradients)))
+    assert_same_bits(results[1], results[0])
 
 
 # --- What a mask means ---------------------------------------------------------------------------
