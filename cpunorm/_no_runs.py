@@ -1,6 +1,5 @@
 """Stands in for `_runs` where nothing was compiled."""
 
-from typing import Any
 
 from ._frame import Array
 
