@@ -1,7 +1,7 @@
 """The front door: the common case of every operation, from arguments to kernel in compiled code.
 
-A call is common if its arrays are of plain kinds and C-contiguous, or have the shape NCHW and lie in
-memory as NHWC, and it is for the compiled backend or for Numba. What is not, or is not right, is
+A call is common if its arrays are of plain kinds and C-contiguous, or have the shape NCHW and lie
+in memory as NHWC, and it is for the compiled backend or for Numba. What is not, or is not right, is
 declined: the function returns None, nothing has been written, and `_canonical.py` deals with the
 call, errors included.
 """

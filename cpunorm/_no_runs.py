@@ -1,6 +1,5 @@
 """Stands in for `_runs` where nothing was compiled."""
 
-
 from ._frame import Array
 
 

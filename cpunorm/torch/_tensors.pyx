@@ -67,7 +67,7 @@ else:
 
 
 def array(tensor):
-    """A CPU tensor's memory as an array; None if that is not all there is to it, or for no kernel."""
+    """A CPU tensor's memory as an array; None if there is more to it, or no kernel for it."""
     cdef:
         DLTensor view
         cnp.npy_intp strides[MOST_AXES]
