@@ -15,8 +15,8 @@ from libc.string cimport memset
 from .sweeps cimport (
     BACKWARD_SHORT, BLOCK, LANES, PAIR, SHORT_VECTORS, UNITS, add, affine_along, at,
     backward_affine_along, backward_short, element, flush_reals, merge_moments, normalize_short,
-    own_lines, real, rstd_of, share, stream_fence, stretch_backward_sums, stretch_moments, stretch_squares,
-    sum_parts, team, team_barrier, variance,
+    own_lines, real, rstd_of, share, stream_fence, stretch_backward_sums, stretch_moments,
+    stretch_squares, sum_parts, team, team_barrier, variance,
 )
 
 cdef enum:
