@@ -174,6 +174,10 @@ def test_the_interactive_page_draws(docs, tmp_path, choice, shows):
     # Plotly's own elements: one mark per cell, with its text.
     assert len(re.findall(r'<path class="point"', done.stdout)) == cells
     assert shows in re.search(r'id="status"[^>]*>([^<]*)', done.stdout)[1]
+    first = dict(re.findall(r'<select id="(\w+)"[^>]*><option value="([^"]*)"', done.stdout))
+    opens = {key: first[key] for key in ("pass", "layout", "dtype")}
+    assert opens == {"pass": "inference", "layout": "NCHW", "dtype": "float32"}
+    assert first["plane"] != "s,1", "images come before rows"
 
 
 def test_the_page_asks_no_network(docs):
