@@ -151,7 +151,8 @@ cdef inline void transform_chunk(const Units* u, Py_ssize_t unit, Py_ssize_t cou
     cdef:
         Chunk chunk = chunk_of(u, index)
         Py_ssize_t here = unit_at(u, unit) + chunk.offset, c = unit % u.call.G * u.K, p
-        Py_ssize_t ahead = unit_at(u, count)
+        # What lies side by side the processor fetches by itself.
+        Py_ssize_t ahead = unit_at(u, count) if u.batch else 0
     if u.batch:
         for p in range(chunk.planes - 1, -1, -1):
             transform_planes(u, here + p * u.stride, count, chunk.length, c, mean, rstd, 1, ahead)
@@ -385,7 +386,8 @@ cdef inline void differentiate_chunk(const Units* u, Py_ssize_t unit, Py_ssize_t
     cdef:
         Chunk chunk = chunk_of(u, index)
         Py_ssize_t here = unit_at(u, unit) + chunk.offset, c = unit % u.call.G * u.K, p
-        Py_ssize_t ahead = unit_at(u, count)
+        # What lies side by side the processor fetches by itself.
+        Py_ssize_t ahead = unit_at(u, count) if u.batch else 0
     if u.batch:
         for p in range(chunk.planes - 1, -1, -1):
             differentiate_planes(u, here + p * u.stride, count, chunk.length, c, unit, b, c_, 1,

@@ -635,7 +635,7 @@ ALWAYS int worth_streaming(const element *y, ptrdiff_t n)
 
 /* y = activation((x - mean) * rstd * weight + bias + residual) for planes side by side or `stride` apart;
  * a plane's mean and rstd are `statistic_step` from those of the one before, its weight and bias
- * `parameter_step`. What lies `ahead` is wanted next. */
+ * `parameter_step`. What lies `ahead`, if not 0, is wanted next. */
 SWEEP void affine(const element *x, const element *residual, element *y, ptrdiff_t planes, ptrdiff_t stride,
                   ptrdiff_t n, const double *mean, const double *rstd, ptrdiff_t statistic_step,
                   const real *weight, const real *bias, ptrdiff_t parameter_step, int activation, int streaming,
@@ -643,9 +643,10 @@ SWEEP void affine(const element *x, const element *residual, element *y, ptrdiff
 {
     const vec floor = floor_of(activation);
     streaming = streaming && worth_streaming(y, n);
-#define PLAIN(i, left) (prefetch(x + (i) + ahead), at_least((load(x + (i), left, 0) - pivot) * a + b, floor))
-#define ADDED(i, left) \
-    (prefetch(x + (i) + ahead), prefetch(residual + (i) + ahead), \
+#define NEXT(p) (ahead ? prefetch((p) + ahead) : (void)0)
+#define PLAIN(i, left) (NEXT(x + (i)), at_least((load(x + (i), left, 0) - pivot) * a + b, floor))
+#define ADDED(i, left)                                                                  \
+    (NEXT(x + (i)), NEXT(residual + (i)),                                               \
      at_least((load(x + (i), left, 0) - pivot) * a + b + load(residual + (i), left, 0), floor))
     for (ptrdiff_t p = 0; p < planes; p++, x += stride, y += stride) {
         const double mu = mean[p * statistic_step], r = rstd[p * statistic_step];
@@ -663,6 +664,7 @@ SWEEP void affine(const element *x, const element *residual, element *y, ptrdiff
         if (residual)
             residual += stride;
     }
+#undef NEXT
 #undef PLAIN
 #undef ADDED
 }
@@ -714,16 +716,18 @@ SWEEP void affine_along(const element *x, const real *weight, const real *bias, 
 
 /* grad_x = rstd * (grad_y * weight + b * (x - mean) + c) for planes side by side or `stride` apart; no x:
  * statistics held constant, grad_x = rstd * grad_y * weight. A plane's mean, rstd, b and c are
- * `statistic_step`, 0 or 1, from those of the one before, its weight `parameter_step`. Where a unit is constant the
+ * `statistic_step`, 0 or 1, from those of the one before, its weight `parameter_step`. What lies `ahead`, if not
+ * 0, is wanted next. Where a unit is constant the
  * terms cancel, and rstd is large: the product is rounded as in the sums, before anything is added. */
 EXACT_SWEEP void backward_affine(const element *grad_y, const element *x, element *grad_x, ptrdiff_t planes,
                                  ptrdiff_t stride, ptrdiff_t n, const real *mean, const real *rstd,
                                  const real *b_, const real *c_, ptrdiff_t statistic_step,
                                  const real *weight, ptrdiff_t parameter_step, int streaming, ptrdiff_t ahead)
 {
-#define FROZEN(i, left) (prefetch(grad_y + (i) + ahead), a * load(grad_y + (i), left, 0))
+#define NEXT(p) (ahead ? prefetch((p) + ahead) : (void)0)
+#define FROZEN(i, left) (NEXT(grad_y + (i)), a * load(grad_y + (i), left, 0))
 #define THROUGH(i, left)                                                                \
-    (prefetch(grad_y + (i) + ahead), prefetch(x + (i) + ahead),                         \
+    (NEXT(grad_y + (i)), NEXT(x + (i)),                                                 \
      r * (load(grad_y + (i), left, 0) * w + fused(load(x + (i), left, 0) - pivot, splat(b), splat(c))))
     streaming = streaming && worth_streaming(grad_x, n);
     real pivot = mean[0], r = rstd[0], b = x ? b_[0] : 0, c = x ? c_[0] : 0;
@@ -738,6 +742,7 @@ EXACT_SWEEP void backward_affine(const element *grad_y, const element *x, elemen
             WRITE(grad_x, n, streaming, FROZEN)
         }
     }
+#undef NEXT
 #undef FROZEN
 #undef THROUGH
 }
