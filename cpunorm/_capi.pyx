@@ -35,13 +35,13 @@ cdef inline const Table* table_of(const real* x) noexcept nogil:
     return tables[<int> FLOAT32 if real is float else <int> FLOAT64]
 
 
-cdef Call call_for(int arrays, Py_ssize_t nbytes, int threads) noexcept nogil:
-    """A call with so many arrays of x's size, on as many threads as have enough to do."""
+cdef Call call_for(Py_ssize_t nbytes, bint backward, int threads) noexcept nogil:
+    """A call on an x of so many bytes, on as many threads as have enough to do."""
     if forked or nbytes < serial_bytes:
         threads = 1
     else:
         threads = min(threads, <int> min(nbytes // bytes_per_thread, most_threads))
-    return new_call(arrays * nbytes, threads)
+    return new_call(nbytes, backward, threads)
 
 
 cdef inline bint is_number(double eps) noexcept nogil:
@@ -66,7 +66,7 @@ cdef int normalize_rows(const real* x, const real* weight, const real* bias, rea
         scratch = <real*> malloc(2 * rows * sizeof(real))
         if scratch is NULL:
             return NO_MEMORY
-    call = call_for(2, rows * length * sizeof(real), threads)
+    call = call_for(rows * length * sizeof(real), False, threads)
     call.M, call.D, call.eps = rows, length, eps
     call.x, call.weight, call.bias, call.y = x, weight, bias, y
     call.rstd = scratch if rstd is NULL else rstd
@@ -102,7 +102,7 @@ cdef int layer_norm_backward(
         return BAD_ARGUMENT
     if rows == 0 or length == 0:
         return no_gradients(grad_weight, grad_bias, length)
-    call = call_for(3, rows * length * sizeof(real), threads)
+    call = call_for(rows * length * sizeof(real), True, threads)
     call.M, call.D = rows, length
     call.grad_y, call.x, call.weight = grad_y, x, weight
     call.mean, call.rstd = <void*> mean, <void*> rstd
@@ -162,7 +162,7 @@ cdef int normalize_channels(
     scratch = <real*> malloc(3 * count * sizeof(real))
     if scratch is NULL:
         return NO_MEMORY
-    call = call_for(2, size * sizeof(real), threads)
+    call = call_for(size * sizeof(real), False, threads)
     set_channels(&call, c)
     call.x, call.weight, call.bias, call.y, call.eps = x, weight, bias, y, eps
     call.mean = scratch if mean is NULL else mean
@@ -187,7 +187,7 @@ cdef int differentiate_channels(
         int failed
     if size == 0:
         return no_gradients(grad_weight, grad_bias, c.C)
-    call = call_for(3, size * sizeof(real), threads)
+    call = call_for(size * sizeof(real), True, threads)
     set_channels(&call, c)
     call.grad_y, call.x, call.weight = grad_y, x, weight
     call.mean, call.rstd = <void*> mean, <void*> rstd
@@ -244,7 +244,7 @@ cdef int batch_norm(
                                   momentum, eps, threads)
     if N * C * S == 0:
         return 0
-    call = call_for(2, N * C * S * sizeof(real), threads)
+    call = call_for(N * C * S * sizeof(real), False, threads)
     set_channels(&call, &c)
     call.x, call.weight, call.bias, call.y, call.eps = x, weight, bias, y, eps
     call.mean, call.var, call.rstd = running_mean, running_var, rstd

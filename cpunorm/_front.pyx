@@ -178,7 +178,7 @@ cdef inline void* data(object a) noexcept:
 
 
 cdef inline Call call_for(cnp.ndarray x, object y):
-    cdef Call call = new_call((3 if y is None else 2) * cnp.PyArray_NBYTES(x), 1)
+    cdef Call call = new_call(cnp.PyArray_NBYTES(x), y is None, 1)
     call.x, call.y = data(x), data(y)
     return call
 

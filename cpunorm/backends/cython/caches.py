@@ -37,9 +37,10 @@ def slab_bytes() -> int:
     return cache_bytes(2) // 2
 
 
-def stream_bytes() -> int:
-    """Return the size of all arrays of a call together from which results bypass the caches.
+def stream_bytes() -> tuple[int, int]:
+    """Return the sizes of a result, forward and backward, from which on it bypasses the caches.
 
-    Where they just exceed the last cache, part of a result would still be found there.
+    Forward, where x and y just exceed the last cache, part of y would still be found there. Backward,
+    what grad_x would push out of it is worth more: x and grad_y, of which much is there.
     """
-    return cache_bytes(3) * 3 // 2
+    return cache_bytes(3) * 3 // 4, cache_bytes(3) * 2 // 9

@@ -13,9 +13,9 @@ cdef Table* tables[ELEMENTS]
 
 # Sizes in bytes, set once when the backend is loaded.
 cdef Py_ssize_t slab_bytes
-cdef Py_ssize_t stream_bytes
+cdef Py_ssize_t stream_bytes[2]   # forward, backward
 
 cdef int element_of(cnp.ndarray x) except -1
-cdef Call new_call(Py_ssize_t nbytes, int threads) noexcept nogil
+cdef Call new_call(Py_ssize_t nbytes, bint backward, int threads) noexcept nogil
 cdef int solve(Verb verb, Call* call) noexcept nogil
 cdef int run(Verb verb, Call* call) except -1

@@ -12,12 +12,13 @@ cnp.import_array()
 cdef int bfloat16_number = -1  # NumPy's number for the type of ml_dtypes, once one was seen
 
 
-def install(capsules, Py_ssize_t slab, Py_ssize_t stream):
+def install(capsules, Py_ssize_t slab, stream):
     """Take the tables of the element types, in the order of `Element`, and the machine's sizes."""
-    global slab_bytes, stream_bytes
+    global slab_bytes
     for i, capsule in enumerate(capsules):
         tables[i] = <Table*> PyCapsule_GetPointer(capsule, "cpunorm.Table")
-    slab_bytes, stream_bytes = slab, stream
+    slab_bytes = slab
+    stream_bytes[0], stream_bytes[1] = stream
 
 
 cdef int element_of(cnp.ndarray x) except -1:
@@ -37,13 +38,13 @@ cdef int element_of(cnp.ndarray x) except -1:
     raise TypeError(f"no kernels for {x.dtype}")
 
 
-cdef Call new_call(Py_ssize_t nbytes, int threads) noexcept nogil:
-    """A call whose arrays of x's size take so many bytes together."""
+cdef Call new_call(Py_ssize_t nbytes, bint backward, int threads) noexcept nogil:
+    """A call on an x of so many bytes."""
     cdef Call call
     memset(&call, 0, sizeof(call))
     call.threads = threads
     call.slab = slab_bytes
-    call.streaming = nbytes >= stream_bytes
+    call.streaming = nbytes >= stream_bytes[backward]
     return call
 
 
@@ -71,7 +72,7 @@ cdef inline void* data(object array):
 
 cdef Call normalize_call(cnp.ndarray x, residual, weight, bias, double eps, int activation, y,
                          total, mean, var, rstd, int threads):
-    cdef Call call = new_call(2 * cnp.PyArray_NBYTES(x), threads)
+    cdef Call call = new_call(cnp.PyArray_NBYTES(x), False, threads)
     call.x, call.residual, call.y, call.total = data(x), data(residual), data(y), data(total)
     call.weight, call.bias = data(weight), data(bias)
     call.mean, call.var, call.rstd = data(mean), data(var), data(rstd)
@@ -81,7 +82,7 @@ cdef Call normalize_call(cnp.ndarray x, residual, weight, bias, double eps, int 
 
 cdef Call backward_call(grad_y, cnp.ndarray x, mean, rstd, weight, grad_total, grad_x,
                         grad_weight, grad_bias, int threads):
-    cdef Call call = new_call(3 * cnp.PyArray_NBYTES(x), threads)
+    cdef Call call = new_call(cnp.PyArray_NBYTES(x), True, threads)
     call.grad_y, call.x, call.grad_total = data(grad_y), data(x), data(grad_total)
     call.mean, call.rstd, call.weight = data(mean), data(rstd), data(weight)
     call.grad_x, call.grad_weight, call.grad_bias = data(grad_x), data(grad_weight), data(grad_bias)
@@ -229,14 +230,14 @@ def last_backward_apply(grad_y, cnp.ndarray x, mean, rstd, weight, grad_x, grad_
 
 def copy(cnp.ndarray x, cnp.ndarray y, int threads):
     """y = x, with the stores the kernels would use."""
-    cdef Call call = new_call(2 * cnp.PyArray_NBYTES(x), threads)
+    cdef Call call = new_call(cnp.PyArray_NBYTES(x), False, threads)
     call.M, call.x, call.y = cnp.PyArray_SIZE(x), data(x), data(y)
     run(tables[element_of(x)].copy, &call)
 
 
 def triad(cnp.ndarray grad_y, cnp.ndarray x, cnp.ndarray grad_x, int threads):
     """grad_x = grad_y - x, with the stores the kernels would use."""
-    cdef Call call = new_call(3 * cnp.PyArray_NBYTES(x), threads)
+    cdef Call call = new_call(cnp.PyArray_NBYTES(x), True, threads)
     call.M = cnp.PyArray_SIZE(x)
     call.grad_y, call.x, call.grad_x = data(grad_y), data(x), data(grad_x)
     run(tables[element_of(x)].triad, &call)
