@@ -586,7 +586,7 @@ SWEEP void plane_backward_sums(const element *grad_y, const element *x, ptrdiff_
                                double *x_sum)
 {
     double found[3][UNITS] = {{0}};
-    if (n > BACKWARD_VECTORS * LANES) {
+    if (n > BACKWARD_SHORT * LANES) {
         backward_wides wide[UNITS];
         for (ptrdiff_t u = 0; u < units; u++)
             clear(wide + u);
