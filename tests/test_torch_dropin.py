@@ -51,7 +51,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10, torch.float16: 1e-2, tor
 def every_size_and_every_warning(monkeypatch):
     _modules._said.clear()
     for module in _modules.OURS.values():
-        monkeypatch.setattr(module, "least_bytes", 0, raising=False)
+        monkeypatch.setattr(module, "least_bytes", (0, 0), raising=False)
 
 
 def pair(name, dtype=torch.float32, **options):
@@ -528,13 +528,15 @@ def test_wrong_arguments_of_functions():
 
 
 def test_small_inputs_are_torchs_without_a_word(monkeypatch):
-    monkeypatch.setattr(_modules.LayerNorm, "least_bytes", 1024)
+    monkeypatch.setattr(_modules.LayerNorm, "least_bytes", (1024, 2048))
     calls = []
     eager = _modules.eager
     monkeypatch.setattr(_modules, "eager", lambda *a: calls.append(a[2].shape) or eager(*a))
     model = ours.accelerate(nn.LayerNorm(16))
-    model(torch.ones(15, 16)), model(torch.ones(16, 16))
-    assert calls == [(16, 16)]
+    model(torch.ones(31, 16)), model(torch.ones(32, 16))
+    with torch.no_grad():
+        model(torch.ones(15, 16)), model(torch.ones(16, 16))
+    assert calls == [(32, 16), (16, 16)]
 
 
 def test_torchs_number_of_threads_is_ours():

@@ -164,19 +164,20 @@ def _say_once(module: str, reason: str) -> None:
 class _Ours(nn.Module):
     """What our classes share: a call is ours, or falls back to the class after us."""
 
-    # Below this size of x the way from Python to our kernel costs more than the kernel wins.
-    least_bytes = 64 << 10
+    # Below these sizes of x, without and with autograd, the way from Python to our kernel costs more
+    # than the kernel wins.
+    least_bytes = 64 << 10, 64 << 10
 
     def _is_for_us(self, x: Any, *tensors: Any) -> bool:
         reason = _reason_against(x, *tensors)
         if reason is not None:
             _say_once(type(self).__name__, reason)
             return False
-        return bool(x.nbytes >= self.least_bytes)
+        return bool(x.nbytes >= self.least_bytes[torch.is_grad_enabled()])
 
 
 class _BatchNorm(_Ours):
-    least_bytes = 2 << 20
+    least_bytes = 2 << 20, 1 << 20
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         running = self.running_mean, self.running_var
@@ -215,7 +216,7 @@ class _InstanceNorm(_Ours):
 
 
 class GroupNorm(_Ours, nn.GroupNorm):
-    least_bytes = 2 << 20
+    least_bytes = 1 << 20, 4 << 20
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self._is_for_us(x, self.weight, self.bias):
@@ -225,7 +226,7 @@ class GroupNorm(_Ours, nn.GroupNorm):
 
 
 class LayerNorm(_Ours, nn.LayerNorm):
-    least_bytes = 2 << 20
+    least_bytes = 1 << 20, 2 << 20
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self._is_for_us(x, self.weight, self.bias):
