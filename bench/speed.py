@@ -19,6 +19,7 @@ from typing import Any
 
 from . import marks, peers
 from .machine import machine
+from .results import write_bytes
 from .shapes import CLASSES, Case
 from .suites import suite
 from .workers import Contestant, Result, crew, measure
@@ -194,7 +195,7 @@ def main() -> None:
         finally:
             if args.json:
                 content = {**facts, "blocks": args.blocks, "rows": rows(report.results)}
-                args.json.write_text(json.dumps(content, indent=1) + "\n")
+                write_bytes(args.json, (json.dumps(content, indent=1) + "\n").encode())
     print(report.summary())
     if args.marks:
         print(marks.table(report))

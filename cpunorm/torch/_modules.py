@@ -164,8 +164,8 @@ def _say_once(module: str, reason: str) -> None:
 class _Ours(nn.Module):
     """What our classes share: a call is ours, or falls back to the class after us."""
 
-    # Below these sizes of x, without and with autograd, the way from Python to our kernel costs more
-    # than the kernel wins.
+    # Below these sizes of x, without and with autograd, the way from Python to our kernel costs
+    # more than the kernel wins.
     least_bytes = 64 << 10, 64 << 10
 
     def _is_for_us(self, x: Any, *tensors: Any) -> bool:

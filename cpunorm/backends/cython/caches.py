@@ -40,7 +40,7 @@ def slab_bytes() -> int:
 def stream_bytes() -> tuple[int, int]:
     """Return the sizes of a result, forward and backward, from which on it bypasses the caches.
 
-    Forward, where x and y just exceed the last cache, part of y would still be found there. Backward,
-    what grad_x would push out of it is worth more: x and grad_y, of which much is there.
+    Forward, where x and y just exceed the last cache, part of y would still be found there.
+    Backward, what grad_x would push out of it is worth more: x and grad_y, of which much is there.
     """
     return cache_bytes(3) * 3 // 4, cache_bytes(3) * 2 // 9
