@@ -422,7 +422,7 @@ cdef inline void _sum_columns(
         Py_ssize_t C = im.channels, c, k, s, v
     if abreast == 1 and im.inner == 1:
         column_backward_sums(grad_y, x, <const real*> NULL, rows, stride, width, mean, sums,
-                             sums + C, sums + 2 * C)
+                             sums + C, NULL if im.frozen else sums + 2 * C)
         return
     memset(columns, 0, sizeof(columns))
     column_backward_sums(grad_y, x, <const real*> NULL, rows // abreast, stride, width * abreast,

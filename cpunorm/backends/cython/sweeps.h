@@ -1146,49 +1146,58 @@ ALWAYS void vectors_backward_sums(const int vectors, const ptrdiff_t left, const
         for (ptrdiff_t k = 0; k < left; k++) {
             g_sum[v * LANES + k] += a[v][k];
             gx_sum[v * LANES + k] += b[v][k];
-            x_sum[v * LANES + k] += c[v][k];
+            if (x_sum)
+                x_sum[v * LANES + k] += c[v][k];
         }
+}
+
+/* Adds what a few rows hold to the sums of n columns, and fetches as many rows more. */
+ALWAYS void add_backward_rows(const int together, const int centred, const element *grad_y, const element *x,
+                              const real *weight, ptrdiff_t stride, ptrdiff_t n, const real *mean, real *g_sum,
+                              real *gx_sum, real *x_sum)
+{
+    FOR_VECTORS(j, left, n, {
+        const vec m = load_real(mean + j, left, 0);
+        vec a = {0}, b = {0}, c = {0};
+        for (int k = 0; k < together; k++) {
+            const ptrdiff_t i = k * stride + j, next = i + together * stride;
+            prefetch(x + next), prefetch(grad_y + next);
+            const vec t = load(x + i, left, 0) - m;
+            const vec g = load(grad_y + i, left, 0) * (weight ? weight[k] : (real)1);
+            a += g, b += g * t, c += t;
+        }
+        store_real(g_sum + j, load_real(g_sum + j, left, 0) + a, left);
+        store_real(gx_sum + j, load_real(gx_sum + j, left, 0) + b, left);
+        if (centred)
+            store_real(x_sum + j, load_real(x_sum + j, left, 0) + c, left);
+    })
 }
 
 /* The same for up to SEGMENT columns, along the rows. */
-ALWAYS void segment_backward_sums(const element *grad_y, const element *x, const real *weight, ptrdiff_t rows,
-                                  ptrdiff_t stride, ptrdiff_t n, const real *mean, double *g_sum,
-                                  double *gx_sum, double *x_sum)
+ALWAYS void segment_backward_sums(const int centred, const element *grad_y, const element *x, const real *weight,
+                                  ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t n, const real *mean,
+                                  double *g_sum, double *gx_sum, double *x_sum)
 {
     real a[SEGMENT], b[SEGMENT], c[SEGMENT];
+    ptrdiff_t r = 0;
     for (ptrdiff_t k = 0; k < n; k++)
         a[k] = b[k] = c[k] = 0;
-    for (ptrdiff_t r = 0; r < rows; r += PAIR) {
-        const element *gs = grad_y + r * stride, *xs = x + r * stride;
-        const real w = weight ? weight[r] : 1;
-        if (r + PAIR <= rows) {
-            const real z = weight ? weight[r + 1] : 1;
-            FOR_VECTORS(j, left, n, {
-                for (int k = PAIR; k < 2 * PAIR; k++)
-                    prefetch(xs + k * stride + j), prefetch(gs + k * stride + j);
-                const vec m = load_real(mean + j, left, 0);
-                const vec t = load(xs + j, left, 0) - m, u = load(xs + stride + j, left, 0) - m;
-                const vec g = load(gs + j, left, 0) * w, h = load(gs + stride + j, left, 0) * z;
-                store_real(a + j, load_real(a + j, left, 0) + (g + h), left);
-                store_real(b + j, load_real(b + j, left, 0) + (g * t + h * u), left);
-                store_real(c + j, load_real(c + j, left, 0) + (t + u), left);
-            })
-        } else {
-            FOR_VECTORS(j, left, n, {
-                const vec t = load(xs + j, left, 0) - load_real(mean + j, left, 0);
-                const vec g = load(gs + j, left, 0) * w;
-                store_real(a + j, load_real(a + j, left, 0) + g, left);
-                store_real(b + j, load_real(b + j, left, 0) + g * t, left);
-                store_real(c + j, load_real(c + j, left, 0) + t, left);
-            })
-        }
-    }
+#define ADD(together)                                                                   \
+    add_backward_rows(together, centred, grad_y + r * stride, x + r * stride, weight ? weight + r : weight, \
+                      stride, n, mean, a, b, c)
+    for (; r + TOGETHER <= rows; r += TOGETHER)
+        ADD(TOGETHER);
+    for (; r < rows; r++)
+        ADD(1);
+#undef ADD
     for (ptrdiff_t k = 0; k < n; k++)
-        g_sum[k] += a[k], gx_sum[k] += b[k], x_sum[k] += c[k];
+        g_sum[k] += a[k], gx_sum[k] += b[k];
+    for (ptrdiff_t k = 0; centred && k < n; k++)
+        x_sum[k] += c[k];
 }
 
-/* Adds, for every column, the sums of g, g * (x - mean) and x - mean, where g = grad_y * weight and
- * the weight, if there is one, belongs to the row. */
+/* Adds, for every column, the sums of g, g * (x - mean) and, unless x_sum is NULL, x - mean, where
+ * g = grad_y * weight and the weight, if there is one, belongs to the row. */
 SWEEP void column_backward_sums(const element *grad_y, const element *x, const real *weight, ptrdiff_t rows,
                                 ptrdiff_t stride, ptrdiff_t width, const real *mean, double *g_sum,
                                 double *gx_sum, double *x_sum)
@@ -1197,13 +1206,20 @@ SWEEP void column_backward_sums(const element *grad_y, const element *x, const r
         const ptrdiff_t count = MIN(BACKWARD_ROWS, rows - start), here = start * stride;
         const real *weights = weight ? weight + start : weight;
         if (width > COLUMN_VECTORS * LANES) {
-            for (ptrdiff_t j = 0; j < width; j += SEGMENT)
-                segment_backward_sums(grad_y + here + j, x + here + j, weights, count, stride,
-                                      MIN(SEGMENT, width - j), mean + j, g_sum + j, gx_sum + j, x_sum + j);
+#define SEGMENTS(centred)                                                               \
+    for (ptrdiff_t j = 0; j < width; j += SEGMENT)                                      \
+        segment_backward_sums(centred, grad_y + here + j, x + here + j, weights, count, stride, \
+                              MIN(SEGMENT, width - j), mean + j, g_sum + j, gx_sum + j, x_sum + j)
+            if (x_sum) {
+                SEGMENTS(1);
+            } else {
+                SEGMENTS(0);
+            }
+#undef SEGMENTS
         } else {
             FOR_COLUMNS(j, vectors, left, width,
                         vectors_backward_sums(vectors, left, grad_y + here + j, x + here + j, weights, count,
-                                              stride, mean + j, g_sum + j, gx_sum + j, x_sum + j);)
+                                              stride, mean + j, g_sum + j, gx_sum + j, x_sum ? x_sum + j : x_sum);)
         }
     }
 }
