@@ -20,6 +20,7 @@ import numpy as np
 from llvmlite import ir
 from numba import prange, types
 from numba.core import cgutils
+from numba.core.compiler import Compiler
 from numba.extending import intrinsic
 
 from .halves import as_bits, open_halves
@@ -44,6 +45,19 @@ _LINKED = {"nogil": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 jit = numba.njit(**_LINKED, **OPTIONS)
 jit_sum = numba.njit(**_LINKED, **_SUM_OPTIONS)
 _inlined = numba.njit(inline="always", **_LINKED, **OPTIONS)
+
+
+class _Restricted(Compiler):
+    """What `restrict` says in C: what is written through one argument is read through no other."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.state.flags.noalias = True
+
+
+# For loops that store: without, each begins by looking whether any two of its arrays overlap, which
+# takes longer than a short row.
+sweep = numba.njit(pipeline_class=_Restricted, **_LINKED, **OPTIONS)
 
 
 @lru_cache

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from . import channels_last, rows
-from ._jit import Array, flat, jit, kernel
+from ._jit import Array, flat, jit, kernel, sweep
 from .activations import address
 from .sweeps import (
     BLOCK,
@@ -47,7 +47,7 @@ from .sweeps import (
 SHORT = 32
 
 
-@jit
+@sweep
 def _affine(x, start, rows, stride, width, terms, channel, out, first, step):
     """out = (x - mean)·scale + shift, a row for each channel from `channel`."""
     for r in range(rows):
@@ -143,7 +143,7 @@ def _apply(task, arguments):
         _transform(x, residual, activation, first * S + left, channels, S, w, terms, y, z)
 
 
-@jit
+@sweep
 def _write_grad_x(grad_y, x, start, rows, stride, width, mean, scale, terms, frozen, grad_x):
     """grad_x of one channel over one block."""
     number = x.dtype.type

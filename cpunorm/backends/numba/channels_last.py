@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from . import rows
-from ._jit import Array, flat, jit, kernel
+from ._jit import Array, flat, jit, kernel, sweep
 from .activations import address
 from .sweeps import (
     BLOCK,
@@ -42,7 +42,7 @@ from .sweeps import (
 NARROW, BROAD = 64, 1024  # channels of a strip
 
 
-@jit
+@sweep
 def _affine(x, start, count, stride, width, terms, out, first, step):
     """out = (x - mean)·scale + shift, with terms for each column."""
     for r in range((count + width - 1) // width):
@@ -179,7 +179,7 @@ def _sum_columns(grad_y, x, start, rows, C, width, lanes, means, sums):
     column_gradient_sums(grad_y, x, start, rows, C, width, lanes, means, one, 0, g, gx, lost, sums)
 
 
-@jit
+@sweep
 def _set_means(means, mean, unit, K, width, lanes):
     """The mean of every column of a strip that begins with `unit`."""
     for c in range(width):
@@ -187,7 +187,7 @@ def _set_means(means, mean, unit, K, width, lanes):
     unfold(means, width, lanes)
 
 
-@jit
+@sweep
 def _set_gradient_terms(terms, rstd, unit, K, weight, channel, merged, first, width, lanes):
     """terms[1:] = (scale, centre, slope, rest) of every column of a strip."""
     for c in range(width):
@@ -198,7 +198,7 @@ def _set_gradient_terms(terms, rstd, unit, K, weight, channel, merged, first, wi
         unfold(terms[i], width, lanes)
 
 
-@jit
+@sweep
 def _write_grad_x(grad_y, x, start, rows, C, width, lanes, terms, frozen, grad_x):
     wide = lanes * width
     count = rows * width

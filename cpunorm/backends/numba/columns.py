@@ -8,7 +8,7 @@ every task gathers for itself.
 import numpy as np
 
 from . import rows
-from ._jit import Array, flat, jit, jit_sum, kernel
+from ._jit import Array, flat, jit, jit_sum, kernel, sweep
 from .sweeps import (
     BLOCK,
     PIECE,
@@ -30,7 +30,7 @@ from .sweeps import (
 NARROW, BROAD = 128, 1024  # columns of a strip
 
 
-@jit
+@sweep
 def _affine(x, start, height, stride, width, terms, parameters, row, out, first, step):
     """out = (x - mean)·rstd·weight + bias, rows from `row`, with terms for each column."""
     weight, bias = parameters
@@ -89,7 +89,7 @@ def _normalize(task, arguments):
             finish(z, z[:0], 0, a, h * width, S, width, y)
 
 
-@jit
+@sweep
 def _write_grad_x(grad_y, x, start, D, S, width, terms, weight, grad_total, grad_x):
     for r in range(D):
         a = start + r * S

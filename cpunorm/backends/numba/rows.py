@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ._jit import Array, flat, jit, jit_sum, kernel
+from ._jit import Array, flat, jit, jit_sum, kernel, sweep
 from .sweeps import (
     BLOCK,
     PIECE,
@@ -37,7 +37,7 @@ from .sweeps import (
 GATHERING_TASKS = 64
 
 
-@jit
+@sweep
 def _affine(x, start, rows, left, width, stats, row, parameters, group, sizes, out, first, step):
     """out = (x - mean)·rstd·weight + bias, columns from `left` of rows that start with `group`."""
     mean, rstd = stats
@@ -155,7 +155,7 @@ def _sum_rows(grad_y, x, mean, parameters, block, sizes, sums):
             sums[2, r] += lost
 
 
-@jit
+@sweep
 def _write_grad_x(grad_y, x, saved, parameters, grad_total, block, sizes, terms, grad_x):
     mean, rstd = saved
     weight, weighted, _, _ = parameters
@@ -186,7 +186,7 @@ def _write_grad_x(grad_y, x, saved, parameters, grad_total, block, sizes, terms,
                     grad_x[i] = element_gradient(g, x[i] - m, s, centre, slope, rest)
 
 
-@jit
+@sweep
 def _sum_parameters(grad_y, x, saved, block, sizes, terms, wanted, sums):
     """Add the rows of a block to `sums`, (2, G·width), of grad_weight and grad_bias."""
     mean, rstd = saved

@@ -20,7 +20,7 @@ last sum is what the mean lost by being rounded; slope and rest make up for it.
 
 import numpy as np
 
-from ._jit import Array, jit, jit_sum, once
+from ._jit import Array, jit, jit_sum, once, sweep
 from .activations import RELU, activate
 
 BLOCK = 4096  # elements that are swept several times from L1
@@ -115,7 +115,7 @@ def unit_moments(x, start, rows, stride, width, units, mean, M2):
         M2[i] -= s1 * s1 / n
 
 
-@jit
+@sweep
 def column_moments(x, start, rows, stride, width, lanes, center, pivot, mean, M2):
     """Mean and M2 of every column of a block, into mean[:width] and M2[:width].
 
@@ -160,7 +160,7 @@ def column_moments(x, start, rows, stride, width, lanes, center, pivot, mean, M2
         M2[j] -= s1 * s1 / rows
 
 
-@jit
+@sweep
 def settle(mean, M2, units, count, eps, outputs, unit):
     """From M2 over `count` elements to rstd, in place; store what is wanted, from `unit` on."""
     mean_out, var_out, rstd_out = outputs
@@ -217,7 +217,7 @@ def scale_of(rstd, weight, channel):
     return number(rstd * weight[at(channel)]) if weight.size else number(rstd)
 
 
-@jit
+@sweep
 def set_terms(terms, channels, mean, rstd, unit, K, weight, bias, channel):
     """terms[:, i] = (mean, scale, shift), y = (x - mean)·scale + shift, channels from `channel`.
 
@@ -302,7 +302,7 @@ def block_gradient_sums(grad_y, x, start, rows, stride, width, mean):
     return g, gx, lost
 
 
-@jit
+@sweep
 def column_gradient_sums(
     grad_y, x, start, rows, stride, width, lanes, mean, weight, weighted, g, gx, lost, sums
 ):
