@@ -27,7 +27,6 @@ from .sweeps import (
     TASKS,
     at,
     block_gradient_sums,
-    block_moments,
     ceil_div,
     element_gradient,
     finish,
@@ -98,13 +97,14 @@ def _normalize(task, arguments):
     b0, b1, g0, g1, _ = _units_of(task, sizes)
     groups = g1 - g0
     stride = G * K * S
+    pivot = np.empty(groups, x.dtype)
     mean = np.empty(groups)
     M2 = np.empty(groups)
     terms = np.empty((3, groups * K), x.dtype)
     z = np.empty(BLOCK, x.dtype)
     for b in range(b0, b1):
         start = b * R * stride + g0 * K * S
-        unit_moments(x, start, R, stride, K * S, groups, mean, M2)
+        unit_moments(x, start, R, stride, K * S, groups, True, pivot, mean, M2)
         settle(mean, M2, groups, R * K * S, eps, outputs, b * G + g0)
         if y.size:
             set_terms(terms, groups * K, mean, M2, np.intp(0), K, weight, bias, g0 * K)
@@ -122,7 +122,10 @@ def _measure_parts(task, arguments):
     unit = task // parts.shape[1]
     top, left, h, w = part_of(part, R, run, height, length)
     start = ((unit // G * R + top) * G + unit % G) * run + left
-    parts[0, part, unit], parts[1, part, unit] = block_moments(x, start, h, G * run, w, True)
+    pivot = np.empty(1, x.dtype)
+    mean = parts[0, part, unit : unit + 1]
+    M2 = parts[1, part, unit : unit + 1]
+    unit_moments(x, start, h, G * run, w, 1, True, pivot, mean, M2)
 
 
 @kernel

@@ -111,14 +111,13 @@ def _normalize(task, arguments):
     n0, n1, c0, width, _ = _strip_of(task, sizes)
     lanes = lanes_of(S, width, C)
     wide = lanes * width
-    pivot = np.empty(wide)
-    mean = np.empty(wide)
-    M2 = np.empty(wide)
+    mean = np.empty(width)
+    M2 = np.empty(width)
     terms = np.empty((3, wide), x.dtype)
     z = np.empty(max(BLOCK, wide), x.dtype)
     for n in range(n0, n1):
         start = n * S * C + c0
-        column_moments(x, start, S, C, width, lanes, True, pivot, mean, M2)
+        column_moments(x, start, S, C, width, lanes, True, terms, mean, M2)
         _group_columns(mean, M2, width // K, K, S)
         settle(mean, M2, width // K, S * K, eps, outputs, (n * C + c0) // K)
         if y.size:
@@ -145,10 +144,10 @@ def _measure_parts(task, arguments):
     _, _, C, K, _, _ = sizes
     n, part, start, h, c0, width = _part_of(task, sizes)
     lanes = lanes_of(h, width, C)
-    pivot = np.empty(lanes * width)
-    mean = np.empty(lanes * width)
-    M2 = np.empty(lanes * width)
-    column_moments(x, start, h, C, width, lanes, True, pivot, mean, M2)
+    mean = np.empty(width)
+    M2 = np.empty(width)
+    scratch = np.empty((3, lanes * width), x.dtype)
+    column_moments(x, start, h, C, width, lanes, True, scratch, mean, M2)
     _group_columns(mean, M2, width // K, K, h)
     unit = (n * C + c0) // K
     for g in range(width // K):

@@ -60,7 +60,6 @@ def _normalize(task, arguments):
     x, addend, parameters, eps, center, y, total, outputs, sizes = arguments
     _, D, S, _, _ = sizes
     n0, n1, s0, width = _strip(task, sizes)
-    pivot = np.empty(width)
     mean = np.empty(width)
     M2 = np.empty(width)
     terms = np.empty((3, width), x.dtype)
@@ -73,7 +72,7 @@ def _normalize(task, arguments):
         start = n * D * S + s0
         if total.size:
             add(x, addend, start, D, S, width, z, total)
-        column_moments(source, start, D, S, width, 1, center, pivot, mean, M2)
+        column_moments(source, start, D, S, width, 1, center, terms, mean, M2)
         settle(mean, M2, width, D, eps, outputs, n * S + s0)
         for j in range(width):
             terms[0, j] = mean[j]

@@ -22,7 +22,6 @@ from .sweeps import (
     TASKS,
     add,
     at,
-    block_moments,
     ceil_div,
     element_gradient,
     finish,
@@ -31,6 +30,7 @@ from .sweeps import (
     same_memory,
     settle,
     store_totals,
+    unit_moments,
 )
 
 # Every backward task has parameter gradients of its own: with more, adding them up would show.
@@ -82,6 +82,7 @@ def _normalize(task, arguments):
     x, addend, residual, parameters, eps, center, activation, y, total, outputs, sizes = arguments
     M, D, G, height = sizes
     tall = max(1, BLOCK // D)
+    pivot = np.empty(tall, x.dtype)
     mean = np.empty(tall)
     M2 = np.empty(tall)
     z = np.empty(BLOCK, x.dtype)
@@ -91,8 +92,7 @@ def _normalize(task, arguments):
         rows = min(tall, stop - top)
         if total.size:
             add(x, addend, top * D, 1, 0, rows * D, z, total)
-        for r in range(rows):
-            mean[r], M2[r] = block_moments(source, (top + r) * D, 1, 0, D, center)
+        unit_moments(source, top * D, 1, 0, D, rows, center, pivot, mean, M2)
         settle(mean, M2, rows, D, eps, outputs, top)
         if y.size:
             stats = mean, M2
@@ -112,7 +112,10 @@ def _measure_parts(task, arguments):
     if total.size:
         add(x, addend, start, 1, 0, width, np.empty(BLOCK, x.dtype), total)
     source = total if total.size else x
-    parts[0, part, row], parts[1, part, row] = block_moments(source, start, 1, 0, width, center)
+    pivot = np.empty(1, x.dtype)
+    mean = parts[0, part, row : row + 1]
+    M2 = parts[1, part, row : row + 1]
+    unit_moments(source, start, 1, 0, width, 1, center, pivot, mean, M2)
 
 
 @kernel

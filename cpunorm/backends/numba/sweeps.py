@@ -28,6 +28,8 @@ PIECE = 16384  # elements of the least task worth a thread
 SLAB = 512 * 1024  # bytes that stay in L2 between two sweeps
 TASKS = 16  # enough to keep the threads busy; where there would be fewer, statistics are cut
 SHORT_SUM = 32  # rows summed in the type of x before float64 takes over
+RUN = 4096  # and elements of a row
+FIRST = 8  # rows whose mean is the first pivot of a column
 
 # An index of this type cannot be negative: numba's test for that would keep the loops scalar.
 at = np.uintp
@@ -52,16 +54,21 @@ def lanes_of(rows, width, stride):
     if width != stride:
         return 1
     wide = 64 if width <= 64 else 1024
-    return max(1, min(wide // width, rows // 8))
+    most = min(wide // width, rows // 8)
+    lanes = 1
+    while 2 * lanes <= most:
+        lanes *= 2
+    return lanes
 
 
-@jit
+@sweep
 def fold(sums, width, lanes):
-    """Add up the lanes of a swept row into the first."""
-    for lane in range(1, lanes):
-        a = lane * width
-        for j in range(width):
-            sums[j] += sums[at(a + j)]
+    """Add up the lanes of a swept row, a power of two, into the first."""
+    wide = lanes * width // 2
+    while wide >= width:
+        for j in range(wide):
+            sums[j] += sums[at(wide + j)]
+        wide //= 2
 
 
 @jit
@@ -72,92 +79,131 @@ def unfold(values, width, lanes):
 
 
 @jit_sum
-def deviations(x, start, rows, stride, width, pivot):
-    """Σd and Σd² over one block, with d = x - pivot."""
-    s1 = 0.0
-    s2 = 0.0
-    for r in range(rows):
-        a = start + r * stride
-        for j in range(width):
-            d = x[at(a + j)] - pivot
-            s1 += d
-            s2 += d * d
-    return s1, s2
-
-
-@jit
-def block_moments(x, start, rows, stride, width, center):
-    """Mean and M2 of one block; 0 and Σx² where it is not to be centred."""
-    pivot = np.float64(x[at(start)]) if center else 0.0
-    s1, s2 = deviations(x, start, rows, stride, width, pivot)
-    if not center:
-        return 0.0, s2
-    n = rows * width
-    return pivot + s1 / n, s2 - s1 * s1 / n
-
-
-@jit
-def unit_moments(x, start, rows, stride, width, units, mean, M2):
-    """Mean and M2 of blocks side by side, read in the order of memory."""
-    for i in range(units):
-        mean[i] = 0.0
-        M2[i] = 0.0
+def deviations(x, start, rows, stride, width, units, pivot, s1, s2):
+    """Add Σd and Σd² of blocks side by side, with d = x - pivot: along a run in the type of x."""
+    zero = x.dtype.type(0)
     for r in range(rows):
         for i in range(units):
-            a = start + i * width
-            s1, s2 = deviations(x, a + r * stride, 1, 0, width, np.float64(x[at(a)]))
-            mean[i] += s1
-            M2[i] += s2
+            p = pivot[i]
+            for left in range(0, width, RUN):
+                a = start + r * stride + i * width + left
+                run1 = zero
+                run2 = zero
+                for j in range(min(RUN, width - left)):
+                    d = x[at(a + j)] - p
+                    run1 += d
+                    run2 += d * d
+                s1[i] += run1
+                s2[i] += run2
+
+
+@jit
+def sample_mean(x, start, width):
+    """The mean of a few values; exactly the value where all are the same."""
+    quarter = width // 4
+    first = x[at(start)]
+    b = x[at(start + quarter)] - first
+    c = x[at(start + 2 * quarter)] - first
+    d = x[at(start + 3 * quarter)] - first
+    return first + ((b + c) + d) * x.dtype.type(0.25)
+
+
+@jit
+def unit_moments(x, start, rows, stride, width, units, center, pivot, mean, M2):
+    """Mean and M2 of blocks side by side, read in the order of memory.
+
+    0 and Σx² where they are not to be centred. `pivot` is scratch in the type of x.
+    """
     n = rows * width
+    number = x.dtype.type
     for i in range(units):
-        s1 = mean[i]
-        mean[i] = x[at(start + i * width)] + s1 / n
-        M2[i] -= s1 * s1 / n
+        a = start + i * width
+        pivot[i] = sample_mean(x, a, width) if center else number(0)
+        mean[i] = 0.0
+        M2[i] = 0.0
+    deviations(x, start, rows, stride, width, units, pivot, mean, M2)
+    if not center:
+        mean[:units] = 0.0
+        return
+    for i in range(units):
+        # A pivot more than two deviations from the mean: what is lost by the difference shows.
+        if 1.25 * mean[i] * mean[i] > n * M2[i]:
+            pivot[i] = pivot[i] + mean[i] / n
+            mean[i] = 0.0
+            M2[i] = 0.0
+            a = start + i * width
+            deviations(x, a, rows, stride, width, 1, pivot[i:], mean[i:], M2[i:])
+    for i in range(units):
+        offset = mean[i] / n
+        M2[i] -= mean[i] * offset
+        mean[i] = pivot[i] + offset
 
 
 @sweep
-def column_moments(x, start, rows, stride, width, lanes, center, pivot, mean, M2):
-    """Mean and M2 of every column of a block, into mean[:width] and M2[:width].
+def column_moments(x, start, rows, stride, width, lanes, center, scratch, mean, M2):
+    """Mean and M2 of every column of a block; 0 and Σx² where it is not to be centred.
 
-    The three arrays, all float64, are `lanes` times as long as the block is wide.
+    `scratch`, (3, lanes·width), has the type of x.
     """
+    pivot, s1, s2 = scratch[0], scratch[1], scratch[2]
     wide = lanes * width
     step = lanes * stride
     count = rows * width
     full = count // wide
-    fours = full - full % 4
+    first = min(rows, FIRST)
     for j in range(width):
-        pivot[j] = x[at(start + j)] if center else 0.0
-    unfold(pivot, width, lanes)
-    for j in range(wide):
+        pivot[j] = 0
         mean[j] = 0.0
         M2[j] = 0.0
-    # Four rows for each load and store of the sums.
-    for r in range(0, fours, 4):
-        a = start + r * step
-        b = a + step
-        c = b + step
-        d = c + step
+    if center:
+        for r in range(1, first):
+            for j in range(width):
+                pivot[j] += x[at(start + r * stride + j)] - x[at(start + j)]
+        for j in range(width):
+            pivot[j] = x[at(start + j)] + pivot[j] / x.dtype.type(first)
+    unfold(pivot, width, lanes)
+    for top in range(0, full + 1, SHORT_SUM):
+        stop = min(top + SHORT_SUM, full + 1)
+        fours = top + (min(stop, full) - top) // 4 * 4
         for j in range(wide):
-            p = pivot[j]
-            da = x[at(a + j)] - p
-            db = x[at(b + j)] - p
-            dc = x[at(c + j)] - p
-            dd = x[at(d + j)] - p
-            mean[j] += (da + db) + (dc + dd)
-            M2[j] = M2[j] + da * da + db * db + dc * dc + dd * dd
-    for r in range(fours, full + 1):
-        a = start + r * step
-        for j in range(min(wide, count - r * wide)):
-            da = x[at(a + j)] - pivot[j]
-            mean[j] += da
-            M2[j] += da * da
-    fold(mean, width, lanes)
-    fold(M2, width, lanes)
-    for j in range(width):
-        s1 = mean[j] if center else 0.0
-        mean[j] = pivot[j] + s1 / rows
-        M2[j] -= s1 * s1 / rows
+            s1[j] = 0
+            s2[j] = 0
+        # Four rows for each load and store of the sums.
+        for r in range(top, fours, 4):
+            a = start + r * step
+            b = a + step
+            c = b + step
+            d = c + step
+            for j in range(wide):
+                p = pivot[j]
+                da = x[at(a + j)] - p
+                db = x[at(b + j)] - p
+                dc = x[at(c + j)] - p
+                dd = x[at(d + j)] - p
+                s1[j] += (da + db) + (dc + dd)
+                s2[j] = s2[j] + da * da + db * db + dc * dc + dd * dd
+        for r in range(fours, stop):
+            a = start + r * step
+            for j in range(min(wide, count - r * wide)):
+                da = x[at(a + j)] - pivot[j]
+                s1[j] += da
+                s2[j] += da * da
+        fold(s1, width, lanes)
+        fold(s2, width, lanes)
+        seen = top * lanes
+        n = min(rows, stop * lanes) - seen
+        if not center:
+            for j in range(width):
+                M2[j] += s2[j]
+        elif n:
+            share = 1.0 / (seen + n)
+            for j in range(width):
+                offset = s1[j] / np.float64(n)
+                d = (pivot[j] - mean[j]) + offset
+                M2[j] += (s2[j] - s1[j] * offset) + d * d * (seen * n * share)
+                mean[j] += d * (n * share)
+                pivot[j] = mean[j]
+            unfold(pivot, width, lanes)
 
 
 @sweep
@@ -287,18 +333,25 @@ def element_gradient(g, d, scale, centre, slope, rest):
 @jit_sum
 def block_gradient_sums(grad_y, x, start, rows, stride, width, mean):
     """Σg, Σg·(x - mean), Σ(x - mean) over one block, with g = grad_y."""
-    m = np.float64(mean)
+    zero = x.dtype.type(0)
     g = 0.0
     gx = 0.0
     lost = 0.0
     for r in range(rows):
-        a = start + r * stride
-        for j in range(width):
-            d = x[at(a + j)] - m
-            v = np.float64(grad_y[at(a + j)])
-            g += v
-            gx += v * d
-            lost += d
+        for left in range(0, width, RUN):
+            a = start + r * stride + left
+            run_g = zero
+            run_gx = zero
+            run_lost = zero
+            for j in range(min(RUN, width - left)):
+                d = x[at(a + j)] - mean
+                v = grad_y[at(a + j)]
+                run_g += v
+                run_gx += v * d
+                run_lost += d
+            g += run_g
+            gx += run_gx
+            lost += run_lost
     return g, gx, lost
 
 
@@ -357,11 +410,13 @@ def column_gradient_sums(
                 g[j] += ga
                 gx[j] += ga * da
                 lost[j] += da
-        for a in range(0, wide, width):
-            for j in range(width):
-                sums[0, j] += g[at(a + j)]
-                sums[1, j] += gx[at(a + j)]
-                sums[2, j] += lost[at(a + j)]
+        fold(g, width, lanes)
+        fold(gx, width, lanes)
+        fold(lost, width, lanes)
+        for j in range(width):
+            sums[0, j] += g[j]
+            sums[1, j] += gx[j]
+            sums[2, j] += lost[j]
 
 
 @jit
