@@ -28,17 +28,19 @@ from .sweeps import (
     at,
     block_gradient_sums,
     ceil_div,
+    channel_terms,
     element_gradient,
     finish,
-    group_terms,
     in_full,
     merge_gradients,
     merge_moments,
     part_of,
+    per_channel,
     same_memory,
     scale_of,
     set_terms,
     settle,
+    spread,
     store_totals,
     unit_moments,
 )
@@ -98,8 +100,8 @@ def _normalize(task, arguments):
     groups = g1 - g0
     stride = G * K * S
     pivot = np.empty(groups, x.dtype)
-    mean = np.empty(groups)
-    M2 = np.empty(groups)
+    mean = np.empty(groups * K)
+    M2 = np.empty(groups * K)
     terms = np.empty((3, groups * K), x.dtype)
     z = np.empty(BLOCK, x.dtype)
     for b in range(b0, b1):
@@ -107,7 +109,9 @@ def _normalize(task, arguments):
         unit_moments(x, start, R, stride, K * S, groups, True, pivot, mean, M2)
         settle(mean, M2, groups, R * K * S, eps, outputs, b * G + g0)
         if y.size:
-            set_terms(terms, groups * K, mean, M2, np.intp(0), K, weight, bias, g0 * K)
+            spread(mean, groups, K)
+            spread(M2, groups, K)
+            set_terms(terms, groups * K, mean, M2, np.intp(0), weight, bias, g0 * K)
             # Backwards, to meet first what was read last.
             for r in range(R - 1, -1, -1):
                 a = start + r * stride
@@ -131,9 +135,8 @@ def _measure_parts(task, arguments):
 @kernel
 def _apply(task, arguments):
     x, residual, weight, bias, activation, y, stats, sizes = arguments
-    N, R, G, K, S, height, length = sizes
+    N, R, C, S, height, length = sizes
     mean, rstd = stats
-    C = G * K
     top, left, h, w = part_of(task, N * C, S, height, length)
     terms = np.empty((3, h), x.dtype)
     z = np.empty(BLOCK, x.dtype)
@@ -141,8 +144,7 @@ def _apply(task, arguments):
         first = max(top, n * C)
         channels = min(top + h, n * C + C) - first
         c = first - n * C
-        unit = n // R * G + c // K
-        set_terms(terms, channels, mean, rstd, unit, K, weight, bias, c)
+        set_terms(terms, channels, mean, rstd, n // R * C + c, weight, bias, c)
         _transform(x, residual, activation, first * S + left, channels, S, w, terms, y, z)
 
 
@@ -176,24 +178,25 @@ def _backward(task, arguments):
     sums = np.empty((3, channels))
     for b in range(b0, b1):
         start = b * R * stride + g0 * K * S
-        unit = b * G + g0
+        first = b * G * K + g0 * K
         sums[:] = 0.0
         for r in range(R):
             for c in range(channels):
                 a = start + r * stride + c * S
-                g, gx, lost = block_gradient_sums(grad_y, x, a, 1, 0, S, mean[unit + c // K])
+                g, gx, lost = block_gradient_sums(grad_y, x, a, 1, 0, S, mean[first + c])
                 sums[0, c] += g
                 sums[1, c] += gx
                 sums[2, c] += lost
-        for c in range(0, channels, K):
-            s = np.float64(rstd[unit + c // K])
-            group_terms(sums, c, K, R * K * S, s, weight, g0 * K + c, False, totals, slot)
+        scales = rstd[first : first + channels]
+        channel_terms(
+            sums, np.intp(0), channels, K, R * K * S, scales, weight, g0 * K, False, totals, slot
+        )
         if not grad_x.size:
             continue
         for r in range(R - 1, -1, -1):
             for c in range(channels):
                 a = start + r * stride + c * S
-                i = unit + c // K
+                i = first + c
                 scale = scale_of(np.float64(rstd[i]), weight, g0 * K + c)
                 terms = sums[0, c], sums[1, c], sums[2, c]
                 _write_grad_x(grad_y, x, a, 1, 0, S, mean[i], scale, terms, False, grad_x)
@@ -203,23 +206,21 @@ def _backward(task, arguments):
 def _backward_parts(task, arguments):
     """Over a part of some channels: their sums, or grad_x, or both where that needs no sums."""
     grad_y, x, saved, weight, frozen, parts, merged, grad_x, sizes = arguments
-    R, G, K, S, channels, height, length = sizes
-    C = G * K
+    R, C, S, channels, height, length = sizes
     mean, rstd = saved
     count = parts.shape[1]
     top, left, h, w = part_of(task % count, R, S, height, length)
     first = task // count * channels
-    for q in range(first, min(first + channels, mean.size * K)):
-        unit = q // K
+    for q in range(first, min(first + channels, mean.size)):
         c = q % C
-        m = mean[unit]
-        a = ((unit // G * R + top) * C + c) * S + left
+        m = mean[q]
+        a = ((q // C * R + top) * C + c) * S + left
         if parts.size:
             sums = block_gradient_sums(grad_y, x, a, h, C * S, w, m)
             for i in range(3):
                 parts[i, task % count, q] = sums[i]
         if grad_x.size:
-            scale = scale_of(np.float64(rstd[unit]), weight, c)
+            scale = scale_of(np.float64(rstd[q]), weight, c)
             terms = merged[0, q], merged[1, q], merged[2, q]
             _write_grad_x(grad_y, x, a, h, C * S, w, m, scale, terms, frozen, grad_x)
 
@@ -307,6 +308,7 @@ def normalize(
     _measure_parts(threads, B * G * count, x, parts, (R, G, K * S, height, length))
     stats = merge_moments(parts, R, K * S, height, length, eps, outputs)
     if y.size:
+        stats = per_channel(K, *stats)
         _sweep(x, residual, weight, bias, function, y, stats, units, threads)
 
 
@@ -323,7 +325,7 @@ def _sweep(
 ) -> None:
     B, R, G, K, S = units
     height, length, tasks = _part_size(B * R * G * K, S)
-    sizes = B * R, R, G, K, S, height, length
+    sizes = B * R, R, G * K, S, height, length
     _apply(threads, tasks, x, residual, weight, bias, function, y, stats, sizes)
 
 
@@ -339,7 +341,7 @@ def apply(
     threads: int,
 ) -> None:
     """As `normalize`, with the statistics given."""
-    units = _, R, G, _, S = _units(x, mean)
+    units = _, R, G, K, S = _units(x, mean)
     if S < SHORT and R > 1:
         parameters = _spread(S, weight, bias)
         x, residual, y = _as((1, R, G * S), x, residual, y)
@@ -348,7 +350,7 @@ def apply(
     function = address(activation, mean.dtype)
     x, residual, y = (flat(array, x) for array in (x, residual, y))
     weight, bias = flat(weight, mean), flat(bias, mean)
-    _sweep(x, residual, weight, bias, function, y, in_full(mean, rstd), units, threads)
+    _sweep(x, residual, weight, bias, function, y, in_full(K, mean, rstd), units, threads)
 
 
 def moments(x: Array, mean: Array, var: Array, threads: int) -> None:
@@ -414,7 +416,7 @@ def _differentiate(
         _gather(S, wide, gradients)
         return
     grad_y, x, grad_x = (flat(array, x) for array in (grad_y, x, grad_x))
-    saved = flat(mean, mean), flat(rstd, mean)
+    saved = per_channel(K, flat(mean, mean), flat(rstd, mean))
     weight = flat(weight, mean)
     inputs = grad_y, x, saved, weight
     size = _task_size(units, 2 * x.itemsize)
@@ -427,13 +429,13 @@ def _differentiate(
         height, length, count = _part_size(R, S)
         channels = max(1, PIECE // (R * S))
         tasks = ceil_div(B * C, channels) * count
-        sizes = R, G, K, S, channels, height, length
+        sizes = R, C, S, channels, height, length
         parts = np.empty((3, count, B * C))
         totals = np.zeros((1, 2, C))
         early, late = (grad_x, grad_x[:0]) if frozen else (grad_x[:0], grad_x)
-        _backward_parts(threads, tasks, *inputs, frozen, parts, np.empty((3, 0)), early, sizes)
+        _backward_parts(threads, tasks, *inputs, frozen, parts, np.empty((3, B * C)), early, sizes)
         sums = parts.sum(axis=1)
-        merge_gradients(sums, G, K, R * K * S, saved[1], weight, frozen, totals)
+        merge_gradients(sums, C, K, R * K * S, saved[1], weight, frozen, totals)
         if late.size:
             parts = np.empty((3, count, 0))
             _backward_parts(threads, tasks, *inputs, frozen, parts, sums, late, sizes)

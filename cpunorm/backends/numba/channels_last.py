@@ -22,19 +22,21 @@ from .sweeps import (
     TASKS,
     at,
     ceil_div,
+    channel_terms,
     column_gradient_sums,
     column_moments,
     element_gradient,
     finish,
-    group_terms,
     in_full,
     lanes_of,
     merge_gradients,
     merge_moments,
+    per_channel,
     same_memory,
     scale_of,
     set_terms,
     settle,
+    spread,
     store_totals,
     unfold,
 )
@@ -121,7 +123,9 @@ def _normalize(task, arguments):
         _group_columns(mean, M2, width // K, K, S)
         settle(mean, M2, width // K, S * K, eps, outputs, (n * C + c0) // K)
         if y.size:
-            set_terms(terms, width, mean, M2, np.intp(0), K, weight, bias, c0)
+            spread(mean, width // K, K)
+            spread(M2, width // K, K)
+            set_terms(terms, width, mean, M2, np.intp(0), weight, bias, c0)
             _transform(x, residual, activation, start, S, C, width, lanes, terms, y, z)
 
 
@@ -158,13 +162,13 @@ def _measure_parts(task, arguments):
 @kernel
 def _apply(task, arguments):
     x, residual, weight, bias, activation, y, stats, sizes = arguments
-    _, _, C, K, _, _ = sizes
+    _, _, C, _, _, _ = sizes
     mean, rstd = stats
     n, _, start, h, c0, width = _part_of(task, sizes)
     lanes = lanes_of(h, width, C)
     terms = np.empty((3, lanes * width), x.dtype)
     z = np.empty(max(BLOCK, lanes * width), x.dtype)
-    set_terms(terms, width, mean, rstd, (n * C + c0) // K, K, weight, bias, c0)
+    set_terms(terms, width, mean, rstd, n * C + c0, weight, bias, c0)
     _transform(x, residual, activation, start, h, C, width, lanes, terms, y, z)
 
 
@@ -179,20 +183,21 @@ def _sum_columns(grad_y, x, start, rows, C, width, lanes, means, sums):
 
 
 @sweep
-def _set_means(means, mean, unit, K, width, lanes):
-    """The mean of every column of a strip that begins with `unit`."""
+def _set_means(terms, mean, first, width, lanes):
+    """terms[0] = the mean of every column of a strip, whose first channel is `first` of all."""
     for c in range(width):
-        means[c] = mean[unit + c // K]
-    unfold(means, width, lanes)
+        terms[0, c] = mean[at(first + c)]
+    unfold(terms[0], width, lanes)
 
 
 @sweep
-def _set_gradient_terms(terms, rstd, unit, K, weight, channel, merged, first, width, lanes):
+def _set_gradient_terms(terms, rstd, first, weight, channel, merged, place, width, lanes):
     """terms[1:] = (scale, centre, slope, rest) of every column of a strip."""
     for c in range(width):
-        terms[1, c] = scale_of(np.float64(rstd[unit + c // K]), weight, channel + c)
-        for i in range(3):
-            terms[2 + i, c] = merged[i, first + c]
+        terms[1, c] = scale_of(np.float64(rstd[at(first + c)]), weight, channel + c)
+        terms[2, c] = merged[0, at(place + c)]
+        terms[3, c] = merged[1, at(place + c)]
+        terms[4, c] = merged[2, at(place + c)]
     for i in range(1, 5):
         unfold(terms[i], width, lanes)
 
@@ -226,17 +231,16 @@ def _backward(task, arguments):
     lanes = lanes_of(S, width, C)
     terms = np.empty((5, lanes * width), x.dtype)
     sums = np.empty((3, width))
-    first = np.intp(0)
+    zero = np.intp(0)
     for n in range(n0, n1):
         start = n * S * C + c0
-        unit = (n * C + c0) // K
-        _set_means(terms[0], mean, unit, K, width, lanes)
+        first = n * C + c0
+        _set_means(terms, mean, first, width, lanes)
         _sum_columns(grad_y, x, start, S, C, width, lanes, terms[0], sums)
-        for k in range(0, width, K):
-            s = np.float64(rstd[unit + k // K])
-            group_terms(sums, k, K, S * K, s, weight, c0 + k, False, totals, slot)
+        scales = rstd[first : first + width]
+        channel_terms(sums, zero, width, K, S * K, scales, weight, c0, False, totals, slot)
         if grad_x.size:
-            _set_gradient_terms(terms, rstd, unit, K, weight, c0, sums, first, width, lanes)
+            _set_gradient_terms(terms, rstd, first, weight, c0, sums, zero, width, lanes)
             _write_grad_x(grad_y, x, start, S, C, width, lanes, terms, False, grad_x)
 
 
@@ -244,14 +248,13 @@ def _backward(task, arguments):
 def _backward_parts(task, arguments):
     """Over a part: the sums of its columns, or grad_x, or both where that needs no sums."""
     grad_y, x, saved, weight, frozen, parts, merged, grad_x, sizes = arguments
-    _, _, C, K, _, _ = sizes
+    _, _, C, _, _, _ = sizes
     mean, rstd = saved
     n, part, start, h, c0, width = _part_of(task, sizes)
     lanes = lanes_of(h, width, C)
-    unit = (n * C + c0) // K
     first = n * C + c0
     terms = np.empty((5, lanes * width), x.dtype)
-    _set_means(terms[0], mean, unit, K, width, lanes)
+    _set_means(terms, mean, first, width, lanes)
     if parts.size:
         sums = np.empty((3, width))
         _sum_columns(grad_y, x, start, h, C, width, lanes, terms[0], sums)
@@ -259,7 +262,7 @@ def _backward_parts(task, arguments):
             for c in range(width):
                 parts[i, part, first + c] = sums[i, c]
     if grad_x.size:
-        _set_gradient_terms(terms, rstd, unit, K, weight, c0, merged, first, width, lanes)
+        _set_gradient_terms(terms, rstd, first, weight, c0, merged, first, width, lanes)
         _write_grad_x(grad_y, x, start, h, C, width, lanes, terms, frozen, grad_x)
 
 
@@ -340,6 +343,7 @@ def normalize(
     _measure_parts(threads, tasks, x, parts, cut)
     stats = merge_moments(parts, S, K, height, K, eps, outputs)
     if y.size:
+        stats = per_channel(K, *stats)
         _apply(threads, tasks, x, residual, weight, bias, function, y, stats, cut)
 
 
@@ -355,13 +359,13 @@ def apply(
     threads: int,
 ) -> None:
     """As `normalize`, with the statistics given."""
-    sizes = _sizes(x, mean)
+    sizes = _, _, _, K = _sizes(x, mean)
     height, strip, tasks = _part_size(sizes)
     cut = *sizes, height, strip
     function = address(activation, mean.dtype)
     x, residual, y = (flat(array, x) for array in (x, residual, y))
     weight, bias = flat(weight, mean), flat(bias, mean)
-    stats = in_full(mean, rstd)
+    stats = in_full(K, mean, rstd)
     _apply(threads, tasks, x, residual, weight, bias, function, y, stats, cut)
 
 
@@ -422,7 +426,7 @@ def _differentiate(
         return
     size = _task_size(sizes, 2 * x.itemsize)
     grad_y, x, grad_x = (flat(array, x) for array in (grad_y, x, grad_x))
-    saved = flat(mean, mean), flat(rstd, mean)
+    saved = per_channel(K, flat(mean, mean), flat(rstd, mean))
     weight = flat(weight, mean)
     inputs = grad_y, x, saved, weight
     if size and not frozen:
@@ -436,9 +440,9 @@ def _differentiate(
         parts = np.empty((3, ceil_div(S, height), N * C))
         totals = np.zeros((1, 2, C))
         early, late = (grad_x, grad_x[:0]) if frozen else (grad_x[:0], grad_x)
-        _backward_parts(threads, tasks, *inputs, frozen, parts, np.empty((3, 0)), early, cut)
+        _backward_parts(threads, tasks, *inputs, frozen, parts, np.empty((3, N * C)), early, cut)
         sums = parts.sum(axis=1)
-        merge_gradients(sums, C // K, K, S * K, saved[1], weight, frozen, totals)
+        merge_gradients(sums, C, K, S * K, saved[1], weight, frozen, totals)
         if late.size:
             parts = np.empty((3, parts.shape[1], 0))
             _backward_parts(threads, tasks, *inputs, frozen, parts, sums, late, cut)

@@ -263,26 +263,32 @@ def scale_of(rstd, weight, channel):
     return number(rstd * weight[at(channel)]) if weight.size else number(rstd)
 
 
+@jit
+def spread(values, units, K):
+    """From one value per unit to one for each of its K channels, in place."""
+    if K == 1:
+        return
+    for i in range(units - 1, -1, -1):
+        value = values[i]
+        for k in range(i * K, i * K + K):
+            values[k] = value
+
+
 @sweep
-def set_terms(terms, channels, mean, rstd, unit, K, weight, bias, channel):
+def set_terms(terms, channels, mean, rstd, first, weight, bias, channel):
     """terms[:, i] = (mean, scale, shift), y = (x - mean)·scale + shift, channels from `channel`.
 
-    `unit` is that of the first, and the next one takes over every K channels. The shift carries
-    what the mean loses by being rounded.
+    The statistics are those of each channel, from `first` on. The shift carries what the mean loses
+    by being rounded.
     """
     number = terms.dtype.type
-    left = K - channel % K
     for i in range(channels):
-        m = mean[at(unit)]
-        scale = scale_of(rstd[at(unit)], weight, channel + i)
+        m = mean[at(first + i)]
+        scale = scale_of(rstd[at(first + i)], weight, channel + i)
         shift = (number(m) - m) * scale
         terms[0, i] = m
         terms[1, i] = scale
         terms[2, i] = shift + bias[at(channel + i)] if bias.size else shift
-        left -= 1
-        if left == 0:
-            left = K
-            unit += 1
 
 
 @jit
@@ -438,46 +444,59 @@ def row_terms(terms, mean, rstd, unit, units, count):
         terms[3, i] = -delta * s
 
 
-@jit
-def group_terms(sums, first, K, count, rstd, weight, channel, frozen, totals, slot):
-    """From the sums of the K channels of one group to their (centre, slope, rest), in place.
+@sweep
+def channel_terms(sums, first, channels, K, count, rstd, weight, channel, frozen, totals, slot):
+    """From the sums of channels, whole groups of K, to their (centre, slope, rest), in place.
 
-    totals[slot], (2, C), takes up what they add to grad_weight and grad_bias.
+    sums[:, i] and rstd[i] begin at `first`; totals[slot], (2, C), takes up what the channels add to
+    grad_weight and grad_bias.
     """
     number = weight.dtype.type
-    g = 0.0
-    gx = 0.0
-    delta = 0.0
-    if not frozen:
-        for k in range(K):
-            scale = np.float64(scale_of(rstd, weight, channel + k))
-            g += scale * sums[0, first + k]
-            gx += scale * sums[1, first + k]
-            delta += sums[2, first + k] / count
-    slope = -rstd * rstd * (gx - delta * g) / count
-    for k in range(K):
-        product = sums[1, first + k] - delta * sums[0, first + k]
-        totals[slot, 0, channel + k] += rstd * product
-        totals[slot, 1, channel + k] += sums[0, first + k]
-        scale = np.float64(scale_of(rstd, weight, channel + k))
-        centre = number(sums[0, first + k] * K / count)
-        sums[0, first + k] = centre
-        sums[1, first + k] = slope
-        sums[2, first + k] = scale * centre - g / count - slope * delta
+    groups = np.empty((3, channels))  # the sums of its group for each channel
+    for c in range(channels):
+        scale = np.float64(scale_of(np.float64(rstd[at(first + c)]), weight, channel + c))
+        groups[0, c] = 0.0 if frozen else scale * sums[0, at(first + c)]
+        groups[1, c] = 0.0 if frozen else scale * sums[1, at(first + c)]
+        groups[2, c] = 0.0 if frozen else sums[2, at(first + c)]
+    if K > 1:
+        for i in range(3):
+            for c in range(0, channels, K):
+                total = 0.0
+                for k in range(c, c + K):
+                    total += groups[i, k]
+                for k in range(c, c + K):
+                    groups[i, k] = total
+    for c in range(channels):
+        i = at(first + c)
+        s = np.float64(rstd[i])
+        g = groups[0, c]
+        delta = groups[2, c] / count
+        slope = -s * s * (groups[1, c] - delta * g) / count
+        centre = number(sums[0, i] * K / count)
+        totals[slot, 0, at(channel + c)] += s * (sums[1, i] - delta * sums[0, i])
+        totals[slot, 1, at(channel + c)] += sums[0, i]
+        scale = np.float64(scale_of(s, weight, channel + c))
+        sums[0, i] = centre
+        sums[1, i] = slope
+        sums[2, i] = scale * centre - g / count - slope * delta
 
 
 @once
-def merge_gradients(sums, G, K, count, rstd, weight, frozen, totals):
-    """`group_terms` for every group of sums (3, B·C)."""
-    for unit in range(rstd.size):
-        s = np.float64(rstd[unit])
-        channel = unit % G * K
-        group_terms(sums, unit * K, K, count, s, weight, channel, frozen, totals, np.intp(0))
+def merge_gradients(sums, C, K, count, rstd, weight, frozen, totals):
+    """`channel_terms` for every image of sums (3, B·C)."""
+    zero = np.intp(0)
+    for first in range(0, rstd.size, C):
+        channel_terms(sums, first, C, K, count, rstd, weight, zero, frozen, totals, zero)
 
 
-def in_full(*statistics: Array) -> tuple[Array, ...]:
+def per_channel(K: int, *statistics: Array) -> tuple[Array, ...]:
+    """From one value per group to one for each of its K channels."""
+    return statistics if K == 1 else tuple(array.repeat(K) for array in statistics)
+
+
+def in_full(K: int, *statistics: Array) -> tuple[Array, ...]:
     """Given statistics as the kernels hold their own."""
-    return tuple(array.reshape(-1).astype(np.float64) for array in statistics)
+    return per_channel(K, *(array.reshape(-1).astype(np.float64) for array in statistics))
 
 
 def store_totals(totals: Array, grad_weight: Array | None, grad_bias: Array | None) -> None:
