@@ -29,6 +29,7 @@ from .sweeps import (
     block_gradient_sums,
     ceil_div,
     channel_terms,
+    copy_for,
     element_gradient,
     finish,
     in_full,
@@ -36,7 +37,6 @@ from .sweeps import (
     merge_moments,
     part_of,
     per_channel,
-    same_memory,
     scale_of,
     set_terms,
     settle,
@@ -65,7 +65,7 @@ def _affine(x, start, rows, stride, width, terms, channel, out, first, step):
 def _transform(x, residual, activation, start, rows, stride, width, terms, y, z):
     """Write a block of y, a row for each channel."""
     zero = np.intp(0)
-    if not (residual.size or activation or same_memory(x, y)):
+    if not z.size:
         _affine(x, start, rows, stride, width, terms, zero, y, start, stride)
         return
     tall = max(1, BLOCK // width)
@@ -103,7 +103,7 @@ def _normalize(task, arguments):
     mean = np.empty(groups * K)
     M2 = np.empty(groups * K)
     terms = np.empty((3, groups * K), x.dtype)
-    z = np.empty(BLOCK, x.dtype)
+    z = copy_for(x, residual, activation, y, BLOCK)
     for b in range(b0, b1):
         start = b * R * stride + g0 * K * S
         unit_moments(x, start, R, stride, K * S, groups, True, pivot, mean, M2)
@@ -139,7 +139,7 @@ def _apply(task, arguments):
     mean, rstd = stats
     top, left, h, w = part_of(task, N * C, S, height, length)
     terms = np.empty((3, h), x.dtype)
-    z = np.empty(BLOCK, x.dtype)
+    z = copy_for(x, residual, activation, y, BLOCK)
     for n in range(top // C, (top + h - 1) // C + 1):
         first = max(top, n * C)
         channels = min(top + h, n * C + C) - first
@@ -326,7 +326,8 @@ def _sweep(
     B, R, G, K, S = units
     height, length, tasks = _part_size(B * R * G * K, S)
     sizes = B * R, R, G * K, S, height, length
-    _apply(threads, tasks, x, residual, weight, bias, function, y, stats, sizes)
+    arguments = x, residual, weight, bias, function, y, stats, sizes
+    _apply(threads, tasks, *arguments, backwards=True)
 
 
 def apply(
@@ -438,5 +439,7 @@ def _differentiate(
         merge_gradients(sums, C, K, R * K * S, saved[1], weight, frozen, totals)
         if late.size:
             parts = np.empty((3, count, 0))
-            _backward_parts(threads, tasks, *inputs, frozen, parts, sums, late, sizes)
+            _backward_parts(
+                threads, tasks, *inputs, frozen, parts, sums, late, sizes, backwards=True
+            )
     store_totals(totals, *gradients)

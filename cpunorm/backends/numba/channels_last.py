@@ -25,6 +25,7 @@ from .sweeps import (
     channel_terms,
     column_gradient_sums,
     column_moments,
+    copy_for,
     element_gradient,
     finish,
     in_full,
@@ -32,7 +33,6 @@ from .sweeps import (
     merge_gradients,
     merge_moments,
     per_channel,
-    same_memory,
     scale_of,
     set_terms,
     settle,
@@ -62,7 +62,7 @@ def _transform(x, residual, activation, start, rows, C, width, lanes, terms, y, 
     wide = lanes * width
     step = lanes * C
     count = rows * width
-    if not (residual.size or activation or same_memory(x, y)):
+    if not z.size:
         _affine(x, start, count, step, wide, terms, y, start, step)
         return
     tall = max(1, BLOCK // wide)
@@ -116,7 +116,7 @@ def _normalize(task, arguments):
     mean = np.empty(width)
     M2 = np.empty(width)
     terms = np.empty((3, wide), x.dtype)
-    z = np.empty(max(BLOCK, wide), x.dtype)
+    z = copy_for(x, residual, activation, y, max(BLOCK, wide))
     for n in range(n0, n1):
         start = n * S * C + c0
         column_moments(x, start, S, C, width, lanes, True, terms, mean, M2)
@@ -167,7 +167,7 @@ def _apply(task, arguments):
     n, _, start, h, c0, width = _part_of(task, sizes)
     lanes = lanes_of(h, width, C)
     terms = np.empty((3, lanes * width), x.dtype)
-    z = np.empty(max(BLOCK, lanes * width), x.dtype)
+    z = copy_for(x, residual, activation, y, max(BLOCK, lanes * width))
     set_terms(terms, width, mean, rstd, n * C + c0, weight, bias, c0)
     _transform(x, residual, activation, start, h, C, width, lanes, terms, y, z)
 
@@ -344,7 +344,8 @@ def normalize(
     stats = merge_moments(parts, S, K, height, K, eps, outputs)
     if y.size:
         stats = per_channel(K, *stats)
-        _apply(threads, tasks, x, residual, weight, bias, function, y, stats, cut)
+        arguments = x, residual, weight, bias, function, y, stats, cut
+        _apply(threads, tasks, *arguments, backwards=True)
 
 
 def apply(
@@ -445,5 +446,5 @@ def _differentiate(
         merge_gradients(sums, C, K, S * K, saved[1], weight, frozen, totals)
         if late.size:
             parts = np.empty((3, parts.shape[1], 0))
-            _backward_parts(threads, tasks, *inputs, frozen, parts, sums, late, cut)
+            _backward_parts(threads, tasks, *inputs, frozen, parts, sums, late, cut, backwards=True)
     store_totals(totals, *gradients)

@@ -63,9 +63,9 @@ def _normalize(task, arguments):
     mean = np.empty(width)
     M2 = np.empty(width)
     terms = np.empty((3, width), x.dtype)
-    z = np.empty(BLOCK, x.dtype)
     source = total if total.size else x
     direct = not same_memory(source, y)
+    z = np.empty(0 if direct and not total.size else BLOCK, x.dtype)
     tall = max(1, BLOCK // width)
     zero = np.intp(0)
     for n in range(n0, n1):

@@ -23,11 +23,11 @@ from .sweeps import (
     add,
     at,
     ceil_div,
+    copy_for,
     element_gradient,
     finish,
     merge_moments,
     row_terms,
-    same_memory,
     settle,
     store_totals,
     unit_moments,
@@ -65,11 +65,10 @@ def _transform(x, residual, parameters, activation, stats, row, y, z, block, siz
     top, left, rows, width = block
     D, G = sizes
     group = top % G
-    direct = not (residual.size or activation or same_memory(x, y))
     for a in range(left, left + width, BLOCK):
         start = top * D + a
         n = min(BLOCK, left + width - a)
-        if direct:
+        if not z.size:
             _affine(x, start, rows, a, n, stats, row, parameters, group, sizes, y, start, D)
         else:
             zero = np.intp(0)
@@ -85,13 +84,14 @@ def _normalize(task, arguments):
     pivot = np.empty(tall, x.dtype)
     mean = np.empty(tall)
     M2 = np.empty(tall)
-    z = np.empty(BLOCK, x.dtype)
     source = total if total.size else x
+    z = copy_for(source, residual, activation, y, BLOCK)
+    added = np.empty(BLOCK if total.size else 0, x.dtype)
     stop = min(M, (task + 1) * height)
     for top in range(task * height, stop, tall):
         rows = min(tall, stop - top)
         if total.size:
-            add(x, addend, top * D, 1, 0, rows * D, z, total)
+            add(x, addend, top * D, 1, 0, rows * D, added, total)
         unit_moments(source, top * D, 1, 0, D, rows, center, pivot, mean, M2)
         settle(mean, M2, rows, D, eps, outputs, top)
         if y.size:
@@ -124,9 +124,10 @@ def _transform_parts(task, arguments):
     across = (D + PIECE - 1) // PIECE
     row = task // across
     left = task % across * PIECE
-    z = np.empty(BLOCK, x.dtype)
+    none = np.empty(0, x.dtype)
+    z = copy_for(x, none, 0, y, BLOCK)
     block = row, left, 1, min(PIECE, D - left)
-    _transform(x, z[:0], parameters, 0, stats, row, y, z, block, (D, 1))
+    _transform(x, none, parameters, 0, stats, row, y, z, block, (D, 1))
 
 
 @jit_sum
@@ -329,7 +330,7 @@ def normalize_groups(
         stats = merge_moments(parts, 1, D, 1, PIECE, eps, outputs)
         source = total if total.size else x
         if y.size:
-            _transform_parts(threads, tasks, source, parameters, stats, y, D)
+            _transform_parts(threads, tasks, source, parameters, stats, y, D, backwards=True)
         return
     height = max(1, PIECE // D)
     sizes = M, D, G, height

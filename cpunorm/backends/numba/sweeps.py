@@ -45,6 +45,13 @@ def same_memory(a, b):
 
 
 @jit
+def copy_for(x, residual, activation, y, count):
+    """Room in L1 for what `finish` takes; none where the output can be written at once."""
+    direct = not (residual.size or activation or same_memory(x, y))
+    return np.empty(0 if direct else count, x.dtype)
+
+
+@jit
 def lanes_of(rows, width, stride):
     """How many rows of a block to sweep as one: it must be narrow, without gaps, and tall.
 
@@ -494,9 +501,11 @@ def per_channel(K: int, *statistics: Array) -> tuple[Array, ...]:
     return statistics if K == 1 else tuple(array.repeat(K) for array in statistics)
 
 
-def in_full(K: int, *statistics: Array) -> tuple[Array, ...]:
-    """Given statistics as the kernels hold their own."""
-    return per_channel(K, *(array.reshape(-1).astype(np.float64) for array in statistics))
+def in_full(K: int, mean: Array, rstd: Array) -> tuple[Array, ...]:
+    """Given statistics as the kernels hold their own, one value for each channel."""
+    full = np.empty((2, *mean.shape))
+    full[0], full[1] = mean, rstd
+    return per_channel(K, full[0].ravel(), full[1].ravel())
 
 
 def store_totals(totals: Array, grad_weight: Array | None, grad_bias: Array | None) -> None:
