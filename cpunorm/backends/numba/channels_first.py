@@ -208,7 +208,7 @@ def _backward_parts(task, arguments):
     grad_y, x, saved, weight, frozen, parts, merged, grad_x, sizes = arguments
     R, C, S, channels, height, length = sizes
     mean, rstd = saved
-    count = parts.shape[1]
+    count = parts.shape[0]
     top, left, h, w = part_of(task % count, R, S, height, length)
     first = task // count * channels
     for q in range(first, min(first + channels, mean.size)):
@@ -218,7 +218,7 @@ def _backward_parts(task, arguments):
         if parts.size:
             sums = block_gradient_sums(grad_y, x, a, h, C * S, w, m)
             for i in range(3):
-                parts[i, task % count, q] = sums[i]
+                parts[task % count, i, q] = sums[i]
         if grad_x.size:
             scale = scale_of(np.float64(rstd[q]), weight, c)
             terms = merged[0, q], merged[1, q], merged[2, q]
@@ -431,14 +431,13 @@ def _differentiate(
         channels = max(1, PIECE // (R * S))
         tasks = ceil_div(B * C, channels) * count
         sizes = R, C, S, channels, height, length
-        parts = np.empty((3, count, B * C))
+        parts = np.empty((count, 3, B * C))
         totals = np.zeros((1, 2, C))
         early, late = (grad_x, grad_x[:0]) if frozen else (grad_x[:0], grad_x)
         _backward_parts(threads, tasks, *inputs, frozen, parts, np.empty((3, B * C)), early, sizes)
-        sums = parts.sum(axis=1)
-        merge_gradients(sums, C, K, R * K * S, saved[1], weight, frozen, totals)
+        merge_gradients(parts, C, K, R * K * S, saved[1], weight, frozen, totals)
         if late.size:
-            parts = np.empty((3, count, 0))
+            sums, parts = parts[0], np.empty((count, 3, 0))
             _backward_parts(
                 threads, tasks, *inputs, frozen, parts, sums, late, sizes, backwards=True
             )

@@ -260,7 +260,7 @@ def _backward_parts(task, arguments):
         _sum_columns(grad_y, x, start, h, C, width, lanes, terms[0], sums)
         for i in range(3):
             for c in range(width):
-                parts[i, part, first + c] = sums[i, c]
+                parts[part, i, first + c] = sums[i, c]
     if grad_x.size:
         _set_gradient_terms(terms, rstd, first, weight, c0, merged, first, width, lanes)
         _write_grad_x(grad_y, x, start, h, C, width, lanes, terms, frozen, grad_x)
@@ -438,13 +438,12 @@ def _differentiate(
     else:
         height, strip, tasks = _part_size(sizes)
         cut = *sizes, height, strip
-        parts = np.empty((3, ceil_div(S, height), N * C))
+        parts = np.empty((ceil_div(S, height), 3, N * C))
         totals = np.zeros((1, 2, C))
         early, late = (grad_x, grad_x[:0]) if frozen else (grad_x[:0], grad_x)
         _backward_parts(threads, tasks, *inputs, frozen, parts, np.empty((3, N * C)), early, cut)
-        sums = parts.sum(axis=1)
-        merge_gradients(sums, C, K, S * K, saved[1], weight, frozen, totals)
+        merge_gradients(parts, C, K, S * K, saved[1], weight, frozen, totals)
         if late.size:
-            parts = np.empty((3, parts.shape[1], 0))
+            sums, parts = parts[0], np.empty((parts.shape[0], 3, 0))
             _backward_parts(threads, tasks, *inputs, frozen, parts, sums, late, cut, backwards=True)
     store_totals(totals, *gradients)

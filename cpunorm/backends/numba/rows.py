@@ -33,8 +33,10 @@ from .sweeps import (
     unit_moments,
 )
 
-# Every backward task has parameter gradients of its own: with more, adding them up would show.
+# Every backward task has parameter gradients of its own: with more tasks, or of fewer rows, adding
+# them up would show.
 GATHERING_TASKS = 64
+GATHERING_ROWS = 8
 
 
 @sweep
@@ -368,7 +370,8 @@ def backward_groups(
         sums = parts.sum(axis=1)
         _backward_parts(threads, parts.shape[1], *inputs, sums, grad_x, totals, wanted)
     else:
-        height = max(1, PIECE // D, ceil_div(M, GATHERING_TASKS))
+        rows = min(GATHERING_ROWS, ceil_div(M, TASKS))
+        height = max(rows, PIECE // D, ceil_div(M, GATHERING_TASKS))
         tasks = ceil_div(M, height)
         totals = np.zeros((tasks, 2, G * D))
         _backward(threads, tasks, *inputs, grad_x, totals, wanted, (M, D, G, height))

@@ -20,13 +20,13 @@ last sum is what the mean lost by being rounded; slope and rest make up for it.
 
 import numpy as np
 
-from ._jit import Array, jit, jit_sum, once, sweep
+from ._jit import Array, flat, jit, jit_sum, once, sweep
 from .activations import RELU, activate
 
 BLOCK = 4096  # elements that are swept several times from L1
 PIECE = 16384  # elements of the least task worth a thread
 SLAB = 512 * 1024  # bytes that stay in L2 between two sweeps
-TASKS = 16  # enough to keep the threads busy; where there would be fewer, statistics are cut
+TASKS = 8  # enough to keep the threads busy; where there would be fewer, statistics are cut
 SHORT_SUM = 32  # rows summed in the type of x before float64 takes over
 RUN = 4096  # and elements of a row
 FIRST = 8  # rows whose mean is the first pivot of a column
@@ -488,12 +488,38 @@ def channel_terms(sums, first, channels, K, count, rstd, weight, channel, frozen
         sums[2, i] = scale * centre - g / count - slope * delta
 
 
+@jit
+def add_slots(slots):
+    """Add up the last two axes of (slots, ·, ·) into the first slot, in their order."""
+    for slot in range(1, slots.shape[0]):
+        for i in range(slots.shape[1]):
+            for j in range(slots.shape[2]):
+                slots[0, i, j] += slots[slot, i, j]
+
+
 @once
-def merge_gradients(sums, C, K, count, rstd, weight, frozen, totals):
-    """`channel_terms` for every image of sums (3, B·C)."""
+def merge_gradients(parts, C, K, count, rstd, weight, frozen, totals):
+    """`channel_terms` for every image, of sums that are given in parts, (parts, 3, B·C)."""
+    add_slots(parts)
     zero = np.intp(0)
     for first in range(0, rstd.size, C):
-        channel_terms(sums, first, C, K, count, rstd, weight, zero, frozen, totals, zero)
+        channel_terms(parts[0], first, C, K, count, rstd, weight, zero, frozen, totals, zero)
+
+
+@once
+def _store(totals, grad_weight, grad_bias):
+    add_slots(totals)
+    for j in range(grad_weight.size):
+        grad_weight[j] = totals[0, 0, j]
+    for j in range(grad_bias.size):
+        grad_bias[j] = totals[0, 1, j]
+
+
+def store_totals(totals: Array, grad_weight: Array | None, grad_bias: Array | None) -> None:
+    """Add up totals[slot, (weight, bias), channel] over the slots, in their order."""
+    wanted = [array for array in (grad_weight, grad_bias) if array is not None]
+    if wanted:
+        _store(totals, flat(grad_weight, wanted[0]), flat(grad_bias, wanted[0]))
 
 
 def per_channel(K: int, *statistics: Array) -> tuple[Array, ...]:
@@ -506,10 +532,3 @@ def in_full(K: int, mean: Array, rstd: Array) -> tuple[Array, ...]:
     full = np.empty((2, *mean.shape))
     full[0], full[1] = mean, rstd
     return per_channel(K, full[0].ravel(), full[1].ravel())
-
-
-def store_totals(totals: Array, grad_weight: Array | None, grad_bias: Array | None) -> None:
-    """Add up totals[slot, (weight, bias), channel] over the slots, in their order."""
-    for gradient, total in zip((grad_weight, grad_bias), totals.sum(axis=0), strict=True):
-        if gradient is not None:
-            gradient[...] = total
