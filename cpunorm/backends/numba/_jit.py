@@ -30,14 +30,13 @@ Array = np.ndarray[Any, Any]
 # Neither `nnan` nor `ninf`: NaN and Inf must survive, and stay in the statistic they belong to. Nor
 # `contract`: a loop that stores is compiled twice, vectorised and, for arrays that overlap, scalar;
 # the two would fuse different products.
-OPTIONS = {
-    "error_model": "numpy",
-    "fastmath": {"nsz", "arcp"},
-    "boundscheck": False,
-}
+_STRICT = {"nsz", "arcp"}
+OPTIONS = {"error_model": "numpy", "fastmath": _STRICT, "boundscheck": False}
+# No array of a sweep overlaps another, so there is one loop.
+_SWEEP_OPTIONS = {**OPTIONS, "fastmath": {*_STRICT, "contract"}}
 # A sum over a whole loop is not vectorised in the order it is written. Such a loop stores nothing,
 # so there is only one of it.
-_SUM_OPTIONS = {**OPTIONS, "fastmath": {"nsz", "arcp", "contract", "reassoc"}}
+_SUM_OPTIONS = {**OPTIONS, "fastmath": {*_STRICT, "contract", "reassoc"}}
 
 # What only kernels call needs neither a wrapper for Python nor a place in the cache: it is linked
 # into them. That halves the time to compile.
@@ -57,7 +56,7 @@ class _Restricted(Compiler):
 
 # For loops that store: without, each begins by looking whether any two of its arrays overlap, which
 # takes longer than a short row.
-sweep = numba.njit(pipeline_class=_Restricted, **_LINKED, **OPTIONS)
+sweep = numba.njit(pipeline_class=_Restricted, **_LINKED, **_SWEEP_OPTIONS)
 
 
 _FREE: AbstractContextManager[Any] = nullcontext()
