@@ -13,7 +13,7 @@ from cpython.long cimport PyLong_AsSsize_t, PyLong_CheckExact
 from cpython.tuple cimport PyTuple_CheckExact
 from cpython.unicode cimport PyUnicode_CheckExact
 from libc.float cimport DBL_EPSILON, FLT_EPSILON
-from libc.math cimport isfinite
+from libc.math cimport isfinite, sqrt
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
@@ -43,6 +43,10 @@ cdef:
     cnp.dtype float64 = cnp.PyArray_DescrFromType(cnp.NPY_FLOAT64)
     dict activations = {name: i for i, name in enumerate(ACTIVATIONS)}
     dict channels_last = CHANNELS_LAST
+
+ctypedef fused real:
+    float
+    double
 
 cdef enum:
     USER_DEFINED = 256  # from here on NumPy numbers the types of others
@@ -205,12 +209,19 @@ cdef object view(const void* data, int ndim, const cnp.npy_intp* shape, int type
     return cnp.PyArray_SimpleNewFromData(ndim, <cnp.npy_intp*> shape, type_number, <void*> data)
 
 
+cdef void invert(const real* var, double eps, Py_ssize_t count, real* rstd) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(count):
+        rstd[i] = <real> (1 / sqrt(var[i] + eps))
+
+
 cdef object frozen_rstd(cnp.ndarray var, const Call* call, object out):
     """What the compiled kernels make of a running variance themselves."""
-    with np.errstate(all="ignore"):
-        rstd = (1 / np.sqrt(var.astype(np.float64) + call.eps)).astype(var.dtype)
-    if out is not None:
-        out[...] = rstd
+    rstd = np.empty_like(var) if out is None else out
+    if cnp.PyArray_TYPE(var) == cnp.NPY_FLOAT64:
+        invert(<const double*> data(var), call.eps, cnp.PyArray_SIZE(var), <double*> data(rstd))
+    else:
+        invert(<const float*> data(var), call.eps, cnp.PyArray_SIZE(var), <float*> data(rstd))
     return rstd
 
 

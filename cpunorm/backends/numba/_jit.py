@@ -20,23 +20,23 @@ import numpy as np
 from llvmlite import ir
 from numba import prange, types
 from numba.core import cgutils
+from numba.core.compiler import Compiler
 from numba.extending import intrinsic
 
-from .halves import as_bits, open_halves
+from .halves import as_bits, open_arrays
 
 Array = np.ndarray[Any, Any]
 
 # Neither `nnan` nor `ninf`: NaN and Inf must survive, and stay in the statistic they belong to. Nor
 # `contract`: a loop that stores is compiled twice, vectorised and, for arrays that overlap, scalar;
 # the two would fuse different products.
-OPTIONS = {
-    "error_model": "numpy",
-    "fastmath": {"nsz", "arcp"},
-    "boundscheck": False,
-}
+_STRICT = {"nsz", "arcp"}
+OPTIONS = {"error_model": "numpy", "fastmath": _STRICT, "boundscheck": False}
+# No array of a sweep overlaps another, so there is one loop.
+_SWEEP_OPTIONS = {**OPTIONS, "fastmath": {*_STRICT, "contract"}}
 # A sum over a whole loop is not vectorised in the order it is written. Such a loop stores nothing,
 # so there is only one of it.
-_SUM_OPTIONS = {**OPTIONS, "fastmath": {"nsz", "arcp", "contract", "reassoc"}}
+_SUM_OPTIONS = {**OPTIONS, "fastmath": {*_STRICT, "contract", "reassoc"}}
 
 # What only kernels call needs neither a wrapper for Python nor a place in the cache: it is linked
 # into them. That halves the time to compile.
@@ -46,10 +46,26 @@ jit_sum = numba.njit(**_LINKED, **_SUM_OPTIONS)
 _inlined = numba.njit(inline="always", **_LINKED, **OPTIONS)
 
 
+class _Restricted(Compiler):
+    """What `restrict` says in C: what is written through one argument is read through no other."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.state.flags.noalias = True
+
+
+# For loops that store: without, each begins by looking whether any two of its arrays overlap, which
+# takes longer than a short row.
+sweep = numba.njit(pipeline_class=_Restricted, **_LINKED, **_SWEEP_OPTIONS)
+
+
+_FREE: AbstractContextManager[Any] = nullcontext()
+
+
 @lru_cache
 def _one_launch() -> AbstractContextManager[Any]:
     """Held while threads work: numba's `workqueue` layer dies of two launches at once."""
-    return threading.Lock() if numba.threading_layer() == "workqueue" else nullcontext()
+    return threading.Lock() if numba.threading_layer() == "workqueue" else _FREE
 
 
 def _digest() -> str:
@@ -101,13 +117,13 @@ def call_address(typing_context, address, first, second):
 
 
 @intrinsic
-def _launch(typing_context, loop, tasks, arguments):
-    """In an entry: call loop(callback, tasks, address), where callback(i, address) is task i."""
-    argument_types = (types.intp, types.intp, arguments)
+def _launch(typing_context, loop, tasks, threads, arguments):
+    """In an entry: call loop(callback, tasks, address, threads); callback(i, address) is task i."""
+    argument_types = (types.intp, types.intp, types.intp, arguments)
     intp = cgutils.intp_t
 
     def generate(context, builder, signature, values):
-        loop, tasks, packed = values
+        loop, tasks, threads, packed = values
         slot = cgutils.alloca_once_value(builder, packed)
 
         name = builder.module.get_unique_name("callback")
@@ -115,52 +131,86 @@ def _launch(typing_context, loop, tasks, arguments):
         callback.linkage = "internal"
         body = ir.IRBuilder(callback.append_basic_block())
         task, address = callback.args
-        single = intp(0), task, body.load(body.inttoptr(address, slot.type))
+        single = intp(0), task, intp(1), body.load(body.inttoptr(address, slot.type))
         # Its status is not asked for: all a kernel can fail at is a few kilobytes of scratch.
         context.call_conv.call_function(body, builder.function, types.none, argument_types, single)
         body.ret_void()
 
-        loop_type = ir.FunctionType(ir.VoidType(), (intp, intp, intp))
+        loop_type = ir.FunctionType(ir.VoidType(), (intp, intp, intp, intp))
         builder.call(
             builder.inttoptr(loop, loop_type.as_pointer()),
-            (builder.ptrtoint(callback, intp), tasks, builder.ptrtoint(slot, intp)),
+            (builder.ptrtoint(callback, intp), tasks, builder.ptrtoint(slot, intp), threads),
         )
         return context.get_dummy_value()
 
-    return types.void(types.intp, types.intp, arguments), generate
+    return types.void(types.intp, types.intp, types.intp, arguments), generate
 
 
 _KERNEL = None  # every entry has its own among its globals
 
 
-def _entry(loop, task, arguments):
+def _entry(loop, task, threads, arguments):
     """One task, or where there is the address of a loop, as many as `task` says."""
     if loop:
-        _launch(loop, task, arguments)
+        _launch(loop, task, threads, arguments)
     else:
-        _KERNEL(task, open_halves(arguments))
+        _KERNEL(task, open_arrays(arguments))
 
 
-def _serial_loop(callback, tasks, address):
-    for task in range(tasks):
-        call_address(callback, task, address)
+@jit
+def _share(callback, tasks, address, part, parts):
+    """Do one of `parts` shares of the tasks; fewer than none stands for that many, last first."""
+    count = abs(tasks)
+    first = count * part // parts
+    stop = count * (part + 1) // parts
+    for i in range(first, stop):
+        call_address(callback, i if tasks > 0 else first + stop - 1 - i, address)
 
 
-def _prange(callback, tasks, address):
-    for task in prange(tasks):
-        call_address(callback, task, address)
+def _serial_loop(callback, tasks, address, threads):
+    _share(callback, tasks, address, 0, 1)
+
+
+def _prange(callback, tasks, address, threads):
+    for part in prange(threads):
+        _share(callback, tasks, address, part, threads)
 
 
 _compiled_prange = once(_prange, parallel=True)
 
 
-def _parallel_loop(callback, tasks, address):
-    _compiled_prange(callback, tasks, address)
+@intrinsic
+def _swap_num_threads(typing_context, number):
+    """Set numba's number of threads and return what it was; numba's own cannot be cached."""
+
+    def generate(context, builder, signature, values):
+        (number,) = values
+        get = ir.FunctionType(cgutils.int32_t, ())
+        get = cgutils.get_or_insert_function(builder.module, get, "get_num_threads")
+        set_ = ir.FunctionType(ir.VoidType(), (cgutils.int32_t,))
+        set_ = cgutils.get_or_insert_function(builder.module, set_, "set_num_threads")
+        before = builder.call(get, ())
+        builder.call(set_, (builder.trunc(number, cgutils.int32_t),))
+        return builder.sext(before, cgutils.intp_t)
+
+    return types.intp(types.intp), generate
+
+
+def _parallel_loop(callback, tasks, address, threads):
+    before = _swap_num_threads(threads)
+    _compiled_prange(callback, tasks, address, threads)
+    _swap_num_threads(before)
 
 
 @lru_cache
 def _loop_address(function: FunctionType) -> int:
-    return address_of(function, types.void(types.intp, types.intp, types.intp))
+    return address_of(function, types.void(types.intp, types.intp, types.intp, types.intp))
+
+
+@lru_cache
+def _parallel_loop_address() -> int:
+    numba.get_num_threads()  # starts what the loop is linked with
+    return _loop_address(_parallel_loop)
 
 
 def compile_serial_loop() -> None:
@@ -172,7 +222,8 @@ def kernel(task: FunctionType) -> Callable[..., None]:
     """Compile `task(i, arguments)`; return a function that runs it for every i below `tasks`.
 
     That function takes the largest number of threads and the number of tasks, then the arguments.
-    One thread touches no thread pool, which is what makes it safe in a forked child.
+    With `backwards`, a thread does the same tasks in the opposite order, to meet first what it left
+    in its cache. One thread touches no thread pool, which is what makes it safe in a forked child.
     """
     # numba puts the cache beside the file that it takes the code to be from.
     code = _entry.__code__.replace(
@@ -182,21 +233,11 @@ def kernel(task: FunctionType) -> Callable[..., None]:
     entry.__module__ = task.__module__
     entry = once(entry)
 
-    def launch(threads: int, tasks: int, *arguments: Any) -> None:
+    def launch(threads: int, tasks: int, *arguments: Any, backwards: bool = False) -> None:
         threads = min(threads, tasks, numba.config.NUMBA_NUM_THREADS)
-        if threads == 1:
-            entry(_loop_address(_serial_loop), tasks, arguments)
-            return
-        before = numba.get_num_threads()  # which starts what the loop is linked with
-        loop = _loop_address(_parallel_loop)
-        if threads != before:
-            numba.set_num_threads(threads)
-        try:
-            with _one_launch():
-                entry(loop, tasks, arguments)
-        finally:
-            if threads != before:
-                numba.set_num_threads(before)
+        loop = _loop_address(_serial_loop) if threads == 1 else _parallel_loop_address()
+        with _one_launch() if threads > 1 else _FREE:
+            entry(loop, -tasks if backwards else tasks, threads, arguments)
 
     return launch
 
@@ -215,9 +256,14 @@ def flat(array: Array | None, like: Array) -> Array:
     numba takes for a type apart. Floats of 16 bits become integers.
     """
     if array is None:
-        array = np.empty(0, like.dtype)
+        return _nothing(like.dtype)
     if array.itemsize == 2:
         array = as_bits(array)
     if not array.flags.writeable:
         array = np.asarray(_Unlocked(array))
     return array.ravel()
+
+
+@lru_cache
+def _nothing(dtype: np.dtype[Any]) -> Array:
+    return flat(np.empty(0, dtype), np.empty(0, dtype))

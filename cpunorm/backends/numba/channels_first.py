@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from . import channels_last, rows
-from ._jit import Array, flat, jit, kernel
+from ._jit import Array, flat, jit, kernel, sweep
 from .activations import address
 from .sweeps import (
     BLOCK,
@@ -27,19 +27,20 @@ from .sweeps import (
     TASKS,
     at,
     block_gradient_sums,
-    block_moments,
     ceil_div,
+    channel_terms,
+    copy_for,
     element_gradient,
     finish,
-    group_terms,
     in_full,
     merge_gradients,
     merge_moments,
     part_of,
-    same_memory,
+    per_channel,
     scale_of,
     set_terms,
     settle,
+    spread,
     store_totals,
     unit_moments,
 )
@@ -47,7 +48,7 @@ from .sweeps import (
 SHORT = 32
 
 
-@jit
+@sweep
 def _affine(x, start, rows, stride, width, terms, channel, out, first, step):
     """out = (x - mean)·scale + shift, a row for each channel from `channel`."""
     for r in range(rows):
@@ -64,7 +65,7 @@ def _affine(x, start, rows, stride, width, terms, channel, out, first, step):
 def _transform(x, residual, activation, start, rows, stride, width, terms, y, z):
     """Write a block of y, a row for each channel."""
     zero = np.intp(0)
-    if not (residual.size or activation or same_memory(x, y)):
+    if not z.size:
         _affine(x, start, rows, stride, width, terms, zero, y, start, stride)
         return
     tall = max(1, BLOCK // width)
@@ -98,16 +99,19 @@ def _normalize(task, arguments):
     b0, b1, g0, g1, _ = _units_of(task, sizes)
     groups = g1 - g0
     stride = G * K * S
-    mean = np.empty(groups)
-    M2 = np.empty(groups)
+    pivot = np.empty(groups, x.dtype)
+    mean = np.empty(groups * K)
+    M2 = np.empty(groups * K)
     terms = np.empty((3, groups * K), x.dtype)
-    z = np.empty(BLOCK, x.dtype)
+    z = copy_for(x, residual, activation, y, BLOCK)
     for b in range(b0, b1):
         start = b * R * stride + g0 * K * S
-        unit_moments(x, start, R, stride, K * S, groups, mean, M2)
+        unit_moments(x, start, R, stride, K * S, groups, True, pivot, mean, M2)
         settle(mean, M2, groups, R * K * S, eps, outputs, b * G + g0)
         if y.size:
-            set_terms(terms, groups * K, mean, M2, np.intp(0), K, weight, bias, g0 * K)
+            spread(mean, groups, K)
+            spread(M2, groups, K)
+            set_terms(terms, groups * K, mean, M2, np.intp(0), weight, bias, g0 * K)
             # Backwards, to meet first what was read last.
             for r in range(R - 1, -1, -1):
                 a = start + r * stride
@@ -122,28 +126,29 @@ def _measure_parts(task, arguments):
     unit = task // parts.shape[1]
     top, left, h, w = part_of(part, R, run, height, length)
     start = ((unit // G * R + top) * G + unit % G) * run + left
-    parts[0, part, unit], parts[1, part, unit] = block_moments(x, start, h, G * run, w, True)
+    pivot = np.empty(1, x.dtype)
+    mean = parts[0, part, unit : unit + 1]
+    M2 = parts[1, part, unit : unit + 1]
+    unit_moments(x, start, h, G * run, w, 1, True, pivot, mean, M2)
 
 
 @kernel
 def _apply(task, arguments):
     x, residual, weight, bias, activation, y, stats, sizes = arguments
-    N, R, G, K, S, height, length = sizes
+    N, R, C, S, height, length = sizes
     mean, rstd = stats
-    C = G * K
     top, left, h, w = part_of(task, N * C, S, height, length)
     terms = np.empty((3, h), x.dtype)
-    z = np.empty(BLOCK, x.dtype)
+    z = copy_for(x, residual, activation, y, BLOCK)
     for n in range(top // C, (top + h - 1) // C + 1):
         first = max(top, n * C)
         channels = min(top + h, n * C + C) - first
         c = first - n * C
-        unit = n // R * G + c // K
-        set_terms(terms, channels, mean, rstd, unit, K, weight, bias, c)
+        set_terms(terms, channels, mean, rstd, n // R * C + c, weight, bias, c)
         _transform(x, residual, activation, first * S + left, channels, S, w, terms, y, z)
 
 
-@jit
+@sweep
 def _write_grad_x(grad_y, x, start, rows, stride, width, mean, scale, terms, frozen, grad_x):
     """grad_x of one channel over one block."""
     number = x.dtype.type
@@ -173,24 +178,25 @@ def _backward(task, arguments):
     sums = np.empty((3, channels))
     for b in range(b0, b1):
         start = b * R * stride + g0 * K * S
-        unit = b * G + g0
+        first = b * G * K + g0 * K
         sums[:] = 0.0
         for r in range(R):
             for c in range(channels):
                 a = start + r * stride + c * S
-                g, gx, lost = block_gradient_sums(grad_y, x, a, 1, 0, S, mean[unit + c // K])
+                g, gx, lost = block_gradient_sums(grad_y, x, a, 1, 0, S, mean[first + c])
                 sums[0, c] += g
                 sums[1, c] += gx
                 sums[2, c] += lost
-        for c in range(0, channels, K):
-            s = np.float64(rstd[unit + c // K])
-            group_terms(sums, c, K, R * K * S, s, weight, g0 * K + c, False, totals, slot)
+        scales = rstd[first : first + channels]
+        channel_terms(
+            sums, np.intp(0), channels, K, R * K * S, scales, weight, g0 * K, False, totals, slot
+        )
         if not grad_x.size:
             continue
         for r in range(R - 1, -1, -1):
             for c in range(channels):
                 a = start + r * stride + c * S
-                i = unit + c // K
+                i = first + c
                 scale = scale_of(np.float64(rstd[i]), weight, g0 * K + c)
                 terms = sums[0, c], sums[1, c], sums[2, c]
                 _write_grad_x(grad_y, x, a, 1, 0, S, mean[i], scale, terms, False, grad_x)
@@ -200,23 +206,21 @@ def _backward(task, arguments):
 def _backward_parts(task, arguments):
     """Over a part of some channels: their sums, or grad_x, or both where that needs no sums."""
     grad_y, x, saved, weight, frozen, parts, merged, grad_x, sizes = arguments
-    R, G, K, S, channels, height, length = sizes
-    C = G * K
+    R, C, S, channels, height, length = sizes
     mean, rstd = saved
-    count = parts.shape[1]
+    count = parts.shape[0]
     top, left, h, w = part_of(task % count, R, S, height, length)
     first = task // count * channels
-    for q in range(first, min(first + channels, mean.size * K)):
-        unit = q // K
+    for q in range(first, min(first + channels, mean.size)):
         c = q % C
-        m = mean[unit]
-        a = ((unit // G * R + top) * C + c) * S + left
+        m = mean[q]
+        a = ((q // C * R + top) * C + c) * S + left
         if parts.size:
             sums = block_gradient_sums(grad_y, x, a, h, C * S, w, m)
             for i in range(3):
-                parts[i, task % count, q] = sums[i]
+                parts[task % count, i, q] = sums[i]
         if grad_x.size:
-            scale = scale_of(np.float64(rstd[unit]), weight, c)
+            scale = scale_of(np.float64(rstd[q]), weight, c)
             terms = merged[0, q], merged[1, q], merged[2, q]
             _write_grad_x(grad_y, x, a, h, C * S, w, m, scale, terms, frozen, grad_x)
 
@@ -304,6 +308,7 @@ def normalize(
     _measure_parts(threads, B * G * count, x, parts, (R, G, K * S, height, length))
     stats = merge_moments(parts, R, K * S, height, length, eps, outputs)
     if y.size:
+        stats = per_channel(K, *stats)
         _sweep(x, residual, weight, bias, function, y, stats, units, threads)
 
 
@@ -320,8 +325,9 @@ def _sweep(
 ) -> None:
     B, R, G, K, S = units
     height, length, tasks = _part_size(B * R * G * K, S)
-    sizes = B * R, R, G, K, S, height, length
-    _apply(threads, tasks, x, residual, weight, bias, function, y, stats, sizes)
+    sizes = B * R, R, G * K, S, height, length
+    arguments = x, residual, weight, bias, function, y, stats, sizes
+    _apply(threads, tasks, *arguments, backwards=True)
 
 
 def apply(
@@ -336,7 +342,7 @@ def apply(
     threads: int,
 ) -> None:
     """As `normalize`, with the statistics given."""
-    units = _, R, G, _, S = _units(x, mean)
+    units = _, R, G, K, S = _units(x, mean)
     if S < SHORT and R > 1:
         parameters = _spread(S, weight, bias)
         x, residual, y = _as((1, R, G * S), x, residual, y)
@@ -345,7 +351,7 @@ def apply(
     function = address(activation, mean.dtype)
     x, residual, y = (flat(array, x) for array in (x, residual, y))
     weight, bias = flat(weight, mean), flat(bias, mean)
-    _sweep(x, residual, weight, bias, function, y, in_full(mean, rstd), units, threads)
+    _sweep(x, residual, weight, bias, function, y, in_full(K, mean, rstd), units, threads)
 
 
 def moments(x: Array, mean: Array, var: Array, threads: int) -> None:
@@ -411,7 +417,7 @@ def _differentiate(
         _gather(S, wide, gradients)
         return
     grad_y, x, grad_x = (flat(array, x) for array in (grad_y, x, grad_x))
-    saved = flat(mean, mean), flat(rstd, mean)
+    saved = per_channel(K, flat(mean, mean), flat(rstd, mean))
     weight = flat(weight, mean)
     inputs = grad_y, x, saved, weight
     size = _task_size(units, 2 * x.itemsize)
@@ -424,14 +430,15 @@ def _differentiate(
         height, length, count = _part_size(R, S)
         channels = max(1, PIECE // (R * S))
         tasks = ceil_div(B * C, channels) * count
-        sizes = R, G, K, S, channels, height, length
-        parts = np.empty((3, count, B * C))
+        sizes = R, C, S, channels, height, length
+        parts = np.empty((count, 3, B * C))
         totals = np.zeros((1, 2, C))
         early, late = (grad_x, grad_x[:0]) if frozen else (grad_x[:0], grad_x)
-        _backward_parts(threads, tasks, *inputs, frozen, parts, np.empty((3, 0)), early, sizes)
-        sums = parts.sum(axis=1)
-        merge_gradients(sums, G, K, R * K * S, saved[1], weight, frozen, totals)
+        _backward_parts(threads, tasks, *inputs, frozen, parts, np.empty((3, B * C)), early, sizes)
+        merge_gradients(parts, C, K, R * K * S, saved[1], weight, frozen, totals)
         if late.size:
-            parts = np.empty((3, count, 0))
-            _backward_parts(threads, tasks, *inputs, frozen, parts, sums, late, sizes)
+            sums, parts = parts[0], np.empty((count, 3, 0))
+            _backward_parts(
+                threads, tasks, *inputs, frozen, parts, sums, late, sizes, backwards=True
+            )
     store_totals(totals, *gradients)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from . import rows
-from ._jit import Array, flat, jit, kernel
+from ._jit import Array, flat, jit, kernel, sweep
 from .activations import address
 from .sweeps import (
     BLOCK,
@@ -22,19 +22,21 @@ from .sweeps import (
     TASKS,
     at,
     ceil_div,
+    channel_terms,
     column_gradient_sums,
     column_moments,
+    copy_for,
     element_gradient,
     finish,
-    group_terms,
     in_full,
     lanes_of,
     merge_gradients,
     merge_moments,
-    same_memory,
+    per_channel,
     scale_of,
     set_terms,
     settle,
+    spread,
     store_totals,
     unfold,
 )
@@ -42,7 +44,7 @@ from .sweeps import (
 NARROW, BROAD = 64, 1024  # channels of a strip
 
 
-@jit
+@sweep
 def _affine(x, start, count, stride, width, terms, out, first, step):
     """out = (x - mean)·scale + shift, with terms for each column."""
     for r in range((count + width - 1) // width):
@@ -60,7 +62,7 @@ def _transform(x, residual, activation, start, rows, C, width, lanes, terms, y, 
     wide = lanes * width
     step = lanes * C
     count = rows * width
-    if not (residual.size or activation or same_memory(x, y)):
+    if not z.size:
         _affine(x, start, count, step, wide, terms, y, start, step)
         return
     tall = max(1, BLOCK // wide)
@@ -111,18 +113,19 @@ def _normalize(task, arguments):
     n0, n1, c0, width, _ = _strip_of(task, sizes)
     lanes = lanes_of(S, width, C)
     wide = lanes * width
-    pivot = np.empty(wide)
-    mean = np.empty(wide)
-    M2 = np.empty(wide)
+    mean = np.empty(width)
+    M2 = np.empty(width)
     terms = np.empty((3, wide), x.dtype)
-    z = np.empty(max(BLOCK, wide), x.dtype)
+    z = copy_for(x, residual, activation, y, max(BLOCK, wide))
     for n in range(n0, n1):
         start = n * S * C + c0
-        column_moments(x, start, S, C, width, lanes, True, pivot, mean, M2)
+        column_moments(x, start, S, C, width, lanes, True, terms, mean, M2)
         _group_columns(mean, M2, width // K, K, S)
         settle(mean, M2, width // K, S * K, eps, outputs, (n * C + c0) // K)
         if y.size:
-            set_terms(terms, width, mean, M2, np.intp(0), K, weight, bias, c0)
+            spread(mean, width // K, K)
+            spread(M2, width // K, K)
+            set_terms(terms, width, mean, M2, np.intp(0), weight, bias, c0)
             _transform(x, residual, activation, start, S, C, width, lanes, terms, y, z)
 
 
@@ -145,10 +148,10 @@ def _measure_parts(task, arguments):
     _, _, C, K, _, _ = sizes
     n, part, start, h, c0, width = _part_of(task, sizes)
     lanes = lanes_of(h, width, C)
-    pivot = np.empty(lanes * width)
-    mean = np.empty(lanes * width)
-    M2 = np.empty(lanes * width)
-    column_moments(x, start, h, C, width, lanes, True, pivot, mean, M2)
+    mean = np.empty(width)
+    M2 = np.empty(width)
+    scratch = np.empty((3, lanes * width), x.dtype)
+    column_moments(x, start, h, C, width, lanes, True, scratch, mean, M2)
     _group_columns(mean, M2, width // K, K, h)
     unit = (n * C + c0) // K
     for g in range(width // K):
@@ -159,13 +162,13 @@ def _measure_parts(task, arguments):
 @kernel
 def _apply(task, arguments):
     x, residual, weight, bias, activation, y, stats, sizes = arguments
-    _, _, C, K, _, _ = sizes
+    _, _, C, _, _, _ = sizes
     mean, rstd = stats
     n, _, start, h, c0, width = _part_of(task, sizes)
     lanes = lanes_of(h, width, C)
     terms = np.empty((3, lanes * width), x.dtype)
-    z = np.empty(max(BLOCK, lanes * width), x.dtype)
-    set_terms(terms, width, mean, rstd, (n * C + c0) // K, K, weight, bias, c0)
+    z = copy_for(x, residual, activation, y, max(BLOCK, lanes * width))
+    set_terms(terms, width, mean, rstd, n * C + c0, weight, bias, c0)
     _transform(x, residual, activation, start, h, C, width, lanes, terms, y, z)
 
 
@@ -179,26 +182,27 @@ def _sum_columns(grad_y, x, start, rows, C, width, lanes, means, sums):
     column_gradient_sums(grad_y, x, start, rows, C, width, lanes, means, one, 0, g, gx, lost, sums)
 
 
-@jit
-def _set_means(means, mean, unit, K, width, lanes):
-    """The mean of every column of a strip that begins with `unit`."""
+@sweep
+def _set_means(terms, mean, first, width, lanes):
+    """terms[0] = the mean of every column of a strip, whose first channel is `first` of all."""
     for c in range(width):
-        means[c] = mean[unit + c // K]
-    unfold(means, width, lanes)
+        terms[0, c] = mean[at(first + c)]
+    unfold(terms[0], width, lanes)
 
 
-@jit
-def _set_gradient_terms(terms, rstd, unit, K, weight, channel, merged, first, width, lanes):
+@sweep
+def _set_gradient_terms(terms, rstd, first, weight, channel, merged, place, width, lanes):
     """terms[1:] = (scale, centre, slope, rest) of every column of a strip."""
     for c in range(width):
-        terms[1, c] = scale_of(np.float64(rstd[unit + c // K]), weight, channel + c)
-        for i in range(3):
-            terms[2 + i, c] = merged[i, first + c]
+        terms[1, c] = scale_of(np.float64(rstd[at(first + c)]), weight, channel + c)
+        terms[2, c] = merged[0, at(place + c)]
+        terms[3, c] = merged[1, at(place + c)]
+        terms[4, c] = merged[2, at(place + c)]
     for i in range(1, 5):
         unfold(terms[i], width, lanes)
 
 
-@jit
+@sweep
 def _write_grad_x(grad_y, x, start, rows, C, width, lanes, terms, frozen, grad_x):
     wide = lanes * width
     count = rows * width
@@ -227,17 +231,16 @@ def _backward(task, arguments):
     lanes = lanes_of(S, width, C)
     terms = np.empty((5, lanes * width), x.dtype)
     sums = np.empty((3, width))
-    first = np.intp(0)
+    zero = np.intp(0)
     for n in range(n0, n1):
         start = n * S * C + c0
-        unit = (n * C + c0) // K
-        _set_means(terms[0], mean, unit, K, width, lanes)
+        first = n * C + c0
+        _set_means(terms, mean, first, width, lanes)
         _sum_columns(grad_y, x, start, S, C, width, lanes, terms[0], sums)
-        for k in range(0, width, K):
-            s = np.float64(rstd[unit + k // K])
-            group_terms(sums, k, K, S * K, s, weight, c0 + k, False, totals, slot)
+        scales = rstd[first : first + width]
+        channel_terms(sums, zero, width, K, S * K, scales, weight, c0, False, totals, slot)
         if grad_x.size:
-            _set_gradient_terms(terms, rstd, unit, K, weight, c0, sums, first, width, lanes)
+            _set_gradient_terms(terms, rstd, first, weight, c0, sums, zero, width, lanes)
             _write_grad_x(grad_y, x, start, S, C, width, lanes, terms, False, grad_x)
 
 
@@ -245,22 +248,21 @@ def _backward(task, arguments):
 def _backward_parts(task, arguments):
     """Over a part: the sums of its columns, or grad_x, or both where that needs no sums."""
     grad_y, x, saved, weight, frozen, parts, merged, grad_x, sizes = arguments
-    _, _, C, K, _, _ = sizes
+    _, _, C, _, _, _ = sizes
     mean, rstd = saved
     n, part, start, h, c0, width = _part_of(task, sizes)
     lanes = lanes_of(h, width, C)
-    unit = (n * C + c0) // K
     first = n * C + c0
     terms = np.empty((5, lanes * width), x.dtype)
-    _set_means(terms[0], mean, unit, K, width, lanes)
+    _set_means(terms, mean, first, width, lanes)
     if parts.size:
         sums = np.empty((3, width))
         _sum_columns(grad_y, x, start, h, C, width, lanes, terms[0], sums)
         for i in range(3):
             for c in range(width):
-                parts[i, part, first + c] = sums[i, c]
+                parts[part, i, first + c] = sums[i, c]
     if grad_x.size:
-        _set_gradient_terms(terms, rstd, unit, K, weight, c0, merged, first, width, lanes)
+        _set_gradient_terms(terms, rstd, first, weight, c0, merged, first, width, lanes)
         _write_grad_x(grad_y, x, start, h, C, width, lanes, terms, frozen, grad_x)
 
 
@@ -341,7 +343,9 @@ def normalize(
     _measure_parts(threads, tasks, x, parts, cut)
     stats = merge_moments(parts, S, K, height, K, eps, outputs)
     if y.size:
-        _apply(threads, tasks, x, residual, weight, bias, function, y, stats, cut)
+        stats = per_channel(K, *stats)
+        arguments = x, residual, weight, bias, function, y, stats, cut
+        _apply(threads, tasks, *arguments, backwards=True)
 
 
 def apply(
@@ -356,13 +360,13 @@ def apply(
     threads: int,
 ) -> None:
     """As `normalize`, with the statistics given."""
-    sizes = _sizes(x, mean)
+    sizes = _, _, _, K = _sizes(x, mean)
     height, strip, tasks = _part_size(sizes)
     cut = *sizes, height, strip
     function = address(activation, mean.dtype)
     x, residual, y = (flat(array, x) for array in (x, residual, y))
     weight, bias = flat(weight, mean), flat(bias, mean)
-    stats = in_full(mean, rstd)
+    stats = in_full(K, mean, rstd)
     _apply(threads, tasks, x, residual, weight, bias, function, y, stats, cut)
 
 
@@ -423,7 +427,7 @@ def _differentiate(
         return
     size = _task_size(sizes, 2 * x.itemsize)
     grad_y, x, grad_x = (flat(array, x) for array in (grad_y, x, grad_x))
-    saved = flat(mean, mean), flat(rstd, mean)
+    saved = per_channel(K, flat(mean, mean), flat(rstd, mean))
     weight = flat(weight, mean)
     inputs = grad_y, x, saved, weight
     if size and not frozen:
@@ -434,13 +438,12 @@ def _differentiate(
     else:
         height, strip, tasks = _part_size(sizes)
         cut = *sizes, height, strip
-        parts = np.empty((3, ceil_div(S, height), N * C))
+        parts = np.empty((ceil_div(S, height), 3, N * C))
         totals = np.zeros((1, 2, C))
         early, late = (grad_x, grad_x[:0]) if frozen else (grad_x[:0], grad_x)
-        _backward_parts(threads, tasks, *inputs, frozen, parts, np.empty((3, 0)), early, cut)
-        sums = parts.sum(axis=1)
-        merge_gradients(sums, C // K, K, S * K, saved[1], weight, frozen, totals)
+        _backward_parts(threads, tasks, *inputs, frozen, parts, np.empty((3, N * C)), early, cut)
+        merge_gradients(parts, C, K, S * K, saved[1], weight, frozen, totals)
         if late.size:
-            parts = np.empty((3, parts.shape[1], 0))
-            _backward_parts(threads, tasks, *inputs, frozen, parts, sums, late, cut)
+            sums, parts = parts[0], np.empty((parts.shape[0], 3, 0))
+            _backward_parts(threads, tasks, *inputs, frozen, parts, sums, late, cut, backwards=True)
     store_totals(totals, *gradients)

@@ -8,7 +8,7 @@ every task gathers for itself.
 import numpy as np
 
 from . import rows
-from ._jit import Array, flat, jit, jit_sum, kernel
+from ._jit import Array, flat, jit, jit_sum, kernel, sweep
 from .sweeps import (
     BLOCK,
     PIECE,
@@ -30,7 +30,7 @@ from .sweeps import (
 NARROW, BROAD = 128, 1024  # columns of a strip
 
 
-@jit
+@sweep
 def _affine(x, start, height, stride, width, terms, parameters, row, out, first, step):
     """out = (x - mean)·rstd·weight + bias, rows from `row`, with terms for each column."""
     weight, bias = parameters
@@ -60,20 +60,19 @@ def _normalize(task, arguments):
     x, addend, parameters, eps, center, y, total, outputs, sizes = arguments
     _, D, S, _, _ = sizes
     n0, n1, s0, width = _strip(task, sizes)
-    pivot = np.empty(width)
     mean = np.empty(width)
     M2 = np.empty(width)
     terms = np.empty((3, width), x.dtype)
-    z = np.empty(BLOCK, x.dtype)
     source = total if total.size else x
     direct = not same_memory(source, y)
+    z = np.empty(0 if direct and not total.size else BLOCK, x.dtype)
     tall = max(1, BLOCK // width)
     zero = np.intp(0)
     for n in range(n0, n1):
         start = n * D * S + s0
         if total.size:
             add(x, addend, start, D, S, width, z, total)
-        column_moments(source, start, D, S, width, 1, center, pivot, mean, M2)
+        column_moments(source, start, D, S, width, 1, center, terms, mean, M2)
         settle(mean, M2, width, D, eps, outputs, n * S + s0)
         for j in range(width):
             terms[0, j] = mean[j]
@@ -89,7 +88,7 @@ def _normalize(task, arguments):
             finish(z, z[:0], 0, a, h * width, S, width, y)
 
 
-@jit
+@sweep
 def _write_grad_x(grad_y, x, start, D, S, width, terms, weight, grad_total, grad_x):
     for r in range(D):
         a = start + r * S

@@ -55,29 +55,33 @@ def _opened_type(given):
 
 
 def _opened(context, builder, given, wanted, value):
-    if given == wanted:
-        return value
     if isinstance(given, types.BaseTuple):
         items = cgutils.unpack_tuple(builder, value)
         opened = map(lambda *item: _opened(context, builder, *item), given, wanted, items)
         return context.make_tuple(builder, wanted, opened)
+    if not isinstance(given, types.Array):
+        return value
     source = context.make_array(given)(context, builder, value)
     array = context.make_array(wanted)(context, builder)
-    for name in ("meminfo", "parent", "nitems", "itemsize", "shape", "strides"):
+    for name in ("nitems", "itemsize", "shape", "strides"):
         setattr(array, name, getattr(source, name))
+    for name in ("meminfo", "parent"):
+        setattr(array, name, cgutils.get_null_value(getattr(source, name).type))
     array.data = builder.bitcast(source.data, array.data.type)
     return array._getvalue()
 
 
 @intrinsic
-def open_halves(typing_context, arguments):
-    """A kernel's arguments, with the arrays of 16-bit integers among them as `Halves`."""
+def open_arrays(typing_context, arguments):
+    """A kernel's arguments, with the arrays of 16-bit integers among them as `Halves`.
+
+    The arrays are borrowed: their references are not counted, which would have the threads wait for
+    one another.
+    """
     opened = _opened_type(arguments)
 
     def generate(context, builder, signature, values):
-        value = _opened(context, builder, arguments, opened, values[0])
-        context.nrt.incref(builder, opened, value)
-        return value
+        return _opened(context, builder, arguments, opened, values[0])
 
     return opened(arguments), generate
 

@@ -14,30 +14,33 @@ from typing import Any
 
 import numpy as np
 
-from ._jit import Array, flat, jit, jit_sum, kernel
+from ._jit import Array, flat, jit, jit_sum, kernel, sweep
 from .sweeps import (
     BLOCK,
     PIECE,
     SHORT_SUM,
+    SLAB,
     TASKS,
     add,
     at,
-    block_moments,
     ceil_div,
+    copy_for,
     element_gradient,
     finish,
     merge_moments,
     row_terms,
-    same_memory,
     settle,
     store_totals,
+    unit_moments,
 )
 
-# Every backward task has parameter gradients of its own: with more, adding them up would show.
+# Every backward task has parameter gradients of its own: with more tasks, or of fewer rows, adding
+# them up would show.
 GATHERING_TASKS = 64
+GATHERING_ROWS = 8
 
 
-@jit
+@sweep
 def _affine(x, start, rows, left, width, stats, row, parameters, group, sizes, out, first, step):
     """out = (x - mean)·rstd·weight + bias, columns from `left` of rows that start with `group`."""
     mean, rstd = stats
@@ -65,11 +68,10 @@ def _transform(x, residual, parameters, activation, stats, row, y, z, block, siz
     top, left, rows, width = block
     D, G = sizes
     group = top % G
-    direct = not (residual.size or activation or same_memory(x, y))
     for a in range(left, left + width, BLOCK):
         start = top * D + a
         n = min(BLOCK, left + width - a)
-        if direct:
+        if not z.size:
             _affine(x, start, rows, a, n, stats, row, parameters, group, sizes, y, start, D)
         else:
             zero = np.intp(0)
@@ -82,17 +84,18 @@ def _normalize(task, arguments):
     x, addend, residual, parameters, eps, center, activation, y, total, outputs, sizes = arguments
     M, D, G, height = sizes
     tall = max(1, BLOCK // D)
+    pivot = np.empty(tall, x.dtype)
     mean = np.empty(tall)
     M2 = np.empty(tall)
-    z = np.empty(BLOCK, x.dtype)
     source = total if total.size else x
+    z = copy_for(source, residual, activation, y, BLOCK)
+    added = np.empty(BLOCK if total.size else 0, x.dtype)
     stop = min(M, (task + 1) * height)
     for top in range(task * height, stop, tall):
         rows = min(tall, stop - top)
         if total.size:
-            add(x, addend, top * D, 1, 0, rows * D, z, total)
-        for r in range(rows):
-            mean[r], M2[r] = block_moments(source, (top + r) * D, 1, 0, D, center)
+            add(x, addend, top * D, 1, 0, rows * D, added, total)
+        unit_moments(source, top * D, 1, 0, D, rows, center, pivot, mean, M2)
         settle(mean, M2, rows, D, eps, outputs, top)
         if y.size:
             stats = mean, M2
@@ -112,7 +115,10 @@ def _measure_parts(task, arguments):
     if total.size:
         add(x, addend, start, 1, 0, width, np.empty(BLOCK, x.dtype), total)
     source = total if total.size else x
-    parts[0, part, row], parts[1, part, row] = block_moments(source, start, 1, 0, width, center)
+    pivot = np.empty(1, x.dtype)
+    mean = parts[0, part, row : row + 1]
+    M2 = parts[1, part, row : row + 1]
+    unit_moments(source, start, 1, 0, width, 1, center, pivot, mean, M2)
 
 
 @kernel
@@ -121,9 +127,10 @@ def _transform_parts(task, arguments):
     across = (D + PIECE - 1) // PIECE
     row = task // across
     left = task % across * PIECE
-    z = np.empty(BLOCK, x.dtype)
+    none = np.empty(0, x.dtype)
+    z = copy_for(x, none, 0, y, BLOCK)
     block = row, left, 1, min(PIECE, D - left)
-    _transform(x, z[:0], parameters, 0, stats, row, y, z, block, (D, 1))
+    _transform(x, none, parameters, 0, stats, row, y, z, block, (D, 1))
 
 
 @jit_sum
@@ -133,8 +140,8 @@ def _sum_rows(grad_y, x, mean, parameters, block, sizes, sums):
     top, left, rows, width = block
     D, G = sizes
     zero = x.dtype.type(0)
+    group = top % G
     for r in range(rows):
-        group = (top + r) % G
         m = mean[at(top + r)] if mean.size else zero
         for i in range(3):
             sums[i, r] = 0.0
@@ -153,17 +160,18 @@ def _sum_rows(grad_y, x, mean, parameters, block, sizes, sums):
             sums[0, r] += g
             sums[1, r] += gx
             sums[2, r] += lost
+        group = group + 1 if group + 1 < G else 0
 
 
-@jit
+@sweep
 def _write_grad_x(grad_y, x, saved, parameters, grad_total, block, sizes, terms, grad_x):
     mean, rstd = saved
     weight, weighted, _, _ = parameters
     top, left, rows, width = block
     D, G = sizes
     number = x.dtype.type
+    group = top % G
     for r in range(rows):
-        group = (top + r) % G
         m = mean[at(top + r)] if mean.size else number(0)
         s = rstd[at(top + r)]
         centre = number(terms[0, r])
@@ -184,28 +192,58 @@ def _write_grad_x(grad_y, x, saved, parameters, grad_total, block, sizes, terms,
                     i = at(start + j)
                     g = grad_y[i] * weight[at(w + j)]
                     grad_x[i] = element_gradient(g, x[i] - m, s, centre, slope, rest)
+        group = group + 1 if group + 1 < G else 0
 
 
 @jit
-def _sum_parameters(grad_y, x, saved, block, sizes, terms, wanted, sums):
-    """Add the rows of a block to `sums`, (2, G·width), of grad_weight and grad_bias."""
+def _terms_of(row, saved, terms, r):
+    """(mean, rstd, shift) of a row, the r-th of its block."""
     mean, rstd = saved
+    number = rstd.dtype.type
+    m = mean[at(row)] if mean.size else number(0)
+    return m, rstd[at(row)], number(terms[3, r])
+
+
+@sweep
+def _sum_parameters(grad_y, x, saved, block, sizes, terms, sums):
+    """Add the rows of a block to `sums`, (2, G·width), of grad_weight and grad_bias."""
     top, left, rows, width = block
     D, G = sizes
-    number = x.dtype.type
-    for r in range(rows):
-        start = (top + r) * D + left
-        first = (top + r) % G * width
-        if wanted[0]:
-            m = mean[at(top + r)] if mean.size else number(0)
-            s = rstd[at(top + r)]
-            shift = number(terms[3, r])
+    step = G * D
+    for g in range(min(G, rows)):
+        first = (top + g) % G * width
+        count = (rows - g + G - 1) // G
+        fours = count - count % 4
+        # Four rows of the group for each load and store of the sums.
+        for k in range(0, fours, 4):
+            r = g + k * G
+            a = (top + r) * D + left
+            b = a + step
+            c = b + step
+            d = c + step
+            ma, sa, ta = _terms_of(top + r, saved, terms, r)
+            mb, sb, tb = _terms_of(top + r + G, saved, terms, r + G)
+            mc, sc, tc = _terms_of(top + r + 2 * G, saved, terms, r + 2 * G)
+            md, sd, td = _terms_of(top + r + 3 * G, saved, terms, r + 3 * G)
             for j in range(width):
-                i = at(start + j)
-                sums[0, at(first + j)] += grad_y[i] * ((x[i] - m) * s + shift)
-        if wanted[1]:
+                ga = grad_y[at(a + j)]
+                gb = grad_y[at(b + j)]
+                gc = grad_y[at(c + j)]
+                gd = grad_y[at(d + j)]
+                ya = ga * ((x[at(a + j)] - ma) * sa + ta)
+                yb = gb * ((x[at(b + j)] - mb) * sb + tb)
+                yc = gc * ((x[at(c + j)] - mc) * sc + tc)
+                yd = gd * ((x[at(d + j)] - md) * sd + td)
+                sums[0, at(first + j)] += (ya + yb) + (yc + yd)
+                sums[1, at(first + j)] += (ga + gb) + (gc + gd)
+        for k in range(fours, count):
+            r = g + k * G
+            a = (top + r) * D + left
+            ma, sa, ta = _terms_of(top + r, saved, terms, r)
             for j in range(width):
-                sums[1, at(first + j)] += grad_y[at(start + j)]
+                ga = grad_y[at(a + j)]
+                sums[0, at(first + j)] += ga * ((x[at(a + j)] - ma) * sa + ta)
+                sums[1, at(first + j)] += ga
 
 
 @jit
@@ -219,10 +257,10 @@ def _flush(sums, totals, slot, left):
 
 @kernel
 def _backward(task, arguments):
-    grad_y, x, saved, parameters, grad_total, grad_x, totals, wanted, sizes = arguments
+    grad_y, x, saved, parameters, grad_total, grad_x, totals, sizes = arguments
     M, D, G, height = sizes
     mean, rstd = saved
-    tall = max(1, min(BLOCK // D, SHORT_SUM * G))
+    tall = max(1, min(4, SLAB // (16 * D)), min(BLOCK // D // 4 * 4, SHORT_SUM * G))
     terms = np.empty((4, tall))
     sums = np.zeros((2, G * D), x.dtype)
     pending = 0
@@ -234,7 +272,7 @@ def _backward(task, arguments):
         row_terms(terms, mean, rstd, top, rows, D)
         if grad_x.size:
             _write_grad_x(grad_y, x, saved, parameters, grad_total, block, (D, G), terms, grad_x)
-        _sum_parameters(grad_y, x, saved, block, (D, G), terms, wanted, sums)
+        _sum_parameters(grad_y, x, saved, block, (D, G), terms, sums)
         pending += rows
         if pending >= SHORT_SUM * G or top + rows == stop:
             _flush(sums, totals, task, np.intp(0))
@@ -255,7 +293,7 @@ def _sum_parts(task, arguments):
 
 @kernel
 def _backward_parts(task, arguments):
-    grad_y, x, saved, parameters, grad_total, sums, grad_x, totals, wanted = arguments
+    grad_y, x, saved, parameters, grad_total, sums, grad_x, totals = arguments
     mean, rstd = saved
     M = rstd.size
     D = totals.shape[2]
@@ -268,7 +306,7 @@ def _backward_parts(task, arguments):
     if grad_x.size:
         _write_grad_x(grad_y, x, saved, parameters, grad_total, block, (D, 1), terms, grad_x)
     short_sums = np.zeros((2, width), x.dtype)
-    _sum_parameters(grad_y, x, saved, block, (D, 1), terms, wanted, short_sums)
+    _sum_parameters(grad_y, x, saved, block, (D, 1), terms, short_sums)
     _flush(short_sums, totals, np.intp(0), left)
 
 
@@ -326,7 +364,7 @@ def normalize_groups(
         stats = merge_moments(parts, 1, D, 1, PIECE, eps, outputs)
         source = total if total.size else x
         if y.size:
-            _transform_parts(threads, tasks, source, parameters, stats, y, D)
+            _transform_parts(threads, tasks, source, parameters, stats, y, D, backwards=True)
         return
     height = max(1, PIECE // D)
     sizes = M, D, G, height
@@ -353,7 +391,6 @@ def backward_groups(
     """Gradients of `normalize_groups`; grad_weight and grad_bias are (G·D,)."""
     M, D = x.shape
     parameters = _parameters(weight, None, rstd)
-    wanted = grad_weight is not None, grad_bias is not None
     saved = flat(mean, rstd), flat(rstd, rstd)
     grad_y, x, grad_total, grad_x = (flat(array, x) for array in (grad_y, x, grad_total, grad_x))
     inputs = grad_y, x, saved, parameters, grad_total
@@ -362,12 +399,13 @@ def backward_groups(
         totals = np.zeros((1, 2, D))
         _sum_parts(threads, M * parts.shape[1], grad_y, x, saved[0], parameters, parts, D)
         sums = parts.sum(axis=1)
-        _backward_parts(threads, parts.shape[1], *inputs, sums, grad_x, totals, wanted)
+        _backward_parts(threads, parts.shape[1], *inputs, sums, grad_x, totals)
     else:
-        height = max(1, PIECE // D, ceil_div(M, GATHERING_TASKS))
+        rows = min(GATHERING_ROWS, ceil_div(M, TASKS))
+        height = max(rows, PIECE // D, ceil_div(M, GATHERING_TASKS))
         tasks = ceil_div(M, height)
         totals = np.zeros((tasks, 2, G * D))
-        _backward(threads, tasks, *inputs, grad_x, totals, wanted, (M, D, G, height))
+        _backward(threads, tasks, *inputs, grad_x, totals, (M, D, G, height))
     store_totals(totals, grad_weight, grad_bias)
 
 
