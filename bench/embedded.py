@@ -5,12 +5,10 @@ float32, one thread, microseconds, medians of blocks in turn.
 """
 
 import importlib.util
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,8 @@ import numba
 import numpy as np
 
 from cpunorm import numba as norm
+
+from .turns import compared, header, row, seconds
 
 BLOCKS, CALLS = 15, 200
 
@@ -78,19 +78,6 @@ def built(folder: Path) -> Any:
     return module
 
 
-def seconds(functions: list[Callable[..., Any]], *arguments: Any) -> list[float]:
-    """Return the median time of each function, measured in turn."""
-    times: list[list[float]] = [[] for _ in functions]
-    for _ in range(BLOCKS):
-        for function, found in zip(functions, times, strict=True):
-            function(*arguments)
-            start = time.perf_counter()
-            for _ in range(CALLS):
-                function(*arguments)
-            found.append((time.perf_counter() - start) / CALLS)
-    return [statistics.median(found) for found in times]
-
-
 def main() -> None:
     """Print a line per language and shape."""
     rng = np.random.default_rng(0)
@@ -100,7 +87,7 @@ def main() -> None:
             "Numba": [by_hand, by_cpunorm],
             "Cython": [module.by_hand, module.by_cpunorm],
         }
-        print("| | shape | by hand | cpunorm | ratio |\n|---|---|---|---|---|")
+        print(header("", "shape", "by hand", "cpunorm", "ratio"))
         for language, functions in languages.items():
             for shape in ((1, 768), (64, 128), (512, 768)):
                 x = rng.normal(size=shape).astype(np.float32)
@@ -109,11 +96,9 @@ def main() -> None:
                 for function, y in zip(functions, results, strict=True):
                     function(x, weight, bias, y)
                 np.testing.assert_allclose(*results, rtol=1e-3, atol=1e-3)
-                before, after = seconds(functions, x, weight, bias, results[0])
-                print(
-                    f"| {language} | {shape} | {before * 1e6:.1f} | {after * 1e6:.1f} "
-                    f"| {before / after:.1f} |"
-                )
+                calls = [partial(function, x, weight, bias, results[0]) for function in functions]
+                before, after = seconds(calls, BLOCKS, CALLS)
+                print(row(language, shape, *compared(before, after, 1e6)))
 
 
 if __name__ == "__main__":

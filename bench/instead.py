@@ -5,14 +5,14 @@ this process, in turn, the median of several calls. cpunorm runs on as many thre
 on one, as it does by itself.
 """
 
-import statistics
 from collections.abc import Callable
-from time import perf_counter
 from typing import Any
 
 import numpy as np
 
 import cpunorm
+
+from .turns import compared, header, row, seconds
 
 CALLS = 7
 N, C, H, W = 32, 64, 56, 56
@@ -88,23 +88,11 @@ def moments() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
     return {f"Moments, 8 parts of {(N, C, H, W)}": (formula, ours)}
 
 
-def milliseconds(functions: tuple[Callable[[], Any], ...]) -> list[float]:
-    times: list[list[float]] = [[] for _ in functions]
-    for call in range(CALLS + 1):
-        for function, found in zip(functions, times, strict=True):
-            start = perf_counter()
-            function()
-            if call:  # the first one warms up
-                found.append(1e3 * (perf_counter() - start))
-    return [statistics.median(found) for found in times]
-
-
 def main() -> None:
     print(f"numpy {np.__version__}, cpunorm on {cpunorm.get_num_threads()} threads; ms")
-    print(f"{'':<40}{'NumPy':>9}{'cpunorm':>9}{'ratio':>7}")
+    print(header("", "NumPy", "cpunorm", "ratio"))
     for name, functions in (masks() | moments()).items():
-        before, after = milliseconds(functions)
-        print(f"{name:<40}{before:>9.1f}{after:>9.1f}{before / after:>7.1f}")
+        print(row(name, *compared(*seconds(functions, CALLS))))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Whole torch models before and after `cpunorm.torch.accelerate`, side by side.
+"""torch models before and after `cpunorm.torch.accelerate`, side by side.
 
 ``python -m bench.torch_models``: an inference and a training step of a residual net (batch norm), a
 U-Net (group norm), a ConvNeXt (layer norm over channels) and a transformer (layer norm). Each model
@@ -8,8 +8,6 @@ are timed in turn, and medians are compared.
 
 import argparse
 import copy
-import statistics
-import time
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -19,6 +17,8 @@ with warnings.catch_warnings():  # torch's affair
 from torch import nn
 
 import cpunorm.torch
+
+from .turns import compared, header, row, seconds
 
 NORMS = (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
 
@@ -156,6 +156,18 @@ CASES = [
 ]
 
 
+CALLS = 10  # of a module in a block
+MODULES = [
+    ("instance norm", lambda: nn.InstanceNorm2d(64, affine=True), (4, 64, 48, 48), None),
+    ("RMS norm", lambda: nn.RMSNorm(256), (8, 128, 256), None),
+    ("group norm", lambda: nn.GroupNorm(8, 32), (4, 32, 96, 96), None),
+    ("batch norm", lambda: nn.BatchNorm2d(64), (4, 64, 48, 48), None),
+    ("batch norm, channels_last", lambda: nn.BatchNorm2d(64), (4, 64, 48, 48), torch.channels_last),
+    ("layer norm", lambda: nn.LayerNorm(256), (8, 128, 256), None),
+    ("layer norm", lambda: nn.LayerNorm(768), (16, 128, 768), None),
+]
+
+
 def inference(model: nn.Module, x: torch.Tensor) -> Callable[[], object]:
     model.eval()
 
@@ -164,6 +176,21 @@ def inference(model: nn.Module, x: torch.Tensor) -> Callable[[], object]:
             return model(x)
 
     return step
+
+
+def forward(module: nn.Module, x: torch.Tensor) -> Callable[[], object]:
+    """Return a call of the module as it is built, that is, in training."""
+
+    def step() -> object:
+        with torch.no_grad():
+            return module(x)
+
+    return step
+
+
+def forward_and_backward(module: nn.Module, x: torch.Tensor) -> Callable[[], object]:
+    x, grad_y = x.clone().requires_grad_(), torch.ones_like(x)
+    return lambda: module(x).backward(grad_y)
 
 
 def training(model: nn.Module, x: torch.Tensor) -> Callable[[], object]:
@@ -178,18 +205,9 @@ def training(model: nn.Module, x: torch.Tensor) -> Callable[[], object]:
     return step
 
 
-def measure(steps: list[Callable[[], object]], blocks: int) -> list[float]:
-    """Return the median milliseconds of each, timed in turn."""
-    times: list[list[float]] = [[] for _ in steps]
-    for _ in range(blocks + 2):
-        for step, found in zip(steps, times, strict=True):
-            start = time.perf_counter()
-            step()
-            found.append(1e3 * (time.perf_counter() - start))
-    return [statistics.median(found[2:]) for found in times]  # the first two warm up
-
-
-def rows(blocks: int) -> Iterator[str]:
+def models(blocks: int) -> Iterator[str]:
+    """Yield a line for each step of every model."""
+    yield header("model", "step", "torch", "accelerated", "ratio", "norms' share before", "after")
     for name, make, faster, shape, memory_format in CASES:
         torch.manual_seed(0)
         model, x = make(), torch.randn(shape)
@@ -198,22 +216,36 @@ def rows(blocks: int) -> Iterator[str]:
             x = x.to(memory_format=memory_format)
             variants = [v.to(memory_format=memory_format) for v in variants]
         for kind in (inference, training):
-            before, after, bare = measure([kind(v, x) for v in variants], blocks)
-            yield (
-                f"| {name} | {kind.__name__} | {before:.1f} | {after:.1f} | {before / after:.2f} "
-                f"| {max(0.0, 1 - bare / before):.0%} | {max(0.0, 1 - bare / after):.0%} |"
-            )
+            before, after, bare = seconds([kind(v, x) for v in variants], blocks)
+            shares = (f"{max(0.0, 1 - bare / with_norms):.0%}" for with_norms in (before, after))
+            yield row(name, kind.__name__, *compared(before, after), *shares)
+
+
+def modules(blocks: int) -> Iterator[str]:
+    """Yield a line for every module alone."""
+    yield header("module", "forward: torch", "accelerated", "ratio", "and backward", "", "ratio")
+    for name, make, shape, memory_format in MODULES:
+        torch.manual_seed(0)
+        module, x = make(), torch.randn(shape)
+        if memory_format is not None:
+            x = x.to(memory_format=memory_format)
+        both = [module, accelerated(module)]
+        cells = [
+            cell
+            for kind in (forward, forward_and_backward)
+            for cell in compared(*seconds([kind(m, x) for m in both], blocks, CALLS))
+        ]
+        yield row(f"{name} {shape}", *cells)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.torch_models", description=__doc__)
     parser.add_argument("--blocks", type=int, default=9, help="measurements of each")
+    parser.add_argument("--modules", action="store_true", help="norms alone")
     options = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, milliseconds")
-    print("| model | step | torch | accelerated | ratio | norms' share before | after |")
-    print("|---|---|---|---|---|---|---|")
-    for row in rows(options.blocks):
-        print(row, flush=True)
+    for line in (modules if options.modules else models)(options.blocks):
+        print(line, flush=True)
 
 
 if __name__ == "__main__":
