@@ -26,6 +26,8 @@ from .table import summary
 TESTS = Path(__file__).with_name("test_normalization.py")
 # Of which starting and writing take a little more.
 QUICK_MINUTES, FULL_MINUTES = 2.6, 43.0
+# Of everything there are three, so that everything fits the time.
+QUICK_BLOCKS, FULL_BLOCKS = 5, 3
 MOST_AXES = 5
 INTERRUPTED = 130
 # Of a table that goes to a file.
@@ -122,7 +124,7 @@ def parser() -> Parser:
     )
     add("--dtype", type=_among(*DTYPES), default=[], metavar="NAMES")
     add("--threads", type=_threads, default=[], metavar="1,2")
-    add("--blocks", type=int, choices=range(2, 101), default=5, metavar="N")
+    add("--blocks", type=int, choices=range(2, 101), metavar="N", help="measurements of each")
     add("--minutes", type=_positive, help="begin no case after so many")
     add("--json", type=_file, default=Path("bench-results.json"), metavar="FILE")
     add("--fresh", action="store_true", help="do not go on with an interrupted run")
@@ -133,6 +135,7 @@ def main(argv: Sequence[str]) -> int:
     """Measure what is asked for, or go on with it; return the exit code."""
     arguments = parser()
     args = arguments.parse_args(argv)
+    everything = not (args.quick or args.shape)
     plan = planning.make(
         planning.Choice(
             quick=args.quick,
@@ -144,7 +147,7 @@ def main(argv: Sequence[str]) -> int:
             backends=args.backend,
             against=args.against,
             threads=args.threads,
-            blocks=args.blocks,
+            blocks=args.blocks or (FULL_BLOCKS if everything else QUICK_BLOCKS),
         )
     )
     if not any(task.timed for task in plan.tasks):
