@@ -3,7 +3,8 @@
 ``python -m bench.torch_models``: an inference and a training step of a residual net (batch norm), a
 U-Net (group norm), a ConvNeXt (layer norm over channels) and a transformer (layer norm). Each model
 is there as torch has it, accelerated, and with its norms left out, which tells their share. They
-are timed in turn, and medians are compared.
+are timed in turn, and medians are compared. With ``--modules``: the norms alone, each forward and
+with its backward pass.
 """
 
 import argparse
