@@ -17,7 +17,7 @@ pytest.importorskip("rich")
 pytest.importorskip("scipy")
 pytest.importorskip("pytest_benchmark")
 
-from bench import compare, plan, results
+from bench import compare, plan, results, run, test_normalization
 from bench.journal import Journal
 from bench.results import Absent, Accuracy, ResultsError, Row
 from bench.shapes import Case
@@ -162,6 +162,25 @@ def test_a_full_plan_has_what_the_maps_need():
     assert {case.source for case in timed} == {"grid", "models", "odd"}
     accuracy = {task.case for task in made.tasks if not task.timed}
     assert {case.offset for case in accuracy} == {0, 10, 1e2, 1e3, 1e4, 1e5}
+
+
+def test_accuracy_comes_before_what_may_run_out_of_time():
+    """pytest runs tests in the order of their definition, whatever that of the plan is."""
+    names = [name for name in vars(test_normalization) if name.startswith("test_")]
+    assert names == ["test_accuracy", "test_speed"]
+
+
+def test_the_full_run_takes_fewer_blocks_and_quick_ones_more(monkeypatch, tmp_path):
+    plans = []
+    monkeypatch.setattr("bench.run._run", lambda plan, *rest: plans.append(plan) or 0)
+    for argv in ([], ["--quick"], ["--shape", "4,6"], ["--blocks", "7"]):
+        assert run.main(argv) == 0
+    assert [made.blocks for made in plans] == [
+        run.FULL_BLOCKS,
+        run.QUICK_BLOCKS,
+        run.QUICK_BLOCKS,
+        7,
+    ]
 
 
 # --- Comparing -----------------------------------------------------------------------------------
