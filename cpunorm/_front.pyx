@@ -110,19 +110,50 @@ cdef inline bint like(object a, cnp.ndarray x) noexcept:
                  else lies_last(a)))
 
 
-cdef inline bint parameter(object a, int kind, const cnp.npy_intp* shape, int ndim) noexcept:
+cdef inline bint statistic(object a, int kind, const cnp.npy_intp* shape, int ndim) noexcept:
     """Whether an array of reals, or None, has this shape."""
+    return a is None or plain(a) and is_real(a, kind) and has_shape(a, shape, ndim)
+
+
+cdef inline bint parameter(object a, cnp.ndarray x, int kind, const cnp.npy_intp* shape,
+                           int ndim) noexcept:
+    """The same, or an array of x's own type."""
+    return (a is None or plain(a) and has_shape(a, shape, ndim)
+            and (is_real(a, kind) or cnp.PyArray_TYPE(<cnp.ndarray> a) == cnp.PyArray_TYPE(x)))
+
+
+cdef inline bint is_real(object a, int kind) noexcept:
+    return cnp.PyArray_TYPE(<cnp.ndarray> a) == (cnp.NPY_FLOAT64 if kind == FLOAT64
+                                                 else cnp.NPY_FLOAT32)
+
+
+cdef inline bint has_shape(object a, const cnp.npy_intp* shape, int ndim) noexcept:
     cdef int i
-    if a is None:
-        return True
-    if (not plain(a) or cnp.PyArray_NDIM(<cnp.ndarray> a) != ndim
-            or cnp.PyArray_TYPE(<cnp.ndarray> a) != (cnp.NPY_FLOAT64 if kind == FLOAT64
-                                                     else cnp.NPY_FLOAT32)):
+    if cnp.PyArray_NDIM(<cnp.ndarray> a) != ndim:
         return False
     for i in range(ndim):
         if cnp.PyArray_DIM(<cnp.ndarray> a, i) != shape[i]:
             return False
     return True
+
+
+cdef inline object in_reals(object a, int kind):
+    """A parameter as kernels take it."""
+    if a is None or is_real(a, kind):
+        return a
+    cdef cnp.ndarray wide = empty(float32, cnp.PyArray_NDIM(<cnp.ndarray> a),
+                                  cnp.PyArray_DIMS(<cnp.ndarray> a))
+    tables[kind].widen(data(a), data(wide), cnp.PyArray_SIZE(wide))
+    return wide
+
+
+cdef inline object as_type_of(object weight, object grad, int kind):
+    """The gradient of a parameter, in the type of the weight."""
+    if grad is None or weight is None or is_real(weight, kind):
+        return grad
+    narrow = np.empty_like(grad, dtype=(<cnp.ndarray> weight).dtype)
+    tables[kind].narrow(data(grad), data(narrow), cnp.PyArray_SIZE(<cnp.ndarray> grad))
+    return narrow
 
 
 cdef inline bint apart(object a, object b) noexcept:
@@ -377,8 +408,8 @@ cdef object axis_norm(object x_, object residual, object normalized_shape, objec
     backend = chosen(backend, x)
     if not axes_of(x, normalized_shape, axis, &axes) or backend is None:
         return None
-    if (not parameter(weight, kind, cnp.PyArray_DIMS(x) + axes.first, axes.count)
-            or not parameter(bias, kind, cnp.PyArray_DIMS(x) + axes.first, axes.count)):
+    if (not parameter(weight, x, kind, cnp.PyArray_DIMS(x) + axes.first, axes.count)
+            or not parameter(bias, x, kind, cnp.PyArray_DIMS(x) + axes.first, axes.count)):
         return None
     if add and not like(residual, x):
         return None
@@ -389,6 +420,7 @@ cdef object axis_norm(object x_, object residual, object normalized_shape, objec
                                     and apart(sum_out, bias) and apart(sum_out, out)):
         return None
 
+    weight, bias = in_reals(weight, kind), in_reals(bias, kind)
     kernel = ("rows" if axes.rows else "columns", "normalize")
     verb = tables[kind].rows_normalize if axes.rows else tables[kind].columns_normalize
     y = empty_as(x) if out is None else out
@@ -462,10 +494,10 @@ cdef object axis_norm_backward(object grad_y, object x_, object normalized_shape
         return None
     mean, rstd = <object> (<tuple> stats)[0], <object> (<tuple> stats)[1]
     if (not like(grad_y, x) or (grad_sum is not None and not like(grad_sum, x))
-            or not parameter(weight, kind, cnp.PyArray_DIMS(x) + axes.first, axes.count)
+            or not parameter(weight, x, kind, cnp.PyArray_DIMS(x) + axes.first, axes.count)
             or (mean is None) == center or rstd is None
-            or not parameter(mean, kind, axes.kept_shape, axes.kept)
-            or not parameter(rstd, kind, axes.kept_shape, axes.kept)):
+            or not statistic(mean, kind, axes.kept_shape, axes.kept)
+            or not statistic(rstd, kind, axes.kept_shape, axes.kept)):
         return None
 
     if (<tuple> need)[0] is True:
@@ -477,13 +509,20 @@ cdef object axis_norm_backward(object grad_y, object x_, object normalized_shape
     call = call_for(x, None)
     set_axes(&call, &axes)
     call.grad_y, call.grad_total = data(grad_y), data(grad_sum)
-    call.mean, call.rstd, call.weight = data(mean), data(rstd), data(weight)
+    wide = in_reals(weight, kind)
+    call.mean, call.rstd, call.weight = data(mean), data(rstd), data(wide)
     call.grad_x, call.grad_weight, call.grad_bias = data(grad_x), data(grad_weight), data(grad_bias)
     if axes.rows:
         solve(backend, ("rows", "backward"), tables[kind].rows_backward, x, &call)
     else:
         solve(backend, ("columns", "backward"), tables[kind].columns_backward, x, &call)
-    return named(Gradients, (grad_x, grad_weight, grad_bias))
+    return gradients_of(grad_x, grad_weight, grad_bias, weight, kind)
+
+
+cdef inline object gradients_of(object grad_x, object grad_weight, object grad_bias, object weight,
+                                int kind):
+    return named(Gradients, (grad_x, as_type_of(weight, grad_weight, kind),
+                             as_type_of(weight, grad_bias, kind)))
 
 
 cdef inline bint common_need(object need) noexcept:
@@ -566,9 +605,9 @@ cdef object channel_norm(object x_, object running_mean, object running_var, obj
     per_statistic = cnp.PyArray_SIZE(x) // count
     if not frozen and per_statistic == 1 and groups == 0:
         return None
-    if (not parameter(weight, kind, &c.C, 1) or not parameter(bias, kind, &c.C, 1)
-            or not parameter(running_mean, kind, &c.C, 1)
-            or not parameter(running_var, kind, &c.C, 1)
+    if (not parameter(weight, x, kind, &c.C, 1) or not parameter(bias, x, kind, &c.C, 1)
+            or not parameter(running_mean, x, kind, &c.C, 1)
+            or not parameter(running_var, x, kind, &c.C, 1)
             or running != (running_var is not None) or (frozen and not running)):
         return None
     if residual is not None and not like(residual, x):
@@ -584,7 +623,8 @@ cdef object channel_norm(object x_, object running_mean, object running_var, obj
                                 and apart(out, running_var)):
         return None
     if running and not frozen and not (
-            cnp.PyArray_ISWRITEABLE(<cnp.ndarray> running_mean)
+            is_real(running_mean, kind) and is_real(running_var, kind)
+            and cnp.PyArray_ISWRITEABLE(<cnp.ndarray> running_mean)
             and cnp.PyArray_ISWRITEABLE(<cnp.ndarray> running_var)
             and apart(running_mean, running_var)
             and apart(running_mean, x) and apart(running_var, x)
@@ -593,6 +633,8 @@ cdef object channel_norm(object x_, object running_mean, object running_var, obj
             and apart(running_mean, bias) and apart(running_var, bias)):
         return None
 
+    weight, bias = in_reals(weight, kind), in_reals(bias, kind)
+    running_mean, running_var = in_reals(running_mean, kind), in_reals(running_var, kind)
     table = tables[kind]
     y = empty_as(x) if out is None else out
     call = call_for(x, y)
@@ -690,9 +732,9 @@ cdef object channel_norm_backward(object grad_y, object x_, object stats, object
     problem = "channels_last" if c.last else "channels_first"
     shape = &c.stats[0] if per_image else &c.stats[1]
     mean, rstd = <object> (<tuple> stats)[0], <object> (<tuple> stats)[1]
-    if (not like(grad_y, x) or not parameter(weight, kind, &c.C, 1)
-            or mean is None or not parameter(mean, kind, shape, ndim)
-            or rstd is None or not parameter(rstd, kind, shape, ndim)):
+    if (not like(grad_y, x) or not parameter(weight, x, kind, &c.C, 1)
+            or mean is None or not statistic(mean, kind, shape, ndim)
+            or rstd is None or not statistic(rstd, kind, shape, ndim)):
         return None
 
     table = tables[kind]
@@ -705,7 +747,8 @@ cdef object channel_norm_backward(object grad_y, object x_, object stats, object
     call = call_for(x, None)
     call.N, call.C, call.S, call.B, call.G = c.N, c.C, c.S, c.stats[0], c.stats[1]
     call.grad_y, call.mean, call.rstd = data(grad_y), data(mean), data(rstd)
-    call.weight = data(weight)
+    wide = in_reals(weight, kind)
+    call.weight = data(wide)
     call.grad_x, call.grad_weight, call.grad_bias = data(grad_x), data(grad_weight), data(grad_bias)
     if frozen:
         solve(backend, (problem, "backward_apply"),
@@ -713,7 +756,7 @@ cdef object channel_norm_backward(object grad_y, object x_, object stats, object
     else:
         solve(backend, (problem, "backward"),
               table.last_backward if c.last else table.first_backward, x, &call)
-    return named(Gradients, (grad_x, grad_weight, grad_bias))
+    return gradients_of(grad_x, grad_weight, grad_bias, weight, kind)
 
 
 def batch_norm_backward(grad_y, x, stats, weight, training, layout, mask, need, backend):

@@ -32,6 +32,8 @@ cdef struct Call:
 
 # -1 if out of memory.
 ctypedef int (*Verb)(const Call* call) noexcept nogil
+# n elements become reals, or reals elements.
+ctypedef void (*Conversion)(const void* x, void* y, Py_ssize_t n) noexcept nogil
 
 cdef struct Table:
     Verb rows_normalize, rows_backward
@@ -39,4 +41,5 @@ cdef struct Table:
     Verb first_normalize, first_apply, first_moments, first_backward, first_backward_apply
     Verb last_normalize, last_apply, last_moments, last_backward, last_backward_apply
     Verb move_running
+    Conversion widen, narrow
     Verb copy, triad

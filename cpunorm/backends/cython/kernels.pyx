@@ -5,7 +5,8 @@ from cpython.pycapsule cimport PyCapsule_New
 from . cimport channels_first, channels_last, columns, rows
 from .call cimport Call, Table
 from .sweeps cimport (
-    at, copy_stretch, element, move_running, real, share, stream_fence, team, triad_stretch,
+    at, copy_stretch, element, move_running, narrow_stretch, real, share, stream_fence, team,
+    triad_stretch, widen_stretch,
 )
 
 cdef enum:
@@ -28,6 +29,14 @@ cdef int moved(const Call* call) noexcept nogil:
     """The running statistics, after a call has found mean and var: means over B, unbiased."""
     team(move_share, <void*> call, call.threads if call.G >= MANY else 1)
     return 0
+
+
+cdef void widen(const void* x, void* y, Py_ssize_t n) noexcept nogil:
+    widen_stretch(<const element*> x, <real*> y, n)
+
+
+cdef void narrow(const void* x, void* y, Py_ssize_t n) noexcept nogil:
+    narrow_stretch(<const real*> x, <element*> y, n)
 
 
 # The speed of memory, as the kernels see it: what bench/ compares them with.
@@ -79,6 +88,7 @@ table.last_moments = channels_last.moments
 table.last_backward = channels_last.backward
 table.last_backward_apply = channels_last.backward_apply
 table.move_running = moved
+table.widen, table.narrow = widen, narrow
 table.copy = copy
 table.triad = triad
 

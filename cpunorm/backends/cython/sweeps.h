@@ -275,7 +275,7 @@ ALWAYS void add_stretch(const element *x, ptrdiff_t n, real pivot, const element
 /* About the mean of n values, judged by the first of them, and exactly it where they are equal. */
 ALWAYS real rough_mean(const element *x, ptrdiff_t n)
 {
-    const real first = load(x, 1, 0)[0];
+    const real first = load_one(x);
     const ptrdiff_t some = MIN(n, ROUGH_VECTORS * LANES);
     vec a = {0}, b = {0};
     ptrdiff_t i = 0;
@@ -320,7 +320,7 @@ ALWAYS void few_moments(const element *x, ptrdiff_t units, ptrdiff_t n, double *
     for (ptrdiff_t u = units; u < LANES; u++)
         sum[u] = squares[u] = splat(0);
     for (ptrdiff_t u = 0; u < units; u++) {
-        const real first = load(x + u * n, 1, 0)[0];
+        const real first = load_one(x + u * n);
         vec total = {0};
         FOR_VECTORS(i, left, n, total += load(x + u * n + i, left, first) - first;)
         pivot[u] = first, sum[u] = total;
@@ -844,7 +844,7 @@ ALWAYS void rows_in_registers(const int vectors, const element *x, const real *w
         real pivot = 0;
         double rest = 0;
         if (mean) {
-            const real first = load(x, 1, 0)[0];
+            const real first = load_one(x);
             for (int v = 0; v < vectors; v++) {
                 t[v] = load(x + v * LANES, LEFT(v), first);
                 sum += t[v] - first;
@@ -1535,6 +1535,18 @@ EXACT_SWEEP void move_running(real *running, const real *new_, ptrdiff_t B, ptrd
         move_towards(1, running, new_, stride, n, factor, momentum);
     else
         move_towards(B, running, new_, stride, n, factor, momentum);
+}
+
+/* ------------------------------------------------------------------------------ elements and reals */
+
+SWEEP void widen_stretch(const element *x, real *y, ptrdiff_t n)
+{
+    FOR_VECTORS(i, left, n, store_real(y + i, load(x + i, left, 0), left);)
+}
+
+SWEEP void narrow_stretch(const real *x, element *y, ptrdiff_t n)
+{
+    FOR_VECTORS(i, left, n, store(y + i, load_real(x + i, left, 0), left);)
 }
 
 /* ------------------------------------------------------------------------------ speed of memory */

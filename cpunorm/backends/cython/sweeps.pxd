@@ -119,6 +119,9 @@ cdef extern from "sweeps.h" nogil:
     void move_running(real* running, const real* new_, Py_ssize_t B, Py_ssize_t stride,
                       Py_ssize_t n, double factor, double momentum) noexcept
 
+    void widen_stretch(const element* x, real* y, Py_ssize_t n) noexcept
+    void narrow_stretch(const real* x, element* y, Py_ssize_t n) noexcept
+
     void copy_stretch(const element* x, element* y, Py_ssize_t n, int streaming) noexcept
     void triad_stretch(const element* grad_y, const element* x, element* grad_x, Py_ssize_t n,
                        int streaming) noexcept

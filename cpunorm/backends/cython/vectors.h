@@ -145,6 +145,64 @@ ALWAYS vec splat(real value)
     return (vec){0} + value;
 }
 
+/* The lanes of which there are `left`, all bits set. */
+ALWAYS bits_vec first_mask(ptrdiff_t left)
+{
+    bits_vec lane;
+    for (ptrdiff_t i = 0; i < LANES; i++)
+        lane[i] = i;
+    return lane < (bits_vec){0} + (lane_bits)left;
+}
+
+/* v in the first `left` lanes, 0 in the others. */
+ALWAYS vec first_lanes(vec v, ptrdiff_t left)
+{
+    return left >= LANES ? v : (vec)((bits_vec)v & first_mask(left));
+}
+
+#if defined(__SSE2__) && !defined(__AVX512F__)
+
+/* Where there are no masks for it, the end of a stretch goes in pieces of 8, 4 and 2 bytes: fewer than 16, of
+ * items of `size` bytes. */
+ALWAYS __m128i load_bytes(const void *p, ptrdiff_t bytes, const int size)
+{
+    const char *end = (const char *)p + bytes;
+    __m128i v = _mm_setzero_si128();
+    if (size <= 2 && bytes & 2) {
+        uint16_t last;
+        memcpy(&last, end -= 2, 2);
+        v = _mm_cvtsi32_si128(last);
+    }
+    if (size <= 4 && bytes & 4) {
+        int32_t next;
+        memcpy(&next, end -= 4, 4);
+        v = _mm_or_si128(_mm_slli_si128(v, 4), _mm_cvtsi32_si128(next));
+    }
+    if (bytes & 8)
+        v = _mm_unpacklo_epi64(_mm_loadl_epi64((const __m128i *)p), v);
+    return v;
+}
+
+ALWAYS void store_bytes(void *p, __m128i v, ptrdiff_t bytes, const int size)
+{
+    char *next = p;
+    if (bytes & 8) {
+        _mm_storel_epi64((__m128i *)next, v);
+        v = _mm_unpackhi_epi64(v, v), next += 8;
+    }
+    if (size <= 4 && bytes & 4) {
+        const int32_t low = _mm_cvtsi128_si32(v);
+        memcpy(next, &low, 4);
+        v = _mm_srli_si128(v, 4), next += 4;
+    }
+    if (size <= 2 && bytes & 2) {
+        const uint16_t low = (uint16_t)_mm_cvtsi128_si32(v);
+        memcpy(next, &low, 2);
+    }
+}
+
+#endif
+
 ALWAYS vec load_real(const real *p, ptrdiff_t left, real fill)
 {
     if (left >= LANES)
@@ -154,12 +212,19 @@ ALWAYS vec load_real(const real *p, ptrdiff_t left, real fill)
 #elif defined(__AVX512F__)
     return (vec)_mm512_mask_loadu_ps((__m512)splat(fill), (__mmask16)((1u << left) - 1), p);
 #else
-    real lanes[SOME_LANES];
-    vec v;
-    for (ptrdiff_t i = 0; i < LANES; i++)
-        lanes[i] = i < left ? p[i] : fill;
-    memcpy(&v, lanes, sizeof v);
-    return v;
+    const bits_vec mask = first_mask(left);
+#if defined(__AVX__) && defined(ELEMENT_FLOAT64)
+    const vec v = (vec)_mm256_maskload_pd(p, (__m256i)mask);
+#elif defined(__AVX__)
+    const vec v = (vec)_mm256_maskload_ps(p, (__m256i)mask);
+#elif defined(__SSE2__)
+    const vec v = (vec)load_bytes(p, left * sizeof(real), sizeof(real));
+#else
+    vec v = {0};
+    for (ptrdiff_t i = 0; i < left; i++)
+        v[i] = p[i];
+#endif
+    return (vec)((bits_vec)v | ((bits_vec)splat(fill) & ~mask));
 #endif
 }
 
@@ -173,11 +238,20 @@ ALWAYS void store_real(real *p, vec v, ptrdiff_t left)
     _mm512_mask_storeu_pd(p, (__mmask8)((1u << left) - 1), (__m512d)v);
 #elif defined(__AVX512F__)
     _mm512_mask_storeu_ps(p, (__mmask16)((1u << left) - 1), (__m512)v);
+#elif defined(__AVX__)
+    /* Masked stores take dozens of cycles on some processors. */
+    __m128i low = _mm256_castsi256_si128((__m256i)v);
+    if (left >= LANES / 2) {
+        _mm_storeu_si128((__m128i *)p, low);
+        low = _mm256_extractf128_si256((__m256i)v, 1);
+        p += LANES / 2, left -= LANES / 2;
+    }
+    store_bytes(p, low, left * sizeof(real), sizeof(real));
+#elif defined(__SSE2__)
+    store_bytes(p, (__m128i)v, left * sizeof(real), sizeof(real));
 #else
-    real lanes[SOME_LANES];
-    memcpy(lanes, &v, sizeof v);
     for (ptrdiff_t i = 0; i < left; i++)
-        p[i] = lanes[i];
+        p[i] = v[i];
 #endif
 }
 
@@ -192,16 +266,18 @@ ALWAYS vec load(const element *p, ptrdiff_t left, real fill)
     const vec v = widen((packed)_mm256_maskz_loadu_epi16(mask, p));
     return (vec)_mm512_mask_blend_ps(mask, (__m512)splat(fill), (__m512)v);
 #else
-    element lanes[SOME_LANES] = {0};
-    packed h;
-    vec v;
+    packed h = {0};
+#if defined(__AVX__)
+    h = (packed)load_bytes(p, left * sizeof(element), sizeof(element));
+#elif defined(__SSE2__)
+    const __m128i eight = load_bytes(p, left * sizeof(element), sizeof(element));
+    memcpy(&h, &eight, sizeof h);
+#else
     for (ptrdiff_t i = 0; i < left; i++)
-        lanes[i] = p[i];
-    memcpy(&h, lanes, sizeof h);
-    v = widen(h);
-    for (ptrdiff_t i = 0; i < LANES; i++)
-        v[i] = i < left ? v[i] : fill;
-    return v;
+        h[i] = p[i];
+#endif
+    const bits_vec mask = first_mask(left);
+    return (vec)(((bits_vec)widen(h) & mask) | ((bits_vec)splat(fill) & ~mask));
 #endif
 }
 
@@ -214,11 +290,13 @@ ALWAYS void store(element *p, vec v, ptrdiff_t left)
     }
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
     _mm256_mask_storeu_epi16(p, (__mmask16)((1u << left) - 1), (__m256i)h);
+#elif defined(__SSE2__)
+    __m128i low = _mm_setzero_si128();
+    memcpy(&low, &h, sizeof h);
+    store_bytes(p, low, left * sizeof(element), sizeof(element));
 #else
-    element lanes[SOME_LANES];
-    memcpy(lanes, &h, sizeof h);
     for (ptrdiff_t i = 0; i < left; i++)
-        p[i] = lanes[i];
+        p[i] = h[i];
 #endif
 }
 
@@ -246,6 +324,15 @@ ALWAYS vec rounded(vec v)
 }
 
 #endif
+
+ALWAYS real load_one(const element *p)
+{
+#if HALF
+    return load(p, 1, 0)[0];
+#else
+    return *p;
+#endif
+}
 
 /* A store past the caches, to an aligned p. */
 ALWAYS void stream(element *p, vec v)
@@ -299,12 +386,38 @@ ALWAYS ptrdiff_t until_aligned(const element *p)
 
 /* ------------------------------------------------------------------------------- within a vector */
 
+#if defined(__AVX512F__)
+#define SHUFFLE(a, b, order) ((vec)_mm512_shuffle_ps((__m512)(a), (__m512)(b), order))
+#elif defined(__AVX__)
+#define SHUFFLE(a, b, order) ((vec)_mm256_shuffle_ps((__m256)(a), (__m256)(b), order))
+#elif defined(__SSE2__)
+#define SHUFFLE(a, b, order) ((vec)_mm_shuffle_ps((__m128)(a), (__m128)(b), order))
+#endif
+
+#if defined(__AVX__) && !defined(__AVX512F__) && !defined(ELEMENT_FLOAT64)
+ALWAYS __m128 halves_sum(vec v)
+{
+    return _mm256_castps256_ps128((__m256)v) + _mm256_extractf128_ps((__m256)v, 1);
+}
+#endif
+
 ALWAYS real lanes_sum(vec v)
 {
 #if defined(__AVX512F__) && !defined(ELEMENT_FLOAT64)
     return _mm512_reduce_add_ps((__m512)v);
 #elif defined(__AVX512F__)
     return _mm512_reduce_add_pd((__m512d)v);
+#elif defined(__AVX__) && defined(ELEMENT_FLOAT64)
+    const __m128d two = _mm256_castpd256_pd128((__m256d)v) + _mm256_extractf128_pd((__m256d)v, 1);
+    return two[0] + two[1];
+#elif defined(__SSE2__) && !defined(ELEMENT_FLOAT64)
+#if defined(__AVX__)
+    const __m128 four = halves_sum(v);
+#else
+    const __m128 four = (__m128)v;
+#endif
+    const __m128 two = four + _mm_movehl_ps(four, four);
+    return two[0] + two[1];
 #else
     real sum = 0;
     for (ptrdiff_t i = 0; i < LANES; i++)
@@ -316,20 +429,24 @@ ALWAYS real lanes_sum(vec v)
 /* The sums over the lanes of each of LANES vectors: far fewer steps than one after the other. */
 ALWAYS vec lanes_sums(const vec *v)
 {
-#if defined(__AVX512F__) && !defined(ELEMENT_FLOAT64)
-    __m512 quarters[4];
+#if defined(__SSE2__) && !defined(ELEMENT_FLOAT64)
+    /* First to four lanes; then what is added up in quarters of 128 bits comes out in order. */
+    vec four[4];
     for (int i = 0; i < 4; i++) {
-        /* Vectors i, 4 + i, 8 + i, 12 + i: what is added up in the four quarters comes out in order. */
+#if defined(__AVX512F__)
         const __m512 a = (__m512)v[i], b = (__m512)v[4 + i], c = (__m512)v[8 + i], d = (__m512)v[12 + i];
         const __m512 ab = _mm512_shuffle_f32x4(a, b, 0x44) + _mm512_shuffle_f32x4(a, b, 0xee);
         const __m512 cd = _mm512_shuffle_f32x4(c, d, 0x44) + _mm512_shuffle_f32x4(c, d, 0xee);
-        quarters[i] = _mm512_shuffle_f32x4(ab, cd, 0x88) + _mm512_shuffle_f32x4(ab, cd, 0xdd);
+        four[i] = (vec)(_mm512_shuffle_f32x4(ab, cd, 0x88) + _mm512_shuffle_f32x4(ab, cd, 0xdd));
+#elif defined(__AVX__)
+        four[i] = (vec)_mm256_set_m128(halves_sum(v[4 + i]), halves_sum(v[i]));
+#else
+        four[i] = v[i];
+#endif
     }
-    const __m512 first = _mm512_shuffle_ps(quarters[0], quarters[1], 0x44)
-                         + _mm512_shuffle_ps(quarters[0], quarters[1], 0xee);
-    const __m512 last = _mm512_shuffle_ps(quarters[2], quarters[3], 0x44)
-                        + _mm512_shuffle_ps(quarters[2], quarters[3], 0xee);
-    return (vec)(_mm512_shuffle_ps(first, last, 0x88) + _mm512_shuffle_ps(first, last, 0xdd));
+    const vec first = SHUFFLE(four[0], four[1], 0x44) + SHUFFLE(four[0], four[1], 0xee);
+    const vec last = SHUFFLE(four[2], four[3], 0x44) + SHUFFLE(four[2], four[3], 0xee);
+    return SHUFFLE(first, last, 0x88) + SHUFFLE(first, last, 0xdd);
 #else
     vec sums;
     for (ptrdiff_t i = 0; i < LANES; i++)
@@ -357,25 +474,19 @@ ALWAYS vec fused(vec a, vec b, vec c)
 /* v where it is not below floor; NaN stays NaN. */
 ALWAYS vec at_least(vec v, vec floor)
 {
+    /* The instructions give the second operand where either is NaN. */
 #if defined(__AVX512F__) && !defined(ELEMENT_FLOAT64)
     return (vec)_mm512_max_ps((__m512)floor, (__m512)v);
 #elif defined(__AVX512F__)
     return (vec)_mm512_max_pd((__m512d)floor, (__m512d)v);
+#elif defined(__AVX__) && !defined(ELEMENT_FLOAT64)
+    return (vec)_mm256_max_ps((__m256)floor, (__m256)v);
+#elif defined(__AVX__)
+    return (vec)_mm256_max_pd((__m256d)floor, (__m256d)v);
 #else
     const bits_vec below = v < floor;
     return (vec)(((bits_vec)floor & below) | ((bits_vec)v & ~below));
 #endif
-}
-
-/* v in the first `left` lanes, 0 in the others. */
-ALWAYS vec first_lanes(vec v, ptrdiff_t left)
-{
-    bits_vec lane;
-    if (left >= LANES)
-        return v;
-    for (ptrdiff_t i = 0; i < LANES; i++)
-        lane[i] = i;
-    return (vec)((bits_vec)v & (lane < (bits_vec){0} + (lane_bits)left));
 }
 
 /* A vector's worth of float64 sums. */
