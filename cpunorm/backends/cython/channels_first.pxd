@@ -86,6 +86,11 @@ cdef inline Py_ssize_t unit_at(const Units* u, Py_ssize_t unit) noexcept nogil:
     return unit * (u.call.S if u.batch else u.planes * u.stride)
 
 
+cdef inline Py_ssize_t next_slab(const Units* u, Py_ssize_t unit, Py_ssize_t count) noexcept nogil:
+    """How far away is what is to be fetched: what lies side by side the processor fetches itself."""
+    return unit_at(u, count) if u.batch and unit + count < u.call.G else 0
+
+
 cdef inline Chunk chunk_of(const Units* u, Py_ssize_t index) noexcept nogil:
     cdef Chunk chunk
     chunk.first = index // u.pieces * u.planes_per_chunk
@@ -151,8 +156,7 @@ cdef inline void transform_chunk(const Units* u, Py_ssize_t unit, Py_ssize_t cou
     cdef:
         Chunk chunk = chunk_of(u, index)
         Py_ssize_t here = unit_at(u, unit) + chunk.offset, c = unit % u.call.G * u.K, p
-        # What lies side by side the processor fetches by itself.
-        Py_ssize_t ahead = unit_at(u, count) if u.batch else 0
+        Py_ssize_t ahead = next_slab(u, unit, count)
     if u.batch:
         for p in range(chunk.planes - 1, -1, -1):
             transform_planes(u, here + p * u.stride, count, chunk.length, c, mean, rstd, 1, ahead)
@@ -386,8 +390,7 @@ cdef inline void differentiate_chunk(const Units* u, Py_ssize_t unit, Py_ssize_t
     cdef:
         Chunk chunk = chunk_of(u, index)
         Py_ssize_t here = unit_at(u, unit) + chunk.offset, c = unit % u.call.G * u.K, p
-        # What lies side by side the processor fetches by itself.
-        Py_ssize_t ahead = unit_at(u, count) if u.batch else 0
+        Py_ssize_t ahead = next_slab(u, unit, count)
     if u.batch:
         for p in range(chunk.planes - 1, -1, -1):
             differentiate_planes(u, here + p * u.stride, count, chunk.length, c, unit, b, c_, 1,

@@ -43,10 +43,10 @@ cdef inline Columns _columns(const Call* call, Py_ssize_t arrays) noexcept nogil
     return work
 
 
-cdef inline Py_ssize_t _ahead(const Columns* columns, Py_ssize_t s,
+cdef inline Py_ssize_t _ahead(const Columns* columns, Py_ssize_t n, Py_ssize_t s,
                               Py_ssize_t width) noexcept nogil:
-    """How far away the next strip lies, 0 where that does not matter."""
-    if columns.near:
+    """How far away the next strip lies, 0 where that does not matter or there is none."""
+    if columns.near or (n == columns.call.N - 1 and s + width == columns.call.S):
         return 0
     return width if s + width < columns.call.S else columns.call.D * columns.call.S - s
 
@@ -78,7 +78,7 @@ cdef inline void _normalize_strip(const Columns* columns, Py_ssize_t n, Py_ssize
                    <real*> call.rstd + statistic, pivot, scale, shift)
     affine_strip(x, <element*> call.y + here, D, S, width, pivot, scale, shift,
                  <const real*> call.weight, <const real*> call.bias, call.streaming,
-                 _ahead(columns, s, width))
+                 _ahead(columns, n, s, width))
 
 
 cdef inline void _normalize(void* work, int member, int members) noexcept nogil:
@@ -129,7 +129,7 @@ cdef inline void _backward_strip(const Columns* columns, Py_ssize_t n, Py_ssize_
         backward_strip(grad_y, x, weight, at(<const element*> call.grad_total, here),
                        at(<element*> call.grad_x, here), D, S, width, mean, rstd, shift, b, c,
                        parameter_sums, at(parameter_sums, D), call.streaming,
-                       _ahead(columns, s, width))
+                       _ahead(columns, n, s, width))
 
 
 cdef inline void _backward(void* work, int member, int members) noexcept nogil:

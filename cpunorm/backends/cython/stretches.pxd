@@ -93,7 +93,7 @@ cdef inline void _transform(const Stretches* s, Py_ssize_t m, Py_ssize_t start, 
     cdef Py_ssize_t here = m * s.D + start, along = (m % s.period) * s.D + start
     affine_along((s.x if s.total is NULL else s.total) + here, at(s.weight, along),
                  at(s.bias, along), at(s.residual, here), s.y + here, count, n, mu, r,
-                 s.activation, s.streaming)
+                 s.activation, s.streaming, count * n if m + count < s.M else 0)
 
 
 cdef inline void _normalize_whole(void* work, int member, int members) noexcept nogil:
@@ -217,7 +217,8 @@ cdef inline void _backward_together(const Stretches* s, Py_ssize_t m, Py_ssize_t
         _terms(sums, s.D, s.mean is not NULL, r[k], shift + k, b + k, c + k)
     backward_affine_along(s.grad_y + here, s.x + here, at(s.weight, along),
                           at(s.grad_total, here), at(s.grad_x, here), count, s.D, mu, shift, r,
-                          b, c, grad_weight, grad_bias, s.streaming, s.cached)
+                          b, c, grad_weight, grad_bias, s.streaming,
+                          s.cached or m + count + PAIR > s.M)
 
 
 cdef inline void _backward_part(const Stretches* s, Py_ssize_t part, real* sums) noexcept nogil:

@@ -28,6 +28,7 @@
 #define FEW_VECTORS 16      /* of a stretch so short that LANES of them are measured together */
 #define SHORT_VECTORS 8     /* vectors of a row that is kept in registers */
 #define BACKWARD_SHORT 4    /* the same in the backward pass */
+#define SHORT_PLANE 256     /* bytes of reals of a plane of which several are summed before that */
 #define ROUGH_VECTORS 8     /* vectors that a first guess of a mean is made from */
 #define TOGETHER 4          /* rows that share the loads of what runs along them */
 #define PAIR 2              /* the same, where each row is three streams of memory */
@@ -377,6 +378,10 @@ SWEEP void stretch_moments(const element *x, ptrdiff_t units, ptrdiff_t n, doubl
     }
 }
 
+/* Where the next of some planes lies; there is none after the last, and to fetch what does not exist costs a
+ * walk through the tables of pages. */
+#define NEXT_PLANE(p) ((p) + 1 < planes ? stride : 0)
+
 /* The same for up to UNITS units of `planes` stretches each; units lie side by side, planes `stride`
  * apart. */
 SWEEP void plane_moments(const element *x, ptrdiff_t planes, ptrdiff_t stride, ptrdiff_t units, ptrdiff_t n,
@@ -389,9 +394,9 @@ SWEEP void plane_moments(const element *x, ptrdiff_t planes, ptrdiff_t stride, p
         pivot[u] = rough_mean(x + u * n, n), sum[u] = squares[u] = splat(0);
     for (ptrdiff_t p = 0; p < planes;) {
         const ptrdiff_t length = MIN(BLOCK, n - i);
+        const element *here = x + p * stride + i, *next = here + NEXT_PLANE(p);
         for (ptrdiff_t u = 0; u < units; u++)
-            add_stretch(x + p * stride + u * n + i, length, pivot[u], x + (p + 1) * stride + u * n + i, 0,
-                        sum + u, squares + u);
+            add_stretch(here + u * n, length, pivot[u], next + u * n, 0, sum + u, squares + u);
         count += length, i += length;
         if (i == n)
             i = 0, p++;
@@ -403,7 +408,7 @@ SWEEP void plane_moments(const element *x, ptrdiff_t planes, ptrdiff_t stride, p
                 sum[u] = squares[u] = splat(0);
                 for (ptrdiff_t k = 0; k == 0 || k < p; k++)
                     add_stretch(x + k * stride + u * n, MIN(BLOCK, n), pivot[u],
-                                x + (k + 1) * stride + u * n, 0, sum + u, squares + u);
+                                x + k * stride + NEXT_PLANE(k) + u * n, 0, sum + u, squares + u);
             }
             merge_block(done, mean + u, m2 + u, count, pivot[u], sum[u], squares[u]);
             pivot[u] = mean[u], sum[u] = squares[u] = splat(0);
@@ -586,13 +591,13 @@ SWEEP void plane_backward_sums(const element *grad_y, const element *x, ptrdiff_
                                double *x_sum)
 {
     double found[3][UNITS] = {{0}};
-    if (n > BACKWARD_SHORT * LANES) {
+    if (n * (ptrdiff_t)sizeof(real) > SHORT_PLANE) {
         backward_wides wide[UNITS];
         for (ptrdiff_t u = 0; u < units; u++)
             clear(wide + u);
         for (ptrdiff_t p = 0; p < planes; p++, grad_y += stride, x += stride)
             for (ptrdiff_t u = 0; u < units; u++)
-                add_long(grad_y + u * n, x + u * n, (const real *)0, n, mean[u], stride, (const element *)0, wide + u);
+                add_long(grad_y + u * n, x + u * n, (const real *)0, n, mean[u], NEXT_PLANE(p), (const element *)0, wide + u);
         for (ptrdiff_t u = 0; u < units; u++)
             add_wides(wide + u, found[0] + u, found[1] + u, found[2] + u);
     } else {
@@ -604,7 +609,7 @@ SWEEP void plane_backward_sums(const element *grad_y, const element *x, ptrdiff_
                 clear_units(&sum, 0, whole);
             for (ptrdiff_t u = 0; u < units; u++) {
                 backward_vecs one = {sum.g[u], sum.gx[u], sum.x[u]};
-                add_backward(grad_y + u * n, x + u * n, (const real *)0, n, mean[u], stride, (const element *)0, &one);
+                add_backward(grad_y + u * n, x + u * n, (const real *)0, n, mean[u], NEXT_PLANE(p), (const element *)0, &one);
                 sum.g[u] = one.g, sum.gx[u] = one.gx, sum.x[u] = one.x;
             }
             if (p % some == some - 1 || p == planes - 1)
@@ -669,13 +674,13 @@ SWEEP void affine(const element *x, const element *residual, element *y, ptrdiff
 #undef ADDED
 }
 
-/* The same for `rows` rows side by side, with weight and bias running along each. */
+/* The same for `rows` rows side by side, with weight and bias running along each; what lies `ahead`, 0 if
+ * nothing does, is wanted next. */
 SWEEP void affine_along(const element *x, const real *weight, const real *bias, const element *residual,
                         element *y, ptrdiff_t rows, ptrdiff_t n, const double *mean, const double *rstd,
-                        int activation, int streaming)
+                        int activation, int streaming, ptrdiff_t ahead)
 {
     const vec floor = floor_of(activation);
-    const ptrdiff_t ahead = rows * n;
 #define X_HAT(i, left) ((load(x + (i), left, 0) - pivot) * r + s)
 #define NEXT(i) prefetch(x + (i) + ahead)
 #define W(i, left) load_real(weight + (i), left, 0)
@@ -1042,15 +1047,15 @@ ALWAYS void vectors_moments(const int vectors, const ptrdiff_t left, const eleme
                    above, mean + v * LANES, m2 + v * LANES);
 }
 
-/* Adds what a few rows hold to the sums of n columns, and fetches as many rows more. */
+/* Adds what a few rows hold to the sums of n columns; what lies `ahead`, 0 if nothing does, is wanted next. */
 ALWAYS void add_rows(const int together, const element *x, ptrdiff_t stride, ptrdiff_t n, const real *pivot,
-                     real *sum, real *squares)
+                     real *sum, real *squares, ptrdiff_t ahead)
 {
     FOR_VECTORS(j, left, n, {
         const vec p = load_real(pivot + j, left, 0);
         vec s = {0}, q = {0};
         for (int k = 0; k < together; k++) {
-            prefetch(x + (k + together) * stride + j);
+            prefetch(x + k * stride + j + ahead);
             add_one(load(x + k * stride + j, left, 0) - p, &s, &q);
         }
         store_real(sum + j, load_real(sum + j, left, 0) + s, left);
@@ -1058,9 +1063,13 @@ ALWAYS void add_rows(const int together, const element *x, ptrdiff_t stride, ptr
     })
 }
 
-/* The same for up to SEGMENT columns, along the rows: the hardware foresees no steps from row to row. */
+/* How far away the rows lie that come after those taken TOGETHER, of the `left` ones from these on. */
+#define NEXT_ROWS(left) (2 * TOGETHER <= (left) ? TOGETHER * stride : 0)
+
+/* The same for up to SEGMENT columns, along the rows: the hardware foresees no steps from row to row. Below
+ * these rows come `below` more. */
 ALWAYS void segment_moments(const element *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t n, double above,
-                            double *mean, double *m2)
+                            ptrdiff_t below, double *mean, double *m2)
 {
     real pivot[SEGMENT], sum[SEGMENT], squares[SEGMENT];
     const ptrdiff_t some = MIN(rows, 8);
@@ -1077,9 +1086,9 @@ ALWAYS void segment_moments(const element *x, ptrdiff_t rows, ptrdiff_t stride, 
     }
     ptrdiff_t r = 0;
     for (; r + TOGETHER <= rows; r += TOGETHER)
-        add_rows(TOGETHER, x + r * stride, stride, n, pivot, sum, squares);
+        add_rows(TOGETHER, x + r * stride, stride, n, pivot, sum, squares, NEXT_ROWS(rows + below - r));
     for (; r < rows; r++)
-        add_rows(1, x + r * stride, stride, n, pivot, sum, squares);
+        add_rows(1, x + r * stride, stride, n, pivot, sum, squares, 0);
     merge_rows(pivot, sum, squares, rows, n, above, mean, m2);
 }
 
@@ -1091,7 +1100,8 @@ SWEEP void column_moments(const element *x, ptrdiff_t rows, ptrdiff_t stride, pt
         const ptrdiff_t count = MIN(COLUMN_ROWS, rows - start);
         if (width > COLUMN_VECTORS * LANES) {
             for (ptrdiff_t j = 0; j < width; j += SEGMENT)
-                segment_moments(x + j, count, stride, MIN(SEGMENT, width - j), start, mean + j, m2 + j);
+                segment_moments(x + j, count, stride, MIN(SEGMENT, width - j), start, rows - start - count,
+                                mean + j, m2 + j);
         } else {
             FOR_COLUMNS(j, vectors, left, width,
                         vectors_moments(vectors, left, x + j, count, stride, start, mean + j, m2 + j);)
@@ -1151,17 +1161,17 @@ ALWAYS void vectors_backward_sums(const int vectors, const ptrdiff_t left, const
         }
 }
 
-/* Adds what a few rows hold to the sums of n columns, and fetches as many rows more. */
+/* Adds what a few rows hold to the sums of n columns; see add_rows. */
 ALWAYS void add_backward_rows(const int together, const int centred, const element *grad_y, const element *x,
                               const real *weight, ptrdiff_t stride, ptrdiff_t n, const real *mean, real *g_sum,
-                              real *gx_sum, real *x_sum)
+                              real *gx_sum, real *x_sum, ptrdiff_t ahead)
 {
     FOR_VECTORS(j, left, n, {
         const vec m = load_real(mean + j, left, 0);
         vec a = {0}, b = {0}, c = {0};
         for (int k = 0; k < together; k++) {
-            const ptrdiff_t i = k * stride + j, next = i + together * stride;
-            prefetch(x + next), prefetch(grad_y + next);
+            const ptrdiff_t i = k * stride + j;
+            prefetch(x + i + ahead), prefetch(grad_y + i + ahead);
             const vec t = load(x + i, left, 0) - m;
             const vec g = load(grad_y + i, left, 0) * (weight ? weight[k] : (real)1);
             a += g, b += g * t, c += t;
@@ -1175,20 +1185,20 @@ ALWAYS void add_backward_rows(const int together, const int centred, const eleme
 
 /* The same for up to SEGMENT columns, along the rows. */
 ALWAYS void segment_backward_sums(const int centred, const element *grad_y, const element *x, const real *weight,
-                                  ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t n, const real *mean,
-                                  double *g_sum, double *gx_sum, double *x_sum)
+                                  ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t n, ptrdiff_t below,
+                                  const real *mean, double *g_sum, double *gx_sum, double *x_sum)
 {
     real a[SEGMENT], b[SEGMENT], c[SEGMENT];
     ptrdiff_t r = 0;
     for (ptrdiff_t k = 0; k < n; k++)
         a[k] = b[k] = c[k] = 0;
-#define ADD(together)                                                                   \
+#define ADD(together, ahead)                                                            \
     add_backward_rows(together, centred, grad_y + r * stride, x + r * stride, weight ? weight + r : weight, \
-                      stride, n, mean, a, b, c)
+                      stride, n, mean, a, b, c, ahead)
     for (; r + TOGETHER <= rows; r += TOGETHER)
-        ADD(TOGETHER);
+        ADD(TOGETHER, NEXT_ROWS(rows + below - r));
     for (; r < rows; r++)
-        ADD(1);
+        ADD(1, 0);
 #undef ADD
     for (ptrdiff_t k = 0; k < n; k++)
         g_sum[k] += a[k], gx_sum[k] += b[k];
@@ -1209,7 +1219,8 @@ SWEEP void column_backward_sums(const element *grad_y, const element *x, const r
 #define SEGMENTS(centred)                                                               \
     for (ptrdiff_t j = 0; j < width; j += SEGMENT)                                      \
         segment_backward_sums(centred, grad_y + here + j, x + here + j, weights, count, stride, \
-                              MIN(SEGMENT, width - j), mean + j, g_sum + j, gx_sum + j, x_sum + j)
+                              MIN(SEGMENT, width - j), rows - start - count, mean + j, g_sum + j, \
+                              gx_sum + j, x_sum + j)
             if (x_sum) {
                 SEGMENTS(1);
             } else {
