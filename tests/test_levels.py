@@ -5,7 +5,10 @@ import subprocess
 import sys
 from itertools import product
 
+import numpy as np
 import pytest
+
+import cpunorm
 
 from .cases import CASES, SMALL_CASES
 from .support import (
@@ -35,6 +38,24 @@ def level(request):
     cython.install(cython.ISA)
 
 
+@pytest.fixture
+def past_the_caches(monkeypatch):
+    """Have everything stored past the caches, as what is too large for them is."""
+    monkeypatch.setenv("CPUNORM_L3", "1")
+    cython.install(cython.ISA)
+    yield
+    monkeypatch.undo()
+    cython.install(cython.ISA)
+
+
+def assert_right(case, dtype):
+    arrays, grad_y = case.arrays(dtype), case.grad_y(dtype)
+    expected = run_oracle(case, arrays)
+    gradients = run_backward(case, arrays, grad_y, backend="cython")
+    assert_values_close(first(run(case, arrays, backend="cython")), expected.y)
+    assert_gradients_close(gradients, run_oracle_backward(case, arrays, grad_y))
+
+
 @pytest.mark.parametrize(
     ("case", "dtype"),
     [
@@ -44,11 +65,37 @@ def level(request):
     ids=str,
 )
 def test_values_and_gradients(case, dtype, level):
-    arrays, grad_y = case.arrays(dtype), case.grad_y(dtype)
-    expected = run_oracle(case, arrays)
-    gradients = run_backward(case, arrays, grad_y, backend="cython")
-    assert_values_close(first(run(case, arrays, backend="cython")), expected.y)
-    assert_gradients_close(gradients, run_oracle_backward(case, arrays, grad_y))
+    assert_right(case, dtype)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        *product([*SMALL_CASES, *CASES[::2]], ["float32"]),
+        *product([*SMALL_CASES, *CASES[::30]], ["float64", *HALF_DTYPES]),
+    ],
+    ids=str,
+)
+def test_stored_past_the_caches(case, dtype, past_the_caches):
+    assert_right(case, dtype)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("spatial", [(7, 7), (13, 11), (8, 8)])
+def test_planes_that_end_within_lines(spatial, with_residual, activation, past_the_caches):
+    """They are put together before they are stored, wherever out begins."""
+    rng = np.random.default_rng(0)
+    shape = (2, 70, *spatial)
+    x, residual = (rng.normal(size=shape).astype("float32") for _ in range(2))
+    for start in range(4):
+        room = np.full(x.size + 8, np.nan, "float32")
+        out = room[start : start + x.size].reshape(shape)
+        options = {"activation": activation, "residual": residual if with_residual else None}
+        cpunorm.group_norm(x, 7, out=out, backend="cython", **options)
+        expected = cpunorm.group_norm(x, 7, backend="numpy", **options)
+        np.testing.assert_allclose(out, expected, rtol=0, atol=3e-6)
+        assert np.isnan(room[:start]).all() and np.isnan(room[start + x.size :]).all()
 
 
 @pytest.mark.parametrize("wanted", cython.LEVELS)

@@ -26,7 +26,11 @@
 #define BACKWARD_ROWS 16    /* the same, where sums may nearly cancel */
 #define BACKWARD_VECTORS 16 /* and along a stretch */
 #define FEW_VECTORS 16      /* of a stretch so short that LANES of them are measured together */
-#define SHORT_VECTORS 8     /* vectors of a row that is kept in registers */
+#if VECTOR_BYTES == 64
+#define SHORT_VECTORS 8     /* vectors of a row that is kept in registers, of which there are 32 here */
+#else
+#define SHORT_VECTORS 1
+#endif
 #define BACKWARD_SHORT 4    /* the same in the backward pass */
 #define SHORT_PLANE 256     /* bytes of reals of a plane of which several are summed before that */
 #define ROUGH_VECTORS 8     /* vectors that a first guess of a mean is made from */
@@ -34,6 +38,7 @@
 #define PAIR 2              /* the same, where each row is three streams of memory */
 #define UNITS 32            /* units measured together, at most */
 #define LONG_BYTES 4096     /* of a plane that is stored past the caches wherever it begins */
+#define LINE_BYTES 64
 
 /* Code that is inlined in two places may be rounded in two ways, and which place runs may depend on the
  * number of threads. So there is one copy of every sweep, in which sums may be reordered and multiply-adds
@@ -172,7 +177,8 @@ SWEEP void activate(real *y, ptrdiff_t n, int activation)
         }                                                                               \
     }
 
-/* Writes VALUE(i, left) to n elements of y, plainly or past the caches. */
+/* Writes VALUE(i, left) to n elements of y, plainly or past the caches. Plainly, a whole vector is the last one
+ * where there is one: it is computed first, since y may be what it is computed from. */
 #define WRITE(y, n, streaming, VALUE)                                                   \
     if (streaming) {                                                                    \
         const ptrdiff_t head = MIN(n, until_aligned(y));                                \
@@ -183,8 +189,13 @@ SWEEP void activate(real *y, ptrdiff_t n, int activation)
             stream((y) + i, VALUE(i, LANES));                                           \
         if (i < (n))                                                                    \
             store((y) + i, VALUE(i, (n) - i), (n) - i);                                 \
+    } else if ((n) >= LANES) {                                                          \
+        const vec last = VALUE((n) - LANES, LANES);                                     \
+        for (ptrdiff_t i = 0; i + LANES < (n); i += LANES)                              \
+            store((y) + i, VALUE(i, LANES), LANES);                                     \
+        store((y) + (n) - LANES, last, LANES);                                          \
     } else                                                                              \
-        FOR_VECTORS(i, left, n, store((y) + i, VALUE(i, left), left);)
+        store(y, VALUE(0, n), n);
 
 /* Writes what an activation makes of VALUE(i, left), i counted from the start of each piece of n. */
 #define WRITE_ACTIVATED(y, n, activation, streaming, START, VALUE)                      \
@@ -202,6 +213,34 @@ ALWAYS void deliver(const real *scratch, element *y, ptrdiff_t n, int streaming)
 {
     WRITE(y, n, streaming, SCRATCHED)
 }
+
+/* Planes side by side that end within lines are put together in L1 before they are stored past the caches. */
+typedef struct {
+    element *y;
+    ptrdiff_t waiting;
+    real reals[SCRATCH + LONG_BYTES / sizeof(element) + SOME_LANES];
+} staging;
+
+/* Stores what fills whole lines of y, or all, and moves up the rest. */
+ALWAYS void pass_on(staging *s, int all)
+{
+    const ptrdiff_t over = (uintptr_t)(s->y + s->waiting) % LINE_BYTES / sizeof(element);
+    const ptrdiff_t count = all ? s->waiting : s->waiting - MIN(over, s->waiting);
+    deliver(s->reals, s->y, count, 1);
+    s->y += count, s->waiting -= count;
+    memmove(s->reals, s->reals + count, s->waiting * sizeof(real));
+}
+
+/* Adds VALUE(i, left) of a plane of n elements, which may be the last. */
+#define STAGE(s, n, activation, last, VALUE)                                            \
+    {                                                                                   \
+        real *const here = (s).reals + (s).waiting;                                     \
+        FOR_VECTORS(i, left, n, store_real(here + i, VALUE(i, left), LANES);)           \
+        activate(here, n, activation);                                                  \
+        (s).waiting += (n);                                                             \
+        if ((s).waiting >= SCRATCH || (last))                                           \
+            pass_on(&(s), last);                                                        \
+    }
 
 /* What relu, and only relu, cuts off. */
 ALWAYS vec floor_of(int activation)
@@ -268,7 +307,7 @@ ALWAYS void add_stretch(const element *x, ptrdiff_t n, real pivot, const element
     }
 #undef AT
     if (i < n)
-        add_one(load(x + i, n - i, pivot) - pivot, &d, &s);
+        add_one(load_any(x, i, n - i, pivot) - pivot, &d, &s);
     *sum += (a + b) + (c + d);
     *squares += (p + q) + (r + s);
 }
@@ -289,7 +328,7 @@ ALWAYS real rough_mean(const element *x, ptrdiff_t n)
         i += LANES;
     }
     if (i < some)
-        b += load(x + i, some - i, first) - first;
+        b += load_any(x, i, some - i, first) - first;
     return first + lanes_sum(a + b) / some;
 }
 
@@ -323,7 +362,7 @@ ALWAYS void few_moments(const element *x, ptrdiff_t units, ptrdiff_t n, double *
     for (ptrdiff_t u = 0; u < units; u++) {
         const real first = load_one(x + u * n);
         vec total = {0};
-        FOR_VECTORS(i, left, n, total += load(x + u * n + i, left, first) - first;)
+        FOR_VECTORS(i, left, n, total += load_any(x + u * n, i, left, first) - first;)
         pivot[u] = first, sum[u] = total;
     }
     store_real(totals, lanes_sums(sum), LANES);
@@ -332,7 +371,7 @@ ALWAYS void few_moments(const element *x, ptrdiff_t units, ptrdiff_t n, double *
         vec total = {0}, square = {0};
         FOR_VECTORS(i, left, n, {
             prefetch_to_write(x + u * n + i + to_y);
-            add_one(load(x + u * n + i, left, p) - p, &total, &square);
+            add_one(load_any(x + u * n, i, left, p) - p, &total, &square);
         })
         sum[u] = total, squares[u] = square;
     }
@@ -469,10 +508,10 @@ ALWAYS void add_backward(const element *grad_y, const element *x, const real *we
             prefetch(x + j + ahead), prefetch(grad_y + j + ahead);                      \
         if (grad_x)                                                                     \
             prefetch_to_write(grad_x + j);                                              \
-        const vec t = load(x + j, left, mean) - mean;                                   \
-        vec g = load(grad_y + j, left, 0);                                              \
+        const vec t = load_any(x, j, left, mean) - mean;                                \
+        vec g = load_any(grad_y, j, left, 0);                                           \
         if (weight)                                                                     \
-            g *= load_real(weight + j, left, 0);                                        \
+            g *= load_any_real(weight, j, left);                                        \
         (sum)->g += g, (sum)->gx += g * t, (sum)->x += t;                               \
     }
     for (; i + 2 * LANES <= n; i += 2 * LANES) {
@@ -631,11 +670,11 @@ SWEEP void add(const element *x, const element *residual, element *total, ptrdif
 
 #undef SUM
 
-/* Whether planes of n elements are stored past the caches: where they are short and end within a line, two
- * planes write it, each a part, and what the others gain is lost. */
-ALWAYS int worth_streaming(const element *y, ptrdiff_t n)
+/* Whether planes side by side are so short, and end within lines, that what is gained by storing them past the
+ * caches would be lost where two of them write one line, each a part. */
+ALWAYS int worth_staging(const element *y, ptrdiff_t stride, ptrdiff_t n)
 {
-    return n * (ptrdiff_t)sizeof(element) >= LONG_BYTES || (until_aligned(y) == 0 && n % LANES == 0);
+    return n == stride && n * (ptrdiff_t)sizeof(element) < LONG_BYTES && (until_aligned(y) || n % LANES);
 }
 
 /* y = activation((x - mean) * rstd * weight + bias + residual) for planes side by side or `stride` apart;
@@ -647,7 +686,9 @@ SWEEP void affine(const element *x, const element *residual, element *y, ptrdiff
                   ptrdiff_t ahead)
 {
     const vec floor = floor_of(activation);
-    streaming = streaming && worth_streaming(y, n);
+    const int staged = streaming && worth_staging(y, stride, n);
+    staging stage;
+    stage.y = y, stage.waiting = 0;
 #define NEXT(p) (ahead ? prefetch((p) + ahead) : (void)0)
 #define PLAIN(i, left) (NEXT(x + (i)), at_least((load(x + (i), left, 0) - pivot) * a + b, floor))
 #define ADDED(i, left)                                                                  \
@@ -657,7 +698,11 @@ SWEEP void affine(const element *x, const element *residual, element *y, ptrdiff
         const double mu = mean[p * statistic_step], r = rstd[p * statistic_step];
         const double scale = weight ? r * weight[p * parameter_step] : r;
         const real pivot = mu, a = scale, b = (bias ? bias[p * parameter_step] : 0) - (mu - pivot) * scale;
-        if (activation > RELU && residual) {
+        if (staged && residual) {
+            STAGE(stage, n, activation, p + 1 == planes, ADDED)
+        } else if (staged) {
+            STAGE(stage, n, activation, p + 1 == planes, PLAIN)
+        } else if (activation > RELU && residual) {
             WRITE_ACTIVATED(y, n, activation, streaming, start, ADDED)
         } else if (activation > RELU) {
             WRITE_ACTIVATED(y, n, activation, streaming, start, PLAIN)
@@ -734,18 +779,25 @@ EXACT_SWEEP void backward_affine(const element *grad_y, const element *x, elemen
 #define THROUGH(i, left)                                                                \
     (NEXT(grad_y + (i)), NEXT(x + (i)),                                                 \
      r * (load(grad_y + (i), left, 0) * w + fused(load(x + (i), left, 0) - pivot, splat(b), splat(c))))
-    streaming = streaming && worth_streaming(grad_x, n);
+    const int staged = streaming && worth_staging(grad_x, stride, n);
+    staging stage;
+    stage.y = grad_x, stage.waiting = 0;
     real pivot = mean[0], r = rstd[0], b = x ? b_[0] : 0, c = x ? c_[0] : 0;
     for (ptrdiff_t p = 0; p < planes; p++, grad_y += stride, grad_x += stride) {
         const real w = weight ? weight[p * parameter_step] : 1, a = rstd[p * statistic_step] * w;
         if (x && statistic_step)
             pivot = mean[p], r = rstd[p], b = b_[p], c = c_[p];
-        if (x) {
+        if (staged && x) {
+            STAGE(stage, n, 0, p + 1 == planes, THROUGH)
+        } else if (staged) {
+            STAGE(stage, n, 0, p + 1 == planes, FROZEN)
+        } else if (x) {
             WRITE(grad_x, n, streaming, THROUGH)
-            x += stride;
         } else {
             WRITE(grad_x, n, streaming, FROZEN)
         }
+        if (x)
+            x += stride;
     }
 #undef NEXT
 #undef FROZEN
@@ -899,7 +951,10 @@ SWEEP void normalize_short(const element *x, const real *weight, const real *bia
         rows_in_registers(v, x, weight, bias, y, M, n, eps, mean, rstd, streaming);     \
         break;
     switch ((n + LANES - 1) / LANES) {
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+        CASE(1)
+#if SHORT_VECTORS == 8
+        CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+#endif
     }
 #undef CASE
 }

@@ -151,8 +151,9 @@ cdef inline bint worth_dealing(Py_ssize_t tasks, Py_ssize_t nbytes, int threads)
 
 
 cdef inline Py_ssize_t own_lines(Py_ssize_t count) noexcept nogil:
-    """At least as many, so that no cache line (or pair of them) is written by two members."""
-    return (count + 31) // 32 * 32
+    """At least as many, so that no cache line (or pair of them) is written by two members, wherever
+    memory begins."""
+    return (count + 31) // 32 * 32 + 32
 
 
 cdef inline double rstd_of(double var, double eps) noexcept nogil:

@@ -325,6 +325,25 @@ ALWAYS vec rounded(vec v)
 
 #endif
 
+/* Elements i to i + left of a stretch, in any lanes, the others `fill`. At its end a whole vector is loaded,
+ * where there is one, and what belongs to the vector before is put out. */
+ALWAYS vec load_any(const element *x, ptrdiff_t i, ptrdiff_t left, real fill)
+{
+    if (left >= LANES || i == 0)
+        return load(x + i, left, fill);
+    const bits_vec before = first_mask(LANES - left);
+    const vec v = load(x + i + left - LANES, LANES, 0);
+    return (vec)(((bits_vec)splat(fill) & before) | ((bits_vec)v & ~before));
+}
+
+/* The same of reals. */
+ALWAYS vec load_any_real(const real *x, ptrdiff_t i, ptrdiff_t left)
+{
+    if (left >= LANES || i == 0)
+        return load_real(x + i, left, 0);
+    return (vec)((bits_vec)load_real(x + i + left - LANES, LANES, 0) & ~first_mask(LANES - left));
+}
+
 ALWAYS real load_one(const element *p)
 {
 #if HALF
