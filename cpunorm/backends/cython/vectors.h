@@ -52,6 +52,16 @@ typedef real vec __attribute__((vector_size(VECTOR_BYTES)));
 typedef real loose_vec __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
 typedef lane_bits bits_vec __attribute__((vector_size(VECTOR_BYTES)));
 
+/* In each lane one or the other. */
+ALWAYS vec choose(bits_vec condition, vec yes, vec no)
+{
+#if defined(__AVX__) && !defined(__AVX512F__) && !defined(ELEMENT_FLOAT64)
+    return (vec)_mm256_blendv_ps((__m256)no, (__m256)yes, (__m256)condition);
+#else
+    return (vec)(((bits_vec)yes & condition) | ((bits_vec)no & ~condition));
+#endif
+}
+
 /* -------------------------------------------------------------------------------- half types */
 
 #if HALF
@@ -65,6 +75,8 @@ ALWAYS vec widen(packed h)
 {
 #if defined(__AVX512F__)
     return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)h), 16);
+#elif defined(__AVX2__)
+    return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)h), 16);
 #else
     return (vec)(__builtin_convertvector(h, wide_bits) << 16);
 #endif
@@ -72,13 +84,15 @@ ALWAYS vec widen(packed h)
 
 ALWAYS packed narrow(vec v)
 {
-    const wide_bits u = (wide_bits)v, nan = (wide_bits)(v != v);
-    const wide_bits rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-    const wide_bits bits = (rounded & ~nan) | (((u >> 16) | 0x40) & nan);
+    const wide_bits u = (wide_bits)v, rounded = u + 0x7fff + ((u >> 16) & 1);
+    const wide_bits bits = (wide_bits)choose(v != v, (vec)(u | 0x400000), (vec)rounded) >> 16;
+    /* Compilers know slower ways to this, and what vpmovdw narrows takes long to store on some processors. */
 #if defined(__AVX512F__)
-    /* Storing what vpmovdw narrows takes many times as long as this on some processors. */
     const __m256i low = _mm512_castsi512_si256((__m512i)bits), high = _mm512_extracti64x4_epi64((__m512i)bits, 1);
     return (packed)_mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8);
+#elif defined(__AVX2__)
+    const __m128i low = _mm256_castsi256_si128((__m256i)bits), high = _mm256_extracti128_si256((__m256i)bits, 1);
+    return (packed)_mm_packus_epi32(low, high);
 #else
     return __builtin_convertvector(bits, packed);
 #endif
