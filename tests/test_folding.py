@@ -409,6 +409,83 @@ def test_the_input_cannot_be_the_output(tmp_path, capsys):
     assert digest(source) == before
 
 
+def saved_outside(folder):
+    """A model that has an initializer and a node's attribute in files beside it."""
+    from onnx import external_data_helper, helper, numpy_helper
+
+    model = built([CONV, BN])
+    value = numpy_helper.from_array(np.ones(4, "float32"))
+    model.graph.node.insert(0, helper.make_node("Constant", [], ["k"], value=value))
+    tensors = {
+        "weights.data": model.graph.initializer[0],
+        "k.data": model.graph.node[0].attribute[0].t,
+    }
+    for name, tensor in tensors.items():
+        (folder / name).write_bytes(tensor.raw_data)
+        external_data_helper.set_external_data(tensor, name)
+        tensor.ClearField("raw_data")
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    return folder / "model.onnx", [folder / name for name in tensors]
+
+
+@onnx_only
+def test_external_data_is_read_and_cannot_be_the_output(tmp_path, capsys):
+    import onnx
+
+    source, data = saved_outside(tmp_path)
+    before = [digest(path) for path in data]
+    link = tmp_path / "link.data"
+    link.symlink_to(data[0])
+    for target in (*data, link):
+        with pytest.raises(SystemExit, match="2"):
+            _fold.main([str(source), str(target)])
+        assert f"out must be another file than {target}, external data" in capsys.readouterr().err
+    assert _fold.main([str(source), str(tmp_path / "out.onnx")]) == 0
+    assert [digest(path) for path in data] == before
+    assert "Conv" in operators(onnx.load(tmp_path / "out.onnx"))
+    assert list(_fold._external_data(onnx.load(tmp_path / "out.onnx"))) == []
+    data[0].unlink()
+    with pytest.raises(SystemExit, match="2"):
+        _fold.main([str(source), str(tmp_path / "out.onnx")])
+
+
+@onnx_only
+def test_what_is_no_regular_file_is_not_replaced(tmp_path, capsys):
+    import onnx
+
+    source, pipe = tmp_path / "model.onnx", tmp_path / "pipe"
+    onnx.save(built([CONV, BN]), source)
+    os.mkfifo(pipe)
+    (tmp_path / "link").symlink_to(pipe)
+    for target in (pipe, tmp_path / "link"):
+        with pytest.raises(SystemExit, match="2"):
+            _fold.main([str(source), str(target)])
+        assert f"out must be a regular file, but {target} is not one" in capsys.readouterr().err
+    assert pipe.is_fifo()
+
+
+def test_links_are_followed_and_modes_kept(tmp_path):
+    (tmp_path / "folder").mkdir()
+    target, link = tmp_path / "folder" / "out.onnx", tmp_path / "link.onnx"
+    link.symlink_to(target)
+    for _ in range(2):  # the link leads nowhere at first
+        _fold._write(link, b"content")
+        assert link.is_symlink() and target.read_bytes() == b"content"
+        target.write_bytes(b"")
+    for mode in (0o600, 0o664):
+        target.chmod(mode)
+        _fold._write(link, b"content")
+        assert target.stat().st_mode & 0o777 == mode
+
+
+def test_errors_of_writing_name_the_output(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    for target in (tmp_path / "file" / "out.onnx", tmp_path / "none" / "out.onnx"):
+        with pytest.raises(OSError, match=f"out cannot be written: {target}: ") as found:
+            _fold._write(target, b"content")
+        assert ".out.onnx" not in str(found.value)
+
+
 @onnx_only
 def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     def interrupted(*_):
