@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -249,6 +250,37 @@ def test_what_must_stay_stays(nodes, outputs, opset):
     before = model.SerializeToString()
     assert fold_batch_norms(model) == 0
     assert model.SerializeToString() == before
+
+
+@onnx_only
+@pytest.mark.parametrize(
+    ("opset", "is_test", "folded"), [(6, None, 0), (6, 0, 0), (6, 1, 1), (7, None, 1)]
+)
+def test_before_opset_7_a_batch_norm_trains_unless_it_says_so(opset, is_test, folded):
+    from cpunorm.onnx import fold_batch_norms
+
+    said = "" if is_test is None else f"<is_test = {is_test}>"
+    model = built([CONV, f"y = BatchNormalization {said} (c, s, b, m, v)"], opset=opset)
+    assert fold_batch_norms(model) == folded
+
+
+@onnx_only
+def test_an_opset_of_the_future_is_an_error(tmp_path, capsys):
+    import onnx
+
+    from cpunorm.onnx import fold_batch_norms
+
+    newest = onnx.defs.onnx_opset_version()
+    assert fold_batch_norms(built([CONV, BN], opset=newest)) == 1
+    model = built([CONV, BN], opset=newest + 1)
+    message = f"opset must be {newest} or earlier .*, got {newest + 1}"
+    with pytest.raises(ValueError, match=message):
+        fold_batch_norms(model)
+    onnx.save(model, tmp_path / "in.onnx")
+    with pytest.raises(SystemExit, match="2"):
+        _fold.main([str(tmp_path / "in.onnx"), str(tmp_path / "out.onnx")])
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out.onnx").exists()
 
 
 @onnx_only
