@@ -1,11 +1,12 @@
-"""What masks and Moments replace, side by side with them: python -m bench.instead
+"""What masks, Moments, and reading arrays where they lie replace: python -m bench.instead
 
-NumPy's formula as it is commonly written, cpunorm in its place, and the ratio of the two; both in
-this process, in turn, the median of several calls. cpunorm runs on as many threads as it may, NumPy
-on one, as it does by itself.
+NumPy's formula as it is commonly written, or a copy made first, cpunorm in its place, and the ratio
+of the two; both in this process, in turn, the median of several calls. cpunorm runs on as many
+threads as it may, NumPy on one, as it does by itself. What `convention` replaces is no time but a
+formula: the results of both.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -88,11 +89,48 @@ def moments() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
     return {f"Moments, 8 parts of {(N, C, H, W)}": (formula, ours)}
 
 
+def arrays() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
+    """Layer norm of torch's tensors, copied first and as they are; nothing without torch."""
+    try:
+        import torch
+    except ImportError:
+        return {}
+    tensors = {str(shape): torch.randn(shape) for shape in ((8, 768), (512, 768), (N * 512, 768))}
+    return {
+        shape: (
+            lambda x=x: cpunorm.layer_norm(x.numpy().copy(), 768),
+            lambda x=x: cpunorm.layer_norm(x, 768),
+        )
+        for shape, x in tensors.items()
+    }
+
+
+def conventions() -> Iterator[str]:
+    """Yield the lines of a table: the running variance after one batch, by hand and by name."""
+    x = np.random.default_rng(0).normal(5, 2, (2, 1, 2, 2)).astype(np.float32)
+    by_hand = {
+        "torch": ("0.9 * 1 + 0.1 * x.var(ddof=1)", 0.9 * 1 + 0.1 * x.var(ddof=1)),
+        "keras": ("0.99 * 1 + 0.01 * x.var()", 0.99 * 1 + 0.01 * x.var()),
+        "onnx": ("0.9 * 1 + 0.1 * x.var()", 0.9 * 1 + 0.1 * x.var()),
+    }
+    yield header("convention", "by hand", "gives", "`BatchNorm`'s `running_var`")
+    for convention, (formula, value) in by_hand.items():
+        layer = cpunorm.BatchNorm(1, convention=convention)
+        layer(x)
+        yield row(
+            f'`"{convention}"`', f"`{formula}`", f"{value:.5f}", f"{layer.running_var[0]:.5f}"
+        )
+
+
 def main() -> None:
     print(f"numpy {np.__version__}, cpunorm on {cpunorm.get_num_threads()} threads; ms")
     print(header("", "NumPy", "cpunorm", "ratio"))
     for name, functions in (masks() | moments()).items():
         print(row(name, *compared(*seconds(functions, CALLS))))
+    print(f"\n{header('a tensor', 'copied first', 'as it is', 'ratio')}")
+    for name, functions in arrays().items():
+        print(row(name, *compared(*seconds(functions, CALLS, CALLS))))
+    print("", *conventions(), sep="\n")
 
 
 if __name__ == "__main__":

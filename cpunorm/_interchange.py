@@ -104,6 +104,9 @@ def read(a: Any) -> Array:
     device, _ = a.__dlpack_device__()
     if device not in _ON_CPU:
         raise BufferError(f"it does not lie in the memory of the CPU (DLPack device {device})")
+    if hasattr(a, "is_neg") and a.is_neg():
+        # torch exports these without their sign.
+        raise BufferError("it is negated only when it is read; use resolve_neg() first")
     relay = _Relay(a)
     array = np.from_dlpack(relay)
     if not relay.is_bfloat16:

@@ -5,9 +5,10 @@ results are those of `cpunorm.layer_norm` and the others, bit by bit. Nothing is
 checks of the arguments, `cache=True` works in the caller, and on one thread, the default, so does
 `prange`.
 
-Arrays are C-contiguous, of float32 or float64, all of one type. `out` may be `x` itself. Statistics
-and gradients are written to the arrays that are given for them. What cannot be told from types, a
-shape for instance, is a ValueError at run time, raised before anything is written.
+Arrays are C-contiguous, of float32 or float64, all of one type. `out` may be `x` itself, but not
+overlap it otherwise. Statistics and gradients are written to the arrays that are given for them.
+What cannot be told from types, a shape for instance, is a ValueError at run time, raised before
+anything is written.
 """
 
 from typing import Any
@@ -121,7 +122,48 @@ def _new(out, x):
 def _new_in_nopython(out, x):
     if _absent(out):
         return lambda out, x: np.empty_like(x)
-    return lambda out, x: out
+    if not isinstance(out, types.Array):
+        return lambda out, x: out  # `_into_out` says what is wrong with it
+
+    def given(out, x):
+        distance = np.intp(out.ctypes.data) - np.intp(x.ctypes.data)
+        if distance != 0 and -out.nbytes < distance < x.nbytes:
+            raise ValueError("out must be x itself, or not overlap it")
+        return out
+
+    return given
+
+
+def _check_axes(x: Any, least: int) -> None:
+    if not isinstance(x, types.Array) or x.ndim < least:
+        raise TypingError(f"x must be an array of {least} axes at least, got {x}")
+
+
+def _width(x):
+    """D"""
+    raise NotImplementedError
+
+
+@overload(_width)
+def _width_in_nopython(x):
+    _check_axes(x, 1)
+    return lambda x: x.shape[-1]
+
+
+def _sizes(x, channels_last):
+    """N, C, S"""
+    raise NotImplementedError
+
+
+@overload(_sizes)
+def _sizes_in_nopython(x, channels_last):
+    _check_axes(x, 2)
+
+    def sizes(x, channels_last):
+        C = x.shape[-1] if channels_last else x.shape[1]
+        return x.shape[0], C, x.size // max(1, x.shape[0] * C)
+
+    return sizes
 
 
 _compiled = numba.njit(nogil=True)
@@ -136,19 +178,10 @@ def _check(failed):
 
 
 @_compiled
-def _sizes(x, channels_last):
-    """N, C, S"""
-    if x.ndim < 2:
-        raise ValueError("x must have at least 2 axes")
-    C = x.shape[x.ndim - 1] if channels_last else x.shape[min(1, x.ndim - 1)]
-    return x.shape[0], C, x.size // max(1, x.shape[0] * C)
-
-
-@_compiled
 def layer_norm(x, weight=None, bias=None, eps=1e-5, out=None, mean=None, rstd=None, threads=1):
     """Layer norm over the last axis; mean and rstd have the shape of the others."""
+    D = _width(x)
     y = _new(out, x)
-    D = x.shape[-1]
     failed = _layer_norm(
         x,
         _from_x(x, x, x.shape),
@@ -169,8 +202,8 @@ def layer_norm(x, weight=None, bias=None, eps=1e-5, out=None, mean=None, rstd=No
 @_compiled
 def rms_norm(x, weight=None, eps=1e-5, out=None, rstd=None, threads=1):
     """RMS norm over the last axis; rstd has the shape of the others."""
+    D = _width(x)
     y = _new(out, x)
-    D = x.shape[-1]
     failed = _rms_norm(
         x,
         _from_x(x, x, x.shape),
@@ -191,7 +224,7 @@ def layer_norm_backward(
     grad_y, x, mean, rstd, weight=None, grad_x=None, grad_weight=None, grad_bias=None, threads=1
 ):
     """Gradients of `layer_norm`, into the arrays that are given."""
-    D = x.shape[-1]
+    D = _width(x)
     failed = _layer_norm_backward(
         x,
         _from_grad_y(grad_y, x, x.shape),
@@ -212,7 +245,7 @@ def layer_norm_backward(
 @_compiled
 def rms_norm_backward(grad_y, x, rstd, weight=None, grad_x=None, grad_weight=None, threads=1):
     """Gradients of `rms_norm`, into the arrays that are given."""
-    D = x.shape[-1]
+    D = _width(x)
     failed = _rms_norm_backward(
         x,
         _from_grad_y(grad_y, x, x.shape),
@@ -242,8 +275,8 @@ def group_norm(
     threads=1,
 ):
     """Group norm of (N, C, ...), or (N, ..., C); mean and rstd are (N, num_groups)."""
-    y = _new(out, x)
     N, C, S = _sizes(x, channels_last)
+    y = _new(out, x)
     if num_groups < 1 or C % num_groups:
         raise ValueError("num_groups must divide the channels of x")
     failed = _group_norm(
@@ -374,8 +407,8 @@ def batch_norm(
     With `training` by x's own statistics, towards which running_mean and running_var, if they are
     not None, are moved.
     """
-    y = _new(out, x)
     N, C, S = _sizes(x, channels_last)
+    y = _new(out, x)
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must be given together")
     if running_mean is None and not training:

@@ -212,6 +212,7 @@ def test_torch_says_why():
         (torch.ones(SHAPE, requires_grad=True), "detach"),
         (torch.ones(SHAPE, device="meta"), "meta"),
         (torch.ones(SHAPE).to_sparse(), "strided"),
+        (torch.complex(torch.ones(SHAPE), torch.ones(SHAPE)).conj().imag, "resolve_neg"),
     ):
         with pytest.raises(TypeError, match=f"x must .*torch.Tensor: .*{text}"):
             cpunorm.group_norm(tensor, 2)

@@ -41,10 +41,15 @@ def test_modules_of_torch():
     assert is_table(list(torch_models.modules(1)), 7)
 
 
-def test_masks_and_moments(capsys, monkeypatch):
+def test_what_is_replaced(capsys, monkeypatch):
     from bench import instead
 
     monkeypatch.setattr(instead, "CALLS", 1)
     monkeypatch.setattr(instead, "N", 2)
     instead.main()
-    assert is_table(capsys.readouterr().out.splitlines()[1:], 4)
+    formulas, tensors, conventions = capsys.readouterr().out.split("\n\n")
+    assert is_table(formulas.splitlines()[1:], 4)
+    assert is_table(tensors.splitlines(), 4) or not instead.arrays()
+    _, _, *rows = conventions.splitlines()
+    by_hand, ours = zip(*(line.split("|")[3:5] for line in rows), strict=True)
+    assert by_hand == ours and len(set(ours)) == 3

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -252,6 +253,37 @@ def test_what_must_stay_stays(nodes, outputs, opset):
 
 
 @onnx_only
+@pytest.mark.parametrize(
+    ("opset", "is_test", "folded"), [(6, None, 0), (6, 0, 0), (6, 1, 1), (7, None, 1)]
+)
+def test_before_opset_7_a_batch_norm_trains_unless_it_says_so(opset, is_test, folded):
+    from cpunorm.onnx import fold_batch_norms
+
+    said = "" if is_test is None else f"<is_test = {is_test}>"
+    model = built([CONV, f"y = BatchNormalization {said} (c, s, b, m, v)"], opset=opset)
+    assert fold_batch_norms(model) == folded
+
+
+@onnx_only
+def test_an_opset_of_the_future_is_an_error(tmp_path, capsys):
+    import onnx
+
+    from cpunorm.onnx import fold_batch_norms
+
+    newest = onnx.defs.onnx_opset_version()
+    assert fold_batch_norms(built([CONV, BN], opset=newest)) == 1
+    model = built([CONV, BN], opset=newest + 1)
+    message = f"opset must be {newest} or earlier .*, got {newest + 1}"
+    with pytest.raises(ValueError, match=message):
+        fold_batch_norms(model)
+    onnx.save(model, tmp_path / "in.onnx")
+    with pytest.raises(SystemExit, match="2"):
+        _fold.main([str(tmp_path / "in.onnx"), str(tmp_path / "out.onnx")])
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out.onnx").exists()
+
+
+@onnx_only
 def test_what_others_use_is_kept():
     """Two convolutions with one weight, and parameters that are used elsewhere."""
     from cpunorm.onnx import fold_batch_norms
@@ -407,6 +439,83 @@ def test_the_input_cannot_be_the_output(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         _fold.main([str(source), str(tmp_path / "no" / "such" / "folder.onnx")])
     assert digest(source) == before
+
+
+def saved_outside(folder):
+    """A model that has an initializer and a node's attribute in files beside it."""
+    from onnx import external_data_helper, helper, numpy_helper
+
+    model = built([CONV, BN])
+    value = numpy_helper.from_array(np.ones(4, "float32"))
+    model.graph.node.insert(0, helper.make_node("Constant", [], ["k"], value=value))
+    tensors = {
+        "weights.data": model.graph.initializer[0],
+        "k.data": model.graph.node[0].attribute[0].t,
+    }
+    for name, tensor in tensors.items():
+        (folder / name).write_bytes(tensor.raw_data)
+        external_data_helper.set_external_data(tensor, name)
+        tensor.ClearField("raw_data")
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    return folder / "model.onnx", [folder / name for name in tensors]
+
+
+@onnx_only
+def test_external_data_is_read_and_cannot_be_the_output(tmp_path, capsys):
+    import onnx
+
+    source, data = saved_outside(tmp_path)
+    before = [digest(path) for path in data]
+    link = tmp_path / "link.data"
+    link.symlink_to(data[0])
+    for target in (*data, link):
+        with pytest.raises(SystemExit, match="2"):
+            _fold.main([str(source), str(target)])
+        assert f"out must be another file than {target}, external data" in capsys.readouterr().err
+    assert _fold.main([str(source), str(tmp_path / "out.onnx")]) == 0
+    assert [digest(path) for path in data] == before
+    assert "Conv" in operators(onnx.load(tmp_path / "out.onnx"))
+    assert list(_fold._external_data(onnx.load(tmp_path / "out.onnx"))) == []
+    data[0].unlink()
+    with pytest.raises(SystemExit, match="2"):
+        _fold.main([str(source), str(tmp_path / "out.onnx")])
+
+
+@onnx_only
+def test_what_is_no_regular_file_is_not_replaced(tmp_path, capsys):
+    import onnx
+
+    source, pipe = tmp_path / "model.onnx", tmp_path / "pipe"
+    onnx.save(built([CONV, BN]), source)
+    os.mkfifo(pipe)
+    (tmp_path / "link").symlink_to(pipe)
+    for target in (pipe, tmp_path / "link"):
+        with pytest.raises(SystemExit, match="2"):
+            _fold.main([str(source), str(target)])
+        assert f"out must be a regular file, but {target} is not one" in capsys.readouterr().err
+    assert pipe.is_fifo()
+
+
+def test_links_are_followed_and_modes_kept(tmp_path):
+    (tmp_path / "folder").mkdir()
+    target, link = tmp_path / "folder" / "out.onnx", tmp_path / "link.onnx"
+    link.symlink_to(target)
+    for _ in range(2):  # the link leads nowhere at first
+        _fold._write(link, b"content")
+        assert link.is_symlink() and target.read_bytes() == b"content"
+        target.write_bytes(b"")
+    for mode in (0o600, 0o664):
+        target.chmod(mode)
+        _fold._write(link, b"content")
+        assert target.stat().st_mode & 0o777 == mode
+
+
+def test_errors_of_writing_name_the_output(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    for target in (tmp_path / "file" / "out.onnx", tmp_path / "none" / "out.onnx"):
+        with pytest.raises(OSError, match=f"out cannot be written: {target}: ") as found:
+            _fold._write(target, b"content")
+        assert ".out.onnx" not in str(found.value)
 
 
 @onnx_only

@@ -223,6 +223,35 @@ def test_wrong_types(arguments, name):
         layer(*arguments, None, None, 1)
 
 
+@pytest.mark.parametrize("x", [np.float32(1).reshape(()), np.ones(4, "f4")])
+@pytest.mark.parametrize(
+    "name", ["layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm"]
+)
+def test_too_few_axes(name, x):
+    function, more = getattr(norm, name), {"group_norm": (1,), "batch_norm": (None, None)}
+    least = 1 if name in ("layer_norm", "rms_norm") else 2
+    if x.ndim >= least:
+        assert function(x).shape == x.shape
+        return
+    with pytest.raises(numba.TypingError, match=f"x must be an array of {least} axes at least"):
+        function(x, *more.get(name, ()))
+    with pytest.raises(numba.TypingError, match="x must be an array"):
+        function((1.0,), *more.get(name, ()))
+
+
+@pytest.mark.parametrize("shift", [1, 5, 14, -1, -14])
+def test_out_is_x_or_elsewhere(shift):
+    memory = normal(48, "f4")
+    before, x = memory.copy(), memory[16:31].reshape(3, 5)
+    with pytest.raises(ValueError, match="out must be x itself, or not overlap it"):
+        layer(x, None, None, memory[16 + shift : 31 + shift].reshape(3, 5), None, None, 1)
+    np.testing.assert_array_equal(memory, before)
+    expected = layer(x, None, None, None, None, None, 1)
+    for start in (31, 1, 16):  # just behind, just before, x itself
+        out = memory[start : start + 15].reshape(3, 5)
+        np.testing.assert_array_equal(layer(x, None, None, out, None, None, 1), expected)
+
+
 def test_wrong_values():
     x = normal((3, 4), "f4")
 

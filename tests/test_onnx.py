@@ -162,7 +162,18 @@ def test_layer_normalization_gives_its_statistics_and_broadcasts():
     np.testing.assert_allclose(mean[:, 0, 0], x.mean((1, 2)), rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(0, 4, 3), (2, 4, 0), (2, 0, 3)])
+def test_training_on_nothing_leaves_the_statistics(shape):
+    mean, var = arrays(shape[1:2], shape[1:2])
+    inputs = [np.empty(shape, "float32"), mean, var, mean, var]
+    y, *updated = run(model("BatchNormalization", inputs, 3, opset=15, training_mode=1))
+    assert y.shape == shape
+    np.testing.assert_array_equal(updated, (mean, var))
+
+
 X, C = np.ones((2, 4, 3), "float32"), np.ones(4, "float32")
+TRAINING = {"opset": 15, "outputs": 3, "training_mode": 1}
+MICROSOFT = {"domain": "com.microsoft"}
 
 
 NOT_OURS, WRONG = NotImplementedError, ValueError
@@ -172,13 +183,30 @@ ERRORS = [
     (NOT_OURS, "spatial must", "BatchNormalization", [X, C, C, C, C], {"opset": 7, "spatial": 0}),
     (NOT_OURS, "stash_type .* 16", "LayerNormalization", [X, C], {"stash_type": 16}),
     (WRONG, "axis must lie", "LayerNormalization", [X, C], {"axis": 5}),
-    (WRONG, "broadcast", "LayerNormalization", [X, C], {}),
+    (NOT_OURS, "opset must be .* got 9999", "LayerNormalization", [X, C[:3]], {"opset": 9999}),
+    (NOT_OURS, "opset must be .* got 9999", "BatchNormalization", [X, C, C, C, C], {"opset": 9999}),
+    (WRONG, r"scale must broadcast to shape \(3,\), got \(4,\)", "LayerNormalization", [X, C], {}),
+    (WRONG, r"bias must .* got \(4,\)", "LayerNormalization", [X, C[:3], C], {}),
+    (WRONG, r"scale must .* got \(4,\)", "RMSNormalization", [X, C], {}),
+    (WRONG, r"skip must broadcast to shape \(2, 4, 3\), got \(4, 4\)", "SkipLayerNormalization",
+     [X, np.ones((4, 4), "float32"), C[:3]], MICROSOFT),
+    (WRONG, r"bias must broadcast to shape \(3,\), got \(4,\)", "SkipSimplifiedLayerNormalization",
+     [X, X, C[:3], C], MICROSOFT),
+    (WRONG, r"scale must have shape \(2,\) before opset 21, got \(4,\)", "GroupNormalization",
+     [X, C, C], {"num_groups": 2, "opset": 18}),
+    (WRONG, r"bias must have shape \(2,\) before opset 21, got \(1,\)", "GroupNormalization",
+     [X, C[:2], C[:1]], {"num_groups": 2, "opset": 18}),
+    (WRONG, "x must have at least 2 axes", "GroupNormalization", [C, C, C],
+     {"num_groups": 2, "opset": 18}),
+    (WRONG, r"running_var must have shape \(4,\)", "BatchNormalization",
+     [X, C, C, C, C[:1]], TRAINING),
+    (WRONG, "x must have dtype", "BatchNormalization", [X.astype("int32"), C, C, C, C], TRAINING),
     (WRONG, "num_groups", "GroupNormalization", [X, C, C], {"num_groups": 3}),
     (WRONG, "num_groups", "GroupNormalization", [X, C, C], {"num_groups": 0, "opset": 18}),
     (WRONG, "bias must have shape", "InstanceNormalization", [X, C, C[:2]], {}),
     (WRONG, "x must have dtype", "InstanceNormalization", [X.astype("int32"), C, C], {}),
     (NOT_OURS, "attribute 'axis'", "SkipLayerNormalization", [X, X, C[:3]],
-     {"domain": "com.microsoft", "axis": 1}),
+     {**MICROSOFT, "axis": 1}),
 ]  # fmt: skip
 
 

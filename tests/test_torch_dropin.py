@@ -128,6 +128,48 @@ def test_channels_last_is_kept(name):
     assert x_mine.grad.is_contiguous(memory_format=last)
 
 
+@pytest.mark.parametrize("axes", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(3, 6, 5, 8), (2, 6, 3, 5, 8)])
+def test_rms_norm_keeps_channels_last_as_torchs(shape, axes):
+    last = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+    size = shape[-axes:]
+    theirs, weight = nn.RMSNorm(size), inputs(size, seed=2).detach()
+    theirs.weight = nn.Parameter(weight)
+    mine = ours.accelerate(copy.deepcopy(theirs))
+    for call in (mine, lambda x: ours.rms_norm(x, size, mine.weight)):
+        x, x_mine = (inputs(shape).detach().to(memory_format=last) for _ in range(2))
+        x.requires_grad_(), x_mine.requires_grad_()
+        mine.zero_grad(), theirs.zero_grad()
+        y, y_mine = theirs(x), call(x_mine)
+        assert_close(y_mine, y)
+        assert y_mine.stride() == y.stride() == x.stride()
+        y.square().sum().backward(), y_mine.square().sum().backward()
+        assert_close(x_mine.grad, x.grad)
+        assert_close(mine.weight.grad, theirs.weight.grad)
+
+
+def test_rms_norm_does_not_copy_channels_last(monkeypatch):
+    from cpunorm import functional
+
+    seen, original = [], functional.rms_norm
+    watched = lambda x, *a, **k: seen.append(x.ctypes.data) or original(x, *a, **k)  # noqa: E731
+    monkeypatch.setattr(functional, "rms_norm", watched)
+    x = inputs((3, 6, 5, 8)).detach().to(memory_format=torch.channels_last)
+    ours.accelerate(nn.RMSNorm(8))(x), ours.rms_norm(x, 8)
+    assert seen == [x.data_ptr()] * 2
+
+
+def test_where_instance_norms_lie_does_not_depend_on_their_size(monkeypatch):
+    monkeypatch.setattr(_modules.InstanceNorm2d, "least_bytes", (1024, 1024))
+    mine = ours.accelerate(nn.InstanceNorm2d(4))
+    for size in (4, 40):
+        x = inputs((2, 4, size, size)).detach()
+        assert mine(x).is_contiguous()
+        assert mine(x[0]).is_contiguous()
+        last = x.to(memory_format=torch.channels_last)
+        assert mine(last).stride() == last.stride()
+
+
 @pytest.mark.parametrize("name", ["BatchNorm2d", "GroupNorm", "LayerNorm", "RMSNorm"])
 def test_any_strides(name):
     theirs, mine, shape = pair(name)
@@ -156,6 +198,62 @@ def test_gradcheck(name, training):
     arguments = inputs(shape, torch.float64), *mine.parameters()
     assert torch.autograd.gradcheck(function, arguments, fast_mode=True)
     assert torch.autograd.gradgradcheck(function, arguments, fast_mode=True)
+
+
+ARRIVALS = {
+    "negated when read": lambda g: torch._neg_view(-g),
+    "imaginary part of a conjugate": lambda g: torch.complex(g, -g).conj().imag,
+    "sparse": lambda g: g.to_sparse(),
+    "expanded": lambda g: g[:1, :1].expand(g.shape),
+}
+
+
+@pytest.mark.parametrize("arrival", ARRIVALS)
+@pytest.mark.parametrize(
+    "name", ["BatchNorm2d", "InstanceNorm2d", "GroupNorm", "LayerNorm", "RMSNorm"]
+)
+def test_gradients_however_they_arrive(name, arrival):
+    theirs, mine, shape = pair(name)
+    x, x_mine = inputs(shape), inputs(shape)
+    grad_y = ARRIVALS[arrival](inputs(shape, seed=1).detach())
+    theirs(x).backward(grad_y.to_dense() if grad_y.is_sparse else grad_y.clone())
+    mine(x_mine).backward(grad_y)
+    assert_close(x_mine.grad, x.grad)
+    for p, q in zip(mine.parameters(), theirs.parameters(), strict=True):
+        assert_close(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_negated_when_read(dtype):
+    x, weight = (inputs(s, dtype).detach() for s in ((3, 6, 5), (6,)))
+    y = ours.group_norm(torch._neg_view(-x), 3, torch._neg_view(-weight))
+    assert torch.equal(y, ours.group_norm(x, 3, weight))
+    z = torch.randn(3, 6, dtype=torch.complex64)
+    assert torch.equal(ours.layer_norm(z.conj().imag, 6), ours.layer_norm(-z.imag, 6))
+    memory = torch.zeros(6, dtype=dtype)
+    running = torch._neg_view(memory), torch.ones(6, dtype=dtype)
+    with pytest.raises(ValueError, match=r"running statistics .* must not be negated"):
+        ours.batch_norm(x, *running, training=True)
+    assert not memory.any() and (running[1] == 1).all()
+    assert torch.equal(ours.batch_norm(x, *running), ours.batch_norm(x, memory, running[1]))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of torch's vmap
+def test_batches_of_gradients(name, training):
+    """What gradcheck, vectorized Jacobians and `is_grads_batched` pass through a backward."""
+    theirs, mine, shape = pair(name, torch.float64)
+    theirs.train(training), mine.train(training)
+    x, batch = inputs(shape, torch.float64), inputs((3, *shape), torch.float64, seed=1).detach()
+    found, wanted = (
+        torch.autograd.grad(m(x), (x, *m.parameters()), batch, is_grads_batched=True)
+        for m in (mine, theirs)
+    )
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+    jacobians = (torch.autograd.functional.jacobian(m, x, vectorize=True) for m in (mine, theirs))
+    torch.testing.assert_close(*jacobians)
 
 
 @pytest.mark.parametrize("axis", [1, (1,), (1, 3)])
@@ -318,6 +416,14 @@ def test_what_is_not_ours_is_left_alone():
     [
         (lambda m: setattr(m[1], "weight", nn.Parameter(torch.ones(7))), r"1: weight .*\(7,\)"),
         (lambda m: setattr(m[1], "running_var", torch.ones(3)), r"1: running_var .*\(3,\)"),
+        (
+            lambda m: setattr(m[1], "running_var", None),
+            r"1: running_mean and running_var must both",
+        ),
+        (
+            lambda m: setattr(m[1], "running_mean", None),
+            r"1: running_mean and running_var must both",
+        ),
         (lambda m: setattr(m[3][1], "num_groups", 3), r"3\.1: num_groups .*3"),
         (lambda m: setattr(m[7], "weight", nn.Parameter(torch.ones(2))), r"7: weight .*\(2,\)"),
     ],
@@ -329,6 +435,19 @@ def test_a_module_that_does_not_fit_is_named_and_nothing_is_swapped(spoil, messa
     with pytest.raises(ValueError, match=message):
         ours.accelerate(model)
     assert [type(m) for m in model.modules()] == classes
+
+
+def test_a_module_parametrized_since_is_not_undone():
+    from torch.nn.utils import parametrizations, parametrize
+
+    model = ours.accelerate(small_model())
+    parametrizations.weight_norm(model[6], dim=None)
+    classes = [type(m) for m in model.modules()]
+    with pytest.raises(ValueError, match="6: it has been parametrized since accelerate"):
+        ours.undo(model)
+    assert [type(m) for m in model.modules()] == classes
+    parametrize.remove_parametrizations(model[6], "weight")
+    assert type(ours.undo(model)[6]) is nn.LayerNorm
 
 
 @pytest.mark.parametrize("call", [ours.accelerate, ours.undo])
@@ -525,6 +644,88 @@ def test_wrong_arguments_of_functions():
         ours.layer_norm(x, 4, torch.ones(3))
     with pytest.raises(TypeError, match="weight must have dtype"):
         ours.group_norm(x, 2, torch.ones(4).double())
+
+
+CALLS = {
+    "batch_norm": lambda f, x, w: f.batch_norm(x, None, None, w, training=True),
+    "batch_norm, frozen": lambda f, x, w: f.batch_norm(x, w.detach(), w.detach().square(), w),
+    "instance_norm": lambda f, x, w: f.instance_norm(x, None, None, w),
+    "group_norm": lambda f, x, w: f.group_norm(x, 2, w),
+    "layer_norm": lambda f, x, w: f.layer_norm(x, (4, 5), w[:, None].expand(4, 5)),
+    "rms_norm": lambda f, x, w: f.rms_norm(x, (5,), None, 1e-3),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", CALLS)
+def test_functions_under_transforms_are_torchs(name):
+    """`torch.func` and forward derivatives see torch's own operators."""
+    x, weight = (inputs(s, torch.float64).detach() for s in ((3, 4, 5), (4,)))
+    mine, theirs = (lambda x, w, f=f: CALLS[name](f, x, w) for f in (ours, F))
+
+    def forward(function):
+        with torch.autograd.forward_ad.dual_level():
+            x_dual = torch.autograd.forward_ad.make_dual(x, x.square())
+            return torch.autograd.forward_ad.unpack_dual(function(x_dual, weight)).tangent
+
+    for transformed in (
+        lambda f: torch.func.grad(lambda x: f(x, weight).pow(3).sum())(x),
+        lambda f: torch.func.grad(lambda w: f(x, w).pow(3).sum())(weight),
+        lambda f: torch.func.jacrev(lambda x: f(x, weight))(x),
+        lambda f: torch.func.jvp(lambda x: f(x, weight), (x,), (x.square(),)),
+        lambda f: torch.func.vmap(lambda x: f(x, weight))(torch.stack([x, 2 * x])),
+        forward,
+    ):
+        torch.testing.assert_close(transformed(mine), transformed(theirs))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_functions_under_compiled_transforms():
+    torch._dynamo.reset()
+    x = inputs((3, 4)).detach()
+    gradient = torch.func.grad(lambda x: ours.layer_norm(x, 4).pow(3).sum())
+    compiled = torch.compile(gradient, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), gradient(x))
+
+
+def test_running_statistics_move_under_transforms():
+    x = inputs((3, 4)).detach()
+    mine, theirs = ((torch.zeros(4), torch.ones(4)) for _ in range(2))
+    for f, running in ((ours, mine), (F, theirs)):
+        torch.func.grad(lambda x, f=f, r=running: f.batch_norm(x, *r, training=True).sum())(x)
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+@pytest.mark.parametrize("value", [np.ones((2, 4), "float32"), [1.0] * 4, 1.0], ids=type)
+@pytest.mark.parametrize("name", ["x", "weight", "bias", "running_mean", "running_var"])
+def test_what_is_no_tensor_is_named(name, value):
+    given = {"x": torch.ones(2, 4), "running_mean": torch.zeros(4), "running_var": torch.ones(4)}
+    with pytest.raises(TypeError, match=rf"^{name} must be a torch\.Tensor, got"):
+        ours.batch_norm(**{**given, name: value}, training=True)
+    assert not given["running_mean"].any()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("name", ["x", "weight"])
+@pytest.mark.parametrize("function", ["layer_norm", "rms_norm", "group_norm"])
+def test_what_is_not_dense_is_named(function, name):
+    given = {"x": torch.ones(2, 4), "weight": torch.ones(4)}
+    given[name] = given[name].to_sparse()
+    size = {"num_groups": 2} if function == "group_norm" else {"normalized_shape": 4}
+    with pytest.raises(TypeError, match=rf"^{name} must be a dense tensor, got .*sparse_coo"):
+        getattr(ours, function)(**given, **size)
+    nested = torch.nested.nested_tensor([torch.ones(2, 4), torch.ones(3, 4)])
+    with pytest.raises(TypeError, match="x must be a dense tensor, got a nested one"):
+        ours.layer_norm(nested, 4)
+
+
+@pytest.mark.parametrize("function", [ours.batch_norm, ours.instance_norm])
+def test_running_statistics_come_together(function):
+    x = torch.ones(2, 4, 3)
+    for running in ((None, torch.ones(4)), (torch.zeros(4), None)):
+        with pytest.raises(ValueError, match="running_mean and running_var must be given together"):
+            function(x, *running)
 
 
 def test_small_inputs_are_torchs_without_a_word(monkeypatch):

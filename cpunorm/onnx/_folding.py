@@ -37,9 +37,10 @@ def fold_batch_norms(model: onnx.ModelProto) -> int:
     Raises
     ------
     ValueError
-        If the parameters of a batch norm do not fit the convolution; the node is named.
+        If the parameters of a batch norm do not fit the convolution; the node is named. Or if the
+        model is of an opset that the installed onnx does not know.
     """
-    graph = model.graph
+    graph, opset = model.graph, _opset(model)
     constants = _Constants(graph)
     producers = {name: node for node in graph.node for name in node.output if name}
     uses = Counter(_used(graph))
@@ -47,7 +48,7 @@ def fold_batch_norms(model: onnx.ModelProto) -> int:
     folded: list[tuple[onnx.NodeProto, onnx.NodeProto]] = []
     new: list[tuple[Array, Array]] = []
     for node in graph.node:
-        conv = producers.get(node.input[0]) if _is_inference(node) else None
+        conv = producers.get(node.input[0]) if _is_inference(node, opset) else None
         if conv is None or conv.op_type not in LAYOUTS or conv.domain not in MAIN_DOMAIN:
             continue
         if uses[conv.output[0]] != 1:
@@ -121,14 +122,25 @@ def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
     return default
 
 
-def _is_inference(node: onnx.NodeProto) -> bool:
+def _opset(model: onnx.ModelProto) -> int:
+    """Return the version of ONNX's own operators; models say none where it is the first."""
+    found = max((o.version for o in model.opset_import if o.domain in MAIN_DOMAIN), default=1)
+    newest: int = onnx.defs.onnx_opset_version()
+    if found > newest:
+        raise ValueError(
+            f"opset must be {newest} or earlier for onnx {onnx.__version__}, got {found}"
+        )
+    return found
+
+
+def _is_inference(node: onnx.NodeProto, opset: int) -> bool:
     return (
         node.op_type == "BatchNormalization"
         and node.domain in MAIN_DOMAIN
         and len([name for name in node.output if name]) == 1
         and not _attribute(node, "training_mode", 0)
         and _attribute(node, "spatial", 1) == 1
-        and _attribute(node, "is_test", 1) == 1
+        and _attribute(node, "is_test", int(opset >= 7)) == 1  # since 7 there is none
     )
 
 

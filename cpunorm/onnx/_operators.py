@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from onnx.defs import onnx_opset_version
 from onnx.reference.op_run import OpRun
 
 from .. import functional
@@ -29,6 +30,11 @@ class _Normalization(OpRun):
             raise NotImplementedError(
                 f"{self.shown}: opset must be {self.first_opset} or later, got {opset}"
             )
+        if self.op_domain == "" and opset > onnx_opset_version():
+            raise NotImplementedError(
+                f"{self.shown}: opset must be {onnx_opset_version()}, the newest that onnx knows, "
+                f"or earlier, got {opset}"
+            )
         if unknown:
             raise NotImplementedError(f"{self.shown}: unknown attribute {unknown[0]!r}")
         super().__init__(node, run_params, schema)
@@ -50,13 +56,22 @@ class _Normalization(OpRun):
         raise NotImplementedError
 
 
-def _beside(x: Array, a: Array | None, shape: tuple[int, ...] | None = None) -> Array | None:
-    """Return a parameter as x takes it: x's dtype or that of its statistics, and broadcast."""
+def _beside(x: Array, a: Array | None) -> Array | None:
+    """Return a parameter as x takes it: in x's dtype or that of its statistics."""
     if a is None:
         return None
     if is_supported(x.dtype) and a.dtype != x.dtype:
         a = a.astype(STATS_DTYPE[x.dtype], copy=False)
-    return a if shape is None else np.broadcast_to(a, shape)
+    return a
+
+
+def _broadcast(name: str, a: Array | None, shape: tuple[int, ...]) -> Any:
+    if a is None:
+        return None
+    try:
+        return np.broadcast_to(a, shape)
+    except ValueError:
+        raise ValueError(f"{name} must broadcast to shape {shape}, got {a.shape}") from None
 
 
 class BatchNormalization(_Normalization):
@@ -86,10 +101,12 @@ class BatchNormalization(_Normalization):
             running = _beside(x, mean), _beside(x, var)
             return (functional.batch_norm(x, *running, *affine, eps=epsilon),)
         # With a momentum of 1 the running statistics become those of the batch.
-        new = [np.zeros(mean.shape, STATS_DTYPE[x.dtype]) for _ in range(2)]
+        new = [np.zeros(a.shape, STATS_DTYPE.get(x.dtype)) for a in (mean, var)]
         y = functional.batch_norm(
             x, new[0], new[1], *affine, training=True, momentum=1.0, eps=epsilon
         )
+        if not x.size:
+            return y, mean, var
         count = x.size // x.shape[1]
         new[1] *= (count - 1) / count
         updated = (
@@ -108,6 +125,13 @@ class InstanceNormalization(_Normalization):
         return (functional.instance_norm(x, None, None, *affine, eps=epsilon),)
 
 
+def _per_channel(name: str, a: Array, num_groups: int, size: int) -> Array:
+    """Return a parameter of groups, as there were before opset 21, as one of channels."""
+    if a.shape != (num_groups,):
+        raise ValueError(f"{name} must have shape {(num_groups,)} before opset 21, got {a.shape}")
+    return np.repeat(a, size)
+
+
 class GroupNormalization(_Normalization):
     first_opset = 18
     attributes = ("epsilon", "num_groups", "stash_type")
@@ -115,8 +139,10 @@ class GroupNormalization(_Normalization):
     def compute(
         self, x: Array, scale: Array, bias: Array, epsilon: float, num_groups: int
     ) -> tuple[Array, ...]:
-        if self.opset < 21 and num_groups > 0:  # there were one scale and one bias per group
-            scale, bias = (np.repeat(a, x.shape[1] // num_groups) for a in (scale, bias))
+        if self.opset < 21 and num_groups > 0 and x.ndim > 1:
+            size = x.shape[1] // num_groups
+            scale = _per_channel("scale", scale, num_groups, size)
+            bias = _per_channel("bias", bias, num_groups, size)
         affine = _beside(x, scale), _beside(x, bias)
         return (functional.group_norm(x, num_groups, *affine, eps=epsilon),)
 
@@ -143,8 +169,9 @@ class LayerNormalization(_Normalization):
         self, x: Array, scale: Array, bias: Array | None = None, *, axis: int, epsilon: float
     ) -> tuple[Array, ...]:
         shape = _trailing(x, axis)
-        affine = _beside(x, scale, shape), _beside(x, bias, shape)
-        y, stats = functional.layer_norm(x, shape, *affine, epsilon, return_stats=True)
+        weight = _broadcast("scale", _beside(x, scale), shape)
+        bias = _broadcast("bias", _beside(x, bias), shape)
+        y, stats = functional.layer_norm(x, shape, weight, bias, epsilon, return_stats=True)
         return y, *_statistics(x, shape, stats)
 
 
@@ -156,9 +183,8 @@ class RMSNormalization(_Normalization):
         self, x: Array, scale: Array, axis: int = -1, epsilon: float = 1e-5
     ) -> tuple[Array, ...]:
         shape = _trailing(x, axis)
-        y, stats = functional.rms_norm(
-            x, shape, _beside(x, scale, shape), epsilon, return_stats=True
-        )
+        weight = _broadcast("scale", _beside(x, scale), shape)
+        y, stats = functional.rms_norm(x, shape, weight, epsilon, return_stats=True)
         return y, _statistics(x, shape, stats)[1]
 
 
@@ -177,10 +203,10 @@ class _SkipNormalization(_Normalization):
     def normalize_sum(
         self, function: Callable[..., Any], x: Array, skip: Array, added: Array | None, *more: Any
     ) -> tuple[Array, ...]:
-        if added is not None:
-            skip = skip + added
-        skip = np.broadcast_to(skip, x.shape)
         shape = x.shape[-1:]
+        skip = _broadcast("skip", skip, x.shape)
+        if added is not None:
+            skip = skip + _broadcast("bias", added, shape)
         y, total, stats = function(x, skip, shape, *more, return_stats=True)
         return y, *_statistics(x, shape, stats), total
 

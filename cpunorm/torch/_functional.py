@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ._memory import in_torch_order
-from ._operations import OPERATIONS, eager, is_traced, traced
+from ._operations import OPERATIONS, Running, eager, is_traced, is_transformed, traced
 
 Shape = int | Sequence[int]
 
@@ -58,7 +58,7 @@ def batch_norm(
     """
     options = {"training": training, "momentum": momentum, "eps": eps}
     running = running_mean, running_var
-    return _normalize("batch_norm", options, in_torch_order(x), weight, bias, running)
+    return _normalize("batch_norm", options, x, weight, bias, running)
 
 
 def instance_norm(
@@ -107,7 +107,7 @@ def instance_norm(
     """
     options = {"use_input_stats": use_input_stats, "momentum": momentum, "eps": eps}
     running = running_mean, running_var
-    return _normalize("instance_norm", options, in_torch_order(x), weight, bias, running)
+    return _normalize("instance_norm", options, x, weight, bias, running)
 
 
 def group_norm(
@@ -147,7 +147,7 @@ def group_norm(
     tensor([[-1.,  1., -1.,  1.]])
     """
     options = {"num_groups": num_groups, "eps": eps}
-    return _normalize("group_norm", options, in_torch_order(x), weight, bias)
+    return _normalize("group_norm", options, x, weight, bias)
 
 
 def layer_norm(
@@ -196,7 +196,7 @@ def layer_norm(
     True
     """
     options = _over_axes(normalized_shape, axis, eps)
-    return _normalize("layer_norm", options, _for_axis(x, axis), weight, bias)
+    return _normalize("layer_norm", options, x, weight, bias)
 
 
 def rms_norm(
@@ -225,8 +225,8 @@ def rms_norm(
     Returns
     -------
     Tensor
-        Of x's shape and dtype; in C order, as torch's, and with `axis` in x's order if x has no
-        gaps.
+        Of x's shape and dtype; as torch's in channels-last order if x is, else in C order, and with
+        `axis` in x's order if x has no gaps.
 
     Raises
     ------
@@ -240,7 +240,7 @@ def rms_norm(
     tensor([[0.8485, 1.1314]])
     """
     options = _over_axes(normalized_shape, axis, eps)
-    return _normalize("rms_norm", options, _for_axis(x, axis), weight, None)
+    return _normalize("rms_norm", options, x, weight, None)
 
 
 def _over_axes(normalized_shape: Shape, axis: Shape | None, eps: float | None) -> dict[str, Any]:
@@ -250,14 +250,41 @@ def _over_axes(normalized_shape: Shape, axis: Shape | None, eps: float | None) -
     return {"normalized_shape": sequence(normalized_shape), "axis": sequence(axis), "eps": eps}
 
 
-def _for_axis(x: torch.Tensor, axis: Shape | None) -> torch.Tensor:
-    # Where x has gaps, torch's `empty_like` need not lie as our results do.
-    if axis is None or torch.empty_like(x).stride() != x.stride():
-        return x.contiguous()
-    return x
-
-
-def _normalize(name: str, options: dict[str, Any], x: torch.Tensor, *tensors: Any) -> torch.Tensor:
+def _normalize(
+    name: str,
+    options: dict[str, Any],
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    running: Running = (),
+) -> torch.Tensor:
+    _check("x", x)
+    optional = ("weight", "bias", "running_mean", "running_var")
+    for argument, t in zip(optional, (weight, bias, *running), strict=False):
+        if t is not None:
+            _check(argument, t)
+    if running and (running[0] is None) != (running[1] is None):
+        raise ValueError("running_mean and running_var must be given together")
+    operation = OPERATIONS[name]
+    if is_transformed():
+        return operation.in_torch(x, weight, bias, options, running)
     plain = type(x) in (torch.Tensor, torch.nn.Parameter) and x.is_cpu
     run = eager if plain and not is_traced() else traced
-    return run(OPERATIONS[name], options, x, *tensors)
+    return run(operation, options, _in_order(name, options, x), weight, bias, running)
+
+
+def _check(name: str, t: Any) -> None:
+    """Raise if an argument is no tensor, or none whose values lie in memory one by one."""
+    if not isinstance(t, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+    if t.layout is not torch.strided or t.is_nested:
+        found = "a nested one" if t.is_nested else f"one of layout {t.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {found}")
+
+
+def _in_order(name: str, options: dict[str, Any], x: torch.Tensor) -> torch.Tensor:
+    """Return x as torch lays the result; as it is over other axes, for which torch has nothing."""
+    if options.get("axis") is None:
+        return x.contiguous() if name == "layer_norm" else in_torch_order(x)
+    # Where x has gaps, torch's `empty_like` need not lie as our results do.
+    return x if torch.empty_like(x).stride() == x.stride() else x.contiguous()

@@ -30,18 +30,22 @@ if bfloat16 is not None:
 
 
 def array(tensor: torch.Tensor | None) -> Any:
-    """Return a CPU tensor's memory as an array; gradients do not pass."""
+    """Return a CPU tensor's memory as an array; gradients do not pass.
+
+    One whose sign torch changes only when it is read (`Tensor.is_neg`) is copied.
+    """
     if tensor is None:
         return None
     found = _array(tensor)
     if found is not None:
         return found
+    tensor = tensor.detach().resolve_neg()
     if tensor.dtype is torch.bfloat16:
         if bfloat16 is None:
             raise ImportError("tensors of torch.bfloat16 need the package ml-dtypes")
         # NumPy has no such dtype of its own, so torch gives it to nobody.
-        return tensor.detach().view(torch.int16).numpy().view(bfloat16)
-    return tensor.detach().numpy()
+        return tensor.view(torch.int16).numpy().view(bfloat16)
+    return tensor.numpy()
 
 
 def tensor(array: Array) -> torch.Tensor:
@@ -51,11 +55,15 @@ def tensor(array: Array) -> torch.Tensor:
     return torch.from_numpy(array)
 
 
+def memory_format(x: torch.Tensor) -> torch.memory_format:
+    """Return channels-last if x lies so, else C order: what torch's kernels keep."""
+    if not x.is_contiguous():
+        channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
+        if channels_last is not None and x.is_contiguous(memory_format=channels_last):
+            return channels_last
+    return torch.contiguous_format
+
+
 def in_torch_order(x: torch.Tensor) -> torch.Tensor:
-    """Return x in C order or, if it lies so, in channels-last order: what torch's kernels keep."""
-    if x.is_contiguous():
-        return x
-    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
-    if channels_last is not None and x.is_contiguous(memory_format=channels_last):
-        return x
-    return x.contiguous()
+    """Return x in C order or, if it lies so, in channels-last order."""
+    return x.contiguous(memory_format=memory_format(x))

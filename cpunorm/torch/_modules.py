@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
-from ._memory import DTYPES, in_torch_order
+from ._memory import DTYPES, in_torch_order, memory_format
 from ._operations import OPERATIONS, eager, is_traced
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -93,6 +94,8 @@ def undo(model: _Model) -> _Model:
     ------
     TypeError
         If `model` is not a module.
+    ValueError
+        If a module has been parametrized since; it is named, and no module has been changed.
 
     Examples
     --------
@@ -103,6 +106,12 @@ def undo(model: _Model) -> _Model:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        if isinstance(module, _Ours) and parametrize.is_parametrized(module):
+            raise ValueError(
+                f"{name or 'the model'}: it has been parametrized since accelerate; "
+                "torch.nn.utils.parametrize.remove_parametrizations first"
+            )
     for module in model.modules():
         if type(module) in TORCHS:
             module.__class__ = TORCHS[type(module)]
@@ -129,6 +138,9 @@ def _check(name: str, module: Any) -> None:
                 f"{name}: {kind} must have shape {shape} in this {type(module).__name__}, "
                 f"got {tuple(found.shape)}"
             )
+    mean, var = (getattr(module, kind, None) for kind in ("running_mean", "running_var"))
+    if (mean is None) != (var is None):
+        raise ValueError(f"{name}: running_mean and running_var must both be None, or neither")
 
 
 def _reason_against(x: Any, *tensors: Any) -> str | None:
@@ -205,7 +217,9 @@ class _InstanceNorm(_Ours):
     def _apply_instance_norm(self: Any, x: torch.Tensor) -> torch.Tensor:
         running = self.running_mean, self.running_var
         if not self._is_for_us(x, self.weight, self.bias, *running):
-            return super()._apply_instance_norm(x)  # type: ignore[no-any-return, misc]
+            y: torch.Tensor = super()._apply_instance_norm(x)  # type: ignore[misc]
+            # torch's own is in C order; where y lies must not depend on the size of x.
+            return y if is_traced() else y.contiguous(memory_format=memory_format(x))
         options = {
             "use_input_stats": self.training or not self.track_running_stats,
             "momentum": 0.0 if self.momentum is None else self.momentum,
@@ -240,7 +254,7 @@ class RMSNorm(_Ours, nn.RMSNorm):
         if not self._is_for_us(x, self.weight):
             return super().forward(x)
         options = {"normalized_shape": self.normalized_shape, "eps": self.eps, "axis": None}
-        return eager(OPERATIONS["rms_norm"], options, x.contiguous(), self.weight, None)
+        return eager(OPERATIONS["rms_norm"], options, in_torch_order(x), self.weight, None)
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d): ...

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 from .. import functional
@@ -37,10 +38,12 @@ class Operation(NamedTuple):
         if bias is not None:
             call["bias"] = array(bias)
         if running and running[0] is not None:
-            call["running_mean"], call["running_var"] = array(running[0]), array(running[1])
             if self.own is not None and options[self.own]:
+                if any(t.is_neg() for t in running if t is not None):
+                    raise ValueError("running statistics to be updated must not be negated views")
                 # What autograd keeps of them for others must notice that they are written to.
                 torch.autograd.graph.increment_version(running)
+            call["running_mean"], call["running_var"] = array(running[0]), array(running[1])
         elif self.own == "training":
             call["running_mean"] = call["running_var"] = None
         return getattr(functional, self.name)(array(x), **call)
@@ -66,14 +69,17 @@ class Operation(NamedTuple):
         return tuple([None if g is None else tensor(g) for g in gradients])
 
     def in_torch(
-        self, x: torch.Tensor, weight: Optional, bias: Optional, stats: Stats, options: Options
+        self,
+        x: torch.Tensor,
+        weight: Optional,
+        bias: Optional,
+        options: Options,
+        running: Running = (None, None),
     ) -> torch.Tensor:
         """Compute the same with torch's differentiable operators."""
         call = {name: value for name, value in options.items() if name != "axis"}
         if self.own is not None:
-            if not options[self.own]:
-                return _affine(x, stats, weight, bias)
-            call["running_mean"] = call["running_var"] = None
+            call.update(zip(("running_mean", "running_var"), running, strict=True))
         if bias is not None:
             call["bias"] = bias
         function = getattr(torch.nn.functional, self.name)
@@ -84,6 +90,14 @@ class Operation(NamedTuple):
         last = tuple(range(-len(axis), 0))
         y = function(x.movedim(axis, last), weight=weight, **call)
         return y.movedim(last, axis)
+
+    def again(
+        self, x: torch.Tensor, weight: Optional, bias: Optional, stats: Stats, options: Options
+    ) -> torch.Tensor:
+        """Compute in torch what has been computed; running statistics stay as they are."""
+        if self.own is not None and not options[self.own]:
+            return _affine(x, stats, weight, bias)
+        return self.in_torch(x, weight, bias, options)
 
 
 def _affine(x: torch.Tensor, stats: Stats, weight: Optional, bias: Optional) -> torch.Tensor:
@@ -117,14 +131,18 @@ OPERATIONS = {
 }
 
 
+def is_transformed() -> bool:
+    """Whether torch differentiates or vectorizes by its functional transforms, or forward."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def is_traced() -> bool:
     """Whether torch looks for its own operators: it compiles, traces, transforms, or has a mode."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
         or torch._C._is_tracing()
-        or forward_ad._current_level >= 0
+        or is_transformed()
     )
 
 
@@ -146,13 +164,17 @@ class _Normalize(torch.autograd.Function):
         x, weight, bias = ctx.saved_tensors
         need = ctx.needs_input_grad[3:]
         (grad_y,) = grad_outputs
-        if not torch.is_grad_enabled():
+        if grad_y.layout is not torch.strided:
+            grad_y = grad_y.to_dense()
+        differentiable = torch.is_grad_enabled()
+        if not (differentiable or is_traced() or is_legacy_batchedtensor(grad_y)):
             found = ctx.operation.backward(grad_y, x, weight, ctx.stats, ctx.options, need)
             return None, None, None, *found
-        # Gradients of gradients are those of torch's formula.
-        y = ctx.operation.in_torch(x, weight, bias, ctx.stats, ctx.options)
+        # Gradients of gradients, and batches of them, are those of torch's formula.
+        with torch.enable_grad():
+            y = ctx.operation.again(x, weight, bias, ctx.stats, ctx.options)
         wanted = [t for t, n in zip((x, weight, bias), need, strict=True) if n]
-        found = iter(torch.autograd.grad(y, wanted, grad_y, create_graph=True))
+        found = iter(torch.autograd.grad(y, wanted, grad_y, create_graph=differentiable))
         return None, None, None, *(next(found) if n else None for n in need)
 
 
