@@ -2,8 +2,8 @@
 
 A thread pool goes on spinning for a while after a call and would take the cores from whoever runs
 next (ONNX Runtime's for 50 ms). So a process stops, by a signal, with its answer, and goes on with
-the next question. A figure is the median over blocks; inside a block it is the mean over calls, after calls
-that are not measured.
+the next question. A figure is the median over blocks; inside a block it is the mean over calls,
+after calls that are not measured.
 """
 
 import ctypes

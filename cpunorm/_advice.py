@@ -43,6 +43,11 @@ def settings(shape: Shape) -> tuple[int, int, int]:
     return n, c, math.prod(spatial)
 
 
+def usual_groups(channels: int) -> int:
+    """Return the number of groups of a group norm that nobody chose."""
+    return math.gcd(channels, 32)
+
+
 def place(normalization: str, layout: str | None, shape: Shape) -> tuple[str, tuple[int, int, int]]:
     """Return the layout and the (N, C, positions) that a problem is filed under.
 
@@ -426,7 +431,7 @@ def _is_defined(normalization: str, shape: Shape, training: bool) -> bool:
     """Whether there is more than one value to a statistic."""
     n, c, positions = settings(shape)
     values = {"batch_norm": n * positions if training else 2, "instance_norm": positions}
-    values["group_norm"] = c // math.gcd(c, 32) * positions
+    values["group_norm"] = c // usual_groups(c) * positions
     return values.get(normalization, c) > 1
 
 

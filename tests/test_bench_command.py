@@ -22,6 +22,7 @@ from bench.journal import Journal
 from bench.results import Absent, Accuracy, ResultsError, Row
 from bench.shapes import Case
 from bench.suite import OUT_OF_TIME, Suite
+from bench.suites import EXAMPLES, on, on_shape
 from bench.workers import Result
 
 from .support import AVAILABLE
@@ -170,17 +171,40 @@ def test_accuracy_comes_before_what_may_run_out_of_time():
     assert names == ["test_accuracy", "test_speed"]
 
 
-def test_the_full_run_takes_fewer_blocks_and_quick_ones_more(monkeypatch, tmp_path):
+def test_every_run_takes_five_blocks_unless_told(monkeypatch):
     plans = []
     monkeypatch.setattr("bench.run._run", lambda plan, *rest: plans.append(plan) or 0)
     for argv in ([], ["--quick"], ["--shape", "4,6"], ["--blocks", "7"]):
         assert run.main(argv) == 0
-    assert [made.blocks for made in plans] == [
-        run.FULL_BLOCKS,
-        run.QUICK_BLOCKS,
-        run.QUICK_BLOCKS,
-        7,
-    ]
+    assert [made.blocks for made in plans] == [5, 5, 5, 7]
+
+
+def _timed(**choice):
+    return {task.case for task in plan.make(plan.Choice(**choice)).tasks if task.timed}
+
+
+def test_the_full_plan_has_every_example_in_every_form():
+    timed = _timed()
+    for shape in EXAMPLES:
+        wanted = {case for case in on_shape(shape) if case.pass_ != "backward_frozen"}
+        assert wanted <= timed
+    assert Case("group_norm", "inference", "NCHW", (1, 768), 32) in timed
+
+
+def test_the_quick_plan_answers_for_what_is_asked_first():
+    timed = _timed(quick=True)
+    for layout in results.LAYOUTS:
+        cases = on(EXAMPLES[0], layout)
+        assert {case for case in cases if case.pass_ != "backward_frozen"} <= timed
+    assert {case.dtype for case in timed} == set(results.DTYPES)
+    assert len(timed) <= 60
+
+
+def test_a_large_case_weighs_more_in_the_time_left():
+    small = plan.Task(Case("layer_norm", "inference", "NCHW", (4, 6)), ("cython-1", "torch-1"))
+    large = replace(small, case=replace(small.case, shape=(4096, 4096)))
+    assert plan.weight(large) > 5 * plan.weight(small)
+    assert plan.weight(small) > plan.weight(replace(small, names=("cython-1",)))
 
 
 # --- Comparing -----------------------------------------------------------------------------------

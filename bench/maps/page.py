@@ -6,6 +6,7 @@ from types import ModuleType
 from cpunorm import _advice
 from cpunorm._advice import Advice
 
+from ..suites import EXAMPLES
 from . import accuracy, advice, backends, choices, libraries, normalizations, roofline
 from .style import Figure
 from .table import NAMES, Measured, geometric_mean
@@ -18,8 +19,7 @@ FAMILIES: dict[str, ModuleType] = {
     "How far from memory speed": roofline,
     "Accuracy next to speed": accuracy,
 }
-SHAPE = (8, 512, 7, 7)
-EXAMPLES = (SHAPE, (1, 256, 14, 14), (32, 256, 14, 14), (32, 64, 56, 56), (1, 768), (4096, 768))
+SHAPE = EXAMPLES[0]
 MOST_LOST = 60
 # As HTML: a link in Markdown to a file that is no page would become a download.
 EXPLORER = '<a href="explore.html">the interactive page</a>'

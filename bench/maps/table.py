@@ -9,6 +9,8 @@ from functools import cached_property
 
 import numpy as np
 
+from cpunorm._advice import usual_groups
+
 from ..results import COPY, PEERS, Results, Row
 
 # Our own implementation that others are compared with: what `auto` means nearly everywhere.
@@ -179,7 +181,7 @@ class Measured:
         """Return rows by their cell on a plane; group norm with the usual number of groups."""
         found: dict[tuple[int, int], Row] = {}
         for row in rows:
-            usual = row.num_groups in (None, math.gcd(row.shape[1], 32))
+            usual = row.num_groups in (None, usual_groups(row.shape[1]))
             if usual and (cell := plane.cell(row)) is not None:
                 found[cell] = row
         return found
