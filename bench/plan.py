@@ -16,6 +16,8 @@ OTHERS = (PLAIN, *PEERS)
 # Who is also measured on one thread, and where.
 SCALING = ("cython", "numba", "torch", COPY)
 SCALING_CHANNELS = CHANNELS[2]
+# Of x's size, that a contestant holds at a time: x, its gradient, a result, a temporary.
+ARRAYS = 4
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,11 @@ def _missing(name: str) -> str | None:
         return "this backend is not available"
     package = peers.missing({COPY: peers.MEMORY}.get(name, name))
     return package and f"{package} is not installed"
+
+
+def memory(task: Task) -> int:
+    """Return about how many bytes a task takes: everyone has its own data."""
+    return len(task.names) * ARRAYS * task.case.nbytes
 
 
 def weight(task: Task) -> float:

@@ -15,6 +15,7 @@ from pathlib import Path
 from cpunorm import _advice
 
 from .results import ResultsError, read, read_document
+from .run import Parser
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -23,7 +24,7 @@ OUTPUT = HERE.parent / "docs" / "maps"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw and write everything; return the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m bench report",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -34,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--advice", type=Path, default=_advice.SHIPPED, help="a file, cpunorm/advice.json"
     )
     args = parser.parse_args(argv)
+    if not args.advice.parent.is_dir() or args.advice.is_dir():
+        parser.error(f"--advice {args.advice}: no place for a file")
     path = args.results or latest(RESULTS)
     results = read(path)
     if not results.rows:
@@ -47,8 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     advice_text = advice.text(measured)
     files = page.files(measured)
     files["explore.html"] = explore.page(measured).encode()
-    args.output.mkdir(parents=True, exist_ok=True)
-    explore.bundle(args.output)
+    files |= explore.bundle()
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output {args.output}: {error.strerror}")
     _replace(args.output, files)
     _replace(args.advice.parent, {args.advice.name: advice_text.encode()})
     print(f"{len(files)} files in {args.output}, and {args.advice}")

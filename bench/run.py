@@ -7,6 +7,7 @@ import argparse
 import os
 import shlex
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,9 +16,10 @@ import pytest
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from . import INTERRUPTED
 from . import plan as planning
 from .journal import Journal
-from .machine import machine
+from .machine import machine, physical_memory
 from .results import DTYPES, LAYOUTS, OPERATIONS, OURS, PASSES, read_document, write
 from .shapes import Shape
 from .suite import Suite
@@ -27,7 +29,6 @@ TESTS = Path(__file__).with_name("test_normalization.py")
 # Of which starting and writing take a little more.
 QUICK_MINUTES, FULL_MINUTES = 2.6, 43.0
 MOST_AXES = 5
-INTERRUPTED = 130
 # Of a table that goes to a file.
 WIDTH = 120
 
@@ -89,6 +90,8 @@ def _file(text: str) -> Path:
     path = Path(text)
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder")
     return path
 
 
@@ -149,6 +152,11 @@ def main(argv: Sequence[str]) -> int:
     )
     if not any(task.timed for task in plan.tasks):
         arguments.error("nothing is defined for this choice of operation, pass, layout and shape")
+    needed, memory = max(map(planning.memory, plan.tasks)), physical_memory()
+    if needed > memory:
+        arguments.error(
+            f"the largest case needs {needed / 2**30:.3g} GiB, and there are {memory / 2**30:.3g}"
+        )
     console = Console()
     if not console.is_terminal:
         console.width = WIDTH
@@ -207,6 +215,9 @@ def _pytest(suite: Suite, path: Path) -> tuple[int, dict[str, Any] | None]:
         file = os.path.join(folder, "benchmark.json")
         options = ["-p", "no:terminal", "-p", "no:cacheprovider", "-o", "filterwarnings="]
         options += ["--benchmark-quiet", f"--benchmark-json={file}"]
-        code = pytest.main([str(TESTS), *options], plugins=[suite])
+        with warnings.catch_warnings():
+            # Of pytest-benchmark, after an interrupt.
+            warnings.filterwarnings("ignore", message="Not saving anything")
+            code = pytest.main([str(TESTS), *options], plugins=[suite])
         whole = os.path.exists(file) and os.path.getsize(file)
         return code, read_document(file) if whole else None

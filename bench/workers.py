@@ -79,7 +79,12 @@ class Worker:
         self.pipe, theirs = context.Pipe()
         arguments = (theirs, self.contestant)
         self.process = context.Process(target=_serve, args=arguments, daemon=True)
-        self.process.start()
+        # An interrupt is for the process that asks: ignoring it is inherited.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            self.process.start()
+        finally:
+            signal.signal(signal.SIGINT, before)
         theirs.close()
 
     def send(self, verb: str, *arguments: Any) -> None:
@@ -231,8 +236,7 @@ def _serve(pipe: Connection, contestant: Contestant) -> None:
         for name in [name for name in sys.modules if name.partition(".")[0] == "cpunorm"]:
             del sys.modules[name]
         sys.path.insert(0, contestant.checkout)
-    # An interrupt is for the process that asks; what is stopped does not see that process end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # What is stopped does not see the process end that asks.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
     # Nor is a block the place to look for garbage.

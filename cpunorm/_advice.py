@@ -368,6 +368,8 @@ def advise(
     shape = integers("shape", shape)
     if len(shape) < 2 or min(shape) < 1:
         raise ValueError(f"shape must be two or more positive ints, (N, C, ...), got {shape}")
+    if math.prod(shape) >= 2**63:
+        raise ValueError(f"shape must have fewer than 2**63 elements, got {shape}")
     if layout is not None:
         _one_of("layout", layout, tuple(CHANNELS_LAST))
         layout = LAYOUTS[CHANNELS_LAST[layout]]

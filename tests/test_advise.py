@@ -123,6 +123,8 @@ def test_shipped_data_answer():
         (((8, 0, 7),), ValueError, "shape"),
         (("8,8",), TypeError, "shape"),
         (((8, 2.5),), TypeError, "shape"),
+        (((8, 2**63),), ValueError, "shape"),
+        (((8, 8, 2**40, 2**40),), ValueError, "shape"),
         ((SHAPE, "NCWH"), ValueError, "layout"),
         ((SHAPE, 1), TypeError, "layout"),
         ((SHAPE, None, 1), TypeError, "training"),

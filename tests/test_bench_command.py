@@ -49,10 +49,16 @@ def bench(*arguments):
     return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
 
 
-def document(*rows, machine=None):
+MACHINE = {
+    "format": results.FORMAT, "date": "2026-01-02", "cpu": "Model", "cores": 2,
+    "instruction set": "x86_64_v3", "versions": {}, "command": "python -m bench",
+}  # fmt: skip
+
+
+def document(*rows):
     """What a results file holds."""
     return {
-        "machine_info": {"cpunorm": {"format": results.FORMAT, **(machine or {})}},
+        "machine_info": {"cpunorm": MACHINE},
         "benchmarks": [
             {"extra_info": results.plain(row), "stats": {"data": list(row.seconds)}} for row in rows
         ],
@@ -136,6 +142,67 @@ def test_a_journal_that_was_cut_off(tmp_path):
     with pytest.raises(ResultsError, match="--fresh"):
         Journal(path, {"cpu": "y"})
     assert Journal(path, {"cpu": "y"}, fresh=True).get(task) is None
+
+
+@pytest.mark.parametrize("content", [b"a diary", b"a diary\nof two lines\n", b"[1]\n"])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_file_that_is_no_journal_is_left_alone(tmp_path, content, fresh):
+    path = tmp_path / "journal"
+    path.write_bytes(content)
+    with pytest.raises(ResultsError, match="no journal"):
+        Journal(path, {}, fresh)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{}",
+        "1",
+        "[" * 100_000,
+        '{"task": "x"}',
+        '{"task": "x", "names": [1], "blocks": {}, "errors": {}, "notes": {}}',
+        '{"task": "x", "names": [], "blocks": {"a": 1}, "errors": {}, "notes": {}}',
+        '{"task": "x", "names": [], "blocks": {"a": ["b"]}, "errors": {}, "notes": {}}',
+    ],
+    ids=lambda line: line[:70],
+)
+def test_a_damaged_journal(tmp_path, line):
+    path = tmp_path / "journal"
+    Journal(path, {})
+    with open(path, "a") as file:
+        file.write(line + "\n")
+    before = path.read_bytes()
+    with pytest.raises(ResultsError, match="--fresh"):
+        Journal(path, {})
+    assert path.read_bytes() == before
+    assert Journal(path, {}, fresh=True).known == {}
+
+
+def started(*arguments):
+    """Start the command in a group of its own, as a terminal does."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "bench", *map(str, arguments)],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.parametrize("seconds", [0.3, 1.0, 2.0])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_early_end_is_one_line(tmp_path, seconds, number):
+    process = started(*TINY, "--blocks", "90", "--json", tmp_path / "x.json")
+    time.sleep(seconds)
+    os.killpg(process.pid, number)
+    output, _ = process.communicate()
+    assert process.returncode == 130, output
+    assert len(output.strip().splitlines()) == 1, output
+    assert "stopped" in output
+    assert set(os.listdir(tmp_path)) <= {"x.json.journal"}
 
 
 def test_out_of_time():
@@ -271,6 +338,10 @@ def test_compare_sees_the_noise_between_runs():
         (["--minutes", "-1"], "-1"),
         (["--blocks", "1"], "1"),
         (["--json", "no/such/folder/x.json"], "no/such/folder"),
+        (["--json", "docs"], "docs is a folder"),
+        (["--shape", "999999,999999,999,999"], "GiB"),
+        (["report", "--output", "/dev/null/x"], "/dev/null/x"),
+        (["report", "--advice", "no/such/folder/x.json"], "no/such/folder"),
         (["--layout", "NHWC", "--shape", "4,6"], "nothing is defined"),
         (["--quik"], "--quik"),
         (["compare", "one.json"], "NEW.json"),
@@ -292,6 +363,15 @@ def _without_a_key(text):
     return json.dumps(raw)
 
 
+def _with(name, value):
+    def spoil(text):
+        raw = json.loads(text)
+        raw["benchmarks"][0]["extra_info"][name] = value
+        return json.dumps(raw)
+
+    return spoil
+
+
 @pytest.mark.parametrize(
     ("spoil", "named"),
     [
@@ -303,7 +383,14 @@ def _without_a_key(text):
         (lambda text: text.replace('"batch_norm"', '"norm"'), "'norm' is none of"),
         (lambda text: text.replace('"accuracy"', '"other"'), "accuracy"),
         (_without_a_key, "'layout' is missing"),
-        (lambda text: text.replace("1.1e-05", "NaN"), "not positive"),
+        (lambda text: text.replace("1.1e-05", "NaN"), "seconds"),
+        (lambda text: text.replace("1.1e-05", "-1.0"), "not positive"),
+        (lambda text: "[" * 100_000, "no complete JSON"),
+        (lambda text: text.replace('"date"', '"day"'), "'date' is missing"),
+        (_with("shape", "abc"), "shape is 'abc'"),
+        (_with("shape", [8, 0]), "positive sizes"),
+        (_with("threads", "x"), "threads is 'x', not int"),
+        (_with("share_of_copy", [1]), "share_of_copy"),
     ],
 )
 def test_bad_files(tmp_path, spoil, named):
@@ -323,7 +410,8 @@ def test_gzip(tmp_path):
     zipped = written(tmp_path / "good.json.gz", ROW)
     assert zipped.read_bytes()[:2] == b"\x1f\x8b"
     assert results.read(zipped).rows == (ROW,)
-    for content in (zipped.read_bytes()[:-30], b"no gzip"):
+    whole = zipped.read_bytes()
+    for content in (whole[:-30], b"no gzip", whole[:20] + b"damaged" + whole[27:]):
         zipped.write_bytes(content)
         with pytest.raises(ResultsError, match=r"good\.json\.gz"):
             results.read(zipped)

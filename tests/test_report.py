@@ -1,10 +1,12 @@
 """The report: every figure with its numbers, the page, the interactive page in a browser."""
 
 import csv
+import errno
 import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -132,6 +134,23 @@ def test_a_bad_results_file_changes_nothing(tmp_path):
             )
     assert advice.read_text() == "before"
     assert not output.exists()
+
+
+def test_a_full_disk_leaves_no_half_of_anything(tmp_path, monkeypatch):
+    source = write_results(tmp_path / "results.json")
+    output = tmp_path / "docs"
+    write = Path.write_bytes
+
+    def full(path, content):
+        if path.name == "plotly-basic.min.js":
+            write(path, content[:1000])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        report.main([str(source), "--output", str(output), "--advice", str(tmp_path / "a.json")])
+    assert list(output.iterdir()) == []
 
 
 def test_the_latest_results_are_taken(tmp_path):
