@@ -43,6 +43,21 @@ MACHINE = {
 }  # fmt: skip
 
 
+def same_forward(operation: str, pass_: str) -> bool:
+    """Whether a forward pass is the same in training and in inference."""
+    return operation != "batch_norm" and pass_ in ("training", "inference")
+
+
+def pass_text(operation: str, pass_: str) -> str:
+    """Return a pass in words."""
+    return "forward" if same_forward(operation, pass_) else pass_.replace("_", " ")
+
+
+def counted(number: int, what: str) -> str:
+    """Return a number of things in words."""
+    return f"{number} {what}{'s'[: number != 1]}"
+
+
 class ResultsError(ValueError):
     """A file that is no results file, is of another format, or was cut off."""
 
@@ -110,8 +125,7 @@ class Row:
     @property
     def text(self) -> str:
         """The case in words."""
-        same_forward = self.pass_ == "inference" and self.operation != "batch_norm"
-        parts = [self.operation, "forward" if same_forward else self.pass_.replace("_", " ")]
+        parts = [self.operation, pass_text(self.operation, self.pass_)]
         parts += [self.layout] * (len(self.shape) > 2)
         parts.append("x".join(map(str, self.shape)))
         parts += [f"G={self.num_groups}"] * (self.num_groups is not None)
@@ -120,8 +134,7 @@ class Row:
 
     def serves(self, pass_: str) -> bool:
         """Whether the row holds what a pass costs; one forward pass may serve two."""
-        same_forward = self.operation != "batch_norm" and pass_ in ("training", "inference")
-        return self.pass_ == ("inference" if same_forward else pass_)
+        return self.pass_ == ("inference" if same_forward(self.operation, pass_) else pass_)
 
     @classmethod
     def of(cls, benchmark: Mapping[str, Any]) -> Self:

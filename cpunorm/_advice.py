@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._canonical import CHANNELS_LAST, DTYPE_NAMES, flag, integer, integers, is_supported
+from ._dispatch import config
 from ._threads import get_num_threads
 
 FORMAT = 1
@@ -276,7 +277,7 @@ class Advice:
     threads : int
         Those of the measurement, the nearest to those asked for; 0 if nothing is known.
     estimates : tuple of Estimate
-        Every normalization, layout and backend that is known, the fastest first.
+        Every normalization, layout and backend that is known, the fastest first, guesses last.
     machine : str
         What was measured on, and when.
     """
@@ -425,7 +426,7 @@ def answer(
         for one in layouts
         for estimate in _estimates(data, name, one, shape, training, dtype, measured)
     ]
-    ordered = tuple(sorted(found, key=lambda estimate: estimate.seconds))
+    ordered = tuple(sorted(found, key=lambda e: (e.sure == "outside", e.seconds)))
     return Advice(shape, layout, training, dtype, measured, ordered, data.machine)
 
 
@@ -490,6 +491,9 @@ def _words(advice: Advice) -> Iterator[str]:
     yield from _against("Backend", best, [e for e in same if e.layout == best.layout], "backend")
     yield f"How sure: {_how_sure(best)}"
     yield f"Source: {advice.machine}. Elsewhere the order may be another."
+    here = config()["instruction set"]
+    if here and here not in advice.machine:
+        yield f"This machine is another: it computes with {here}. Trust the order more than times."
 
 
 def _verdict(ranking: Sequence[Estimate]) -> str:

@@ -306,6 +306,16 @@ def test_compare(tmp_path, capsys, factors, verdict, code):
     assert any(verdict in line for line in lines)
 
 
+def test_compare_says_what_only_one_file_has(tmp_path, capsys):
+    others = [replace(ROW, shape=(n, 16, 7, 7)) for n in range(1, 4)]
+    old = written(tmp_path / "old.json", ROW, replace(ROW, threads=1))
+    new = written(tmp_path / "new.json", ROW, *others)
+    assert compare.main([str(old), str(new)]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "1 time of 1 case" in text
+    assert "3 times of 3 cases" in text
+
+
 def test_compare_sees_the_noise_between_runs():
     rows = [replace(ROW, shape=(n, 16, 7, 7)) for n in range(1, 42)]
     rng = np.random.default_rng(0)

@@ -11,7 +11,7 @@ import numpy as np
 
 from cpunorm._advice import usual_groups
 
-from ..results import COPY, PEERS, Results, Row
+from ..results import COPY, PEERS, Results, Row, counted
 
 # Our own implementation that others are compared with: what `auto` means nearly everywhere.
 CPUNORM = "cython"
@@ -114,6 +114,11 @@ class Measured:
         self._by_case: dict[tuple[object, ...], dict[str, Row]] = {}
         for row in self.rows:
             self._by_case.setdefault((row.case, row.threads), {})[row.implementation] = row
+
+    @property
+    def threads_line(self) -> str:
+        """How many threads there are unless it is said."""
+        return counted(self.most_threads, "thread")
 
     @property
     def date(self) -> str:
