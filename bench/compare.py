@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import bootstrap
 
-from .results import COPY, Results, Row, read
+from .results import COPY, Results, Row, counted, read
 from .run import Parser
 
 CONFIDENCE = 0.99
@@ -68,13 +68,13 @@ def change(old: Row, new: Row) -> Change:
     return Change(old, new, ratio, float(interval.low), float(interval.high))
 
 
+def _keyed(results: Results) -> dict[tuple, Row]:
+    return {(r.case, r.implementation, r.threads): r for r in results.rows}
+
+
 def changes(old: Results, new: Results) -> list[Change]:
     """Return the changes of all rows that both have."""
-
-    def keyed(results: Results) -> dict[tuple, Row]:
-        return {(r.case, r.implementation, r.threads): r for r in results.rows}
-
-    before, after = keyed(old), keyed(new)
+    before, after = _keyed(old), _keyed(new)
     return [change(before[key], after[key]) for key in before if key in after]
 
 
@@ -107,7 +107,7 @@ def main(argv: Sequence[str]) -> int:
             row = one.new
             table.add_row(
                 row.text,
-                f"{row.implementation}, {row.threads} threads",
+                f"{row.implementation}, {counted(row.threads, 'thread')}",
                 f"{one.ratio:.2f}",
                 f"{one.low:.2f}–{one.high:.2f}",
                 verdict,
@@ -118,6 +118,10 @@ def main(argv: Sequence[str]) -> int:
             console.print(f"{key}: {old.machine.get(key)} → {new.machine.get(key)}")
     if table.row_count:
         console.print(table)
+    for path, one, other in ((args.old, old, new), (args.new, new, old)):
+        if alone := _keyed(one).keys() - _keyed(other).keys():
+            cases = counted(len({case for case, *_ in alone}), "case")
+            console.print(f"only in {path}: {counted(len(alone), 'time')} of {cases}")
     copies = [c.ratio for c in found if c.new.implementation == COPY]
     if copies:
         console.print(f"the copy itself, new ÷ old: {statistics.geometric_mean(copies):.2f}")

@@ -9,6 +9,10 @@ from .plan import Task
 from .results import FORMAT, ResultsError
 from .workers import Result
 
+# How every journal begins.
+HEAD = b'{"format": '
+FIELDS = {"task": str, "names": list, "blocks": dict, "errors": dict, "notes": dict}
+
 
 class Journal:
     """A file of JSON lines: first what the figures depend on, then a result a line.
@@ -30,9 +34,7 @@ class Journal:
     def __init__(self, path: Path, conditions: dict[str, Any], fresh: bool = False) -> None:
         self.path = path
         self.known: dict[str, dict[str, Any]] = {}
-        if fresh:
-            path.unlink(missing_ok=True)
-        lines = self._lines()
+        lines = self._lines(fresh)
         if not lines:
             self._append({"format": FORMAT, **conditions})
         elif lines[0] != {"format": FORMAT, **conditions}:
@@ -43,19 +45,28 @@ class Journal:
         for line in lines[1:]:
             self.known[line["task"]] = line
 
-    def _lines(self) -> list[dict[str, Any]]:
-        """Return the lines of the file; one that was cut off at its end is removed."""
+    def _lines(self, fresh: bool) -> list[dict[str, Any]]:
+        """Return the lines of the file; one that was cut off at its end is removed.
+
+        What is no journal is left as it is.
+        """
         try:
             content = self.path.read_bytes()
         except FileNotFoundError:
             return []
+        if content[: len(HEAD)] != HEAD[: len(content)]:
+            raise ResultsError(f"{self.path}: no journal of python -m bench; it is in the way")
+        if fresh:
+            content = b""
+            self.path.unlink()
         whole = content[: content.rfind(b"\n") + 1]
         try:
             lines = [json.loads(line) for line in whole.splitlines()]
-            assert all(isinstance(line, dict) and ("task" in line) == (i > 0)
-                       for i, line in enumerate(lines))  # fmt: skip
-        except (ValueError, AssertionError):
-            raise ResultsError(f"{self.path}: no journal; --fresh starts anew") from None
+            sound = all(map(_is_sound, lines[1:]))
+        except (ValueError, RecursionError):
+            sound = False
+        if not sound:
+            raise ResultsError(f"{self.path}: a damaged journal; --fresh starts anew")
         if len(whole) < len(content):
             os.truncate(self.path, len(whole))
         return lines
@@ -86,3 +97,15 @@ class Journal:
     def close(self) -> None:
         """Remove the file: the run is over."""
         self.path.unlink(missing_ok=True)
+
+
+def _is_sound(line: Any) -> bool:
+    """Whether a line holds a result."""
+    if not isinstance(line, dict) or {k: type(v) for k, v in line.items()} != FIELDS:
+        return False
+    blocks, errors, notes = line["blocks"].values(), line["errors"].values(), line["notes"].values()
+    return (
+        all(isinstance(name, str) for name in (*line["names"], *notes))
+        and all(isinstance(some, list) and some for some in blocks)
+        and all(type(n) in (int, float) for n in (*errors, *(n for some in blocks for n in some)))
+    )

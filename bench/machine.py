@@ -39,6 +39,11 @@ def machine(threads: int) -> dict[str, Any]:
     }
 
 
+def physical_memory() -> int:
+    """Return the bytes of memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def _cpu() -> str:
     try:
         text = Path("/proc/cpuinfo").read_text()

@@ -9,13 +9,15 @@ import cpunorm
 from . import peers
 from .results import COPY, LAYOUTS, OPERATIONS, OURS, PASSES, PEERS, PLAIN
 from .shapes import Case, Shape
-from .suites import CHANNELS, PLANE_IMAGES, on_shape, suite
+from .suites import CHANNELS, EXAMPLES, PLANE_IMAGES, on_shape, suite
 from .workers import Contestant
 
 OTHERS = (PLAIN, *PEERS)
 # Who is also measured on one thread, and where.
 SCALING = ("cython", "numba", "torch", COPY)
 SCALING_CHANNELS = CHANNELS[2]
+# Of x's size, that a contestant holds at a time: x, its gradient, a result, a temporary.
+ARRAYS = 4
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def _cases(choice: Choice) -> list[Case]:
     # Should time be short: first what the maps are drawn from, each part in an order of which every
     # beginning is an even sample.
     random.Random(0).shuffle(cases)
-    cases.sort(key=lambda case: case.source != "grid")
+    cases.sort(key=lambda case: case.source != "grid" and case.shape not in EXAMPLES)
     return _chosen(choice, cases)
 
 
@@ -159,6 +161,11 @@ def _missing(name: str) -> str | None:
     return package and f"{package} is not installed"
 
 
+def memory(task: Task) -> int:
+    """Return about how many bytes a task takes: everyone has its own data."""
+    return len(task.names) * ARRAYS * task.case.nbytes
+
+
 def weight(task: Task) -> float:
     """Return about how long a task takes, in units of a small one."""
-    return len(task.names) * (1 + task.case.nbytes / 2**24) if task.timed else 3.0
+    return len(task.names) * (1 + task.case.nbytes / 2**23) if task.timed else 5.0

@@ -10,20 +10,25 @@ import os
 import re
 import tempfile
 from collections.abc import Sequence
+from dataclasses import astuple
 from pathlib import Path
 
 from cpunorm import _advice
 
-from .results import ResultsError, read, read_document
+from .results import Results, ResultsError, Row, read, read_document
+from .run import Parser
+from .suites import suite
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 OUTPUT = HERE.parent / "docs" / "maps"
+# Of the cases of the grid, to be the maps that are shipped.
+ENOUGH = 0.9
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw and write everything; return the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m bench report",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -34,10 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--advice", type=Path, default=_advice.SHIPPED, help="a file, cpunorm/advice.json"
     )
     args = parser.parse_args(argv)
+    if not args.advice.parent.is_dir() or args.advice.is_dir():
+        parser.error(f"--advice {args.advice}: no place for a file")
     path = args.results or latest(RESULTS)
     results = read(path)
     if not results.rows:
         raise ResultsError(f"{path}: holds no measurement")
+    if args.output == OUTPUT or args.advice == _advice.SHIPPED:
+        _refuse_a_part(parser, path, results)
     try:
         from .maps import advice, explore, page
         from .maps.table import Measured
@@ -47,12 +56,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     advice_text = advice.text(measured)
     files = page.files(measured)
     files["explore.html"] = explore.page(measured).encode()
-    args.output.mkdir(parents=True, exist_ok=True)
-    explore.bundle(args.output)
+    files |= explore.bundle()
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output {args.output}: {error.strerror}")
     _replace(args.output, files)
     _replace(args.advice.parent, {args.advice.name: advice_text.encode()})
     print(f"{len(files)} files in {args.output}, and {args.advice}")
     return 0
+
+
+def _refuse_a_part(parser: Parser, path: Path, results: Results) -> None:
+    """End with an error unless the grid of the maps was measured, or nearly."""
+    grid = {astuple(case)[:6] for case in suite("maps") if case.source == "grid"}
+    found = {_as_case(row) for row in results.rows} & grid
+    if len(found) < ENOUGH * len(grid):
+        parser.error(
+            f"{path} has {len(found)} of the {len(grid)} cases of the maps, too few to replace "
+            "docs/maps and cpunorm/advice.json: name others with --output and --advice"
+        )
+
+
+def _as_case(row: Row) -> tuple[object, ...]:
+    return row.operation, row.pass_, row.layout, row.shape, row.num_groups, row.dtype
 
 
 def latest(folder: Path) -> Path:

@@ -10,11 +10,13 @@ import json
 import math
 import os
 import statistics
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from types import UnionType
+from typing import Any, Self, get_args, get_origin, get_type_hints
 
 FORMAT = 1
 
@@ -27,6 +29,33 @@ PLAIN = "plain"
 PEERS = ("torch", "onnxruntime", "openvino", "jax")
 COPY = "copy"
 IMPLEMENTATIONS = (*OURS, PLAIN, *PEERS, COPY)
+
+# The fields of rows and accuracies that are words, and what a file says at least of the machine.
+WORDS = {
+    "operation": OPERATIONS,
+    "pass_": PASSES,
+    "layout": LAYOUTS,
+    "dtype": DTYPES,
+    "implementation": IMPLEMENTATIONS,
+}
+MACHINE = {
+    "date": str, "cpu": str, "cores": int, "instruction set": str, "versions": dict, "command": str
+}  # fmt: skip
+
+
+def same_forward(operation: str, pass_: str) -> bool:
+    """Whether a forward pass is the same in training and in inference."""
+    return operation != "batch_norm" and pass_ in ("training", "inference")
+
+
+def pass_text(operation: str, pass_: str) -> str:
+    """Return a pass in words."""
+    return "forward" if same_forward(operation, pass_) else pass_.replace("_", " ")
+
+
+def counted(number: int, what: str) -> str:
+    """Return a number of things in words."""
+    return f"{number} {what}{'s'[: number != 1]}"
 
 
 class ResultsError(ValueError):
@@ -96,8 +125,7 @@ class Row:
     @property
     def text(self) -> str:
         """The case in words."""
-        same_forward = self.pass_ == "inference" and self.operation != "batch_norm"
-        parts = [self.operation, "forward" if same_forward else self.pass_.replace("_", " ")]
+        parts = [self.operation, pass_text(self.operation, self.pass_)]
         parts += [self.layout] * (len(self.shape) > 2)
         parts.append("x".join(map(str, self.shape)))
         parts += [f"G={self.num_groups}"] * (self.num_groups is not None)
@@ -106,8 +134,7 @@ class Row:
 
     def serves(self, pass_: str) -> bool:
         """Whether the row holds what a pass costs; one forward pass may serve two."""
-        same_forward = self.operation != "batch_norm" and pass_ in ("training", "inference")
-        return self.pass_ == ("inference" if same_forward else pass_)
+        return self.pass_ == ("inference" if same_forward(self.operation, pass_) else pass_)
 
     @classmethod
     def of(cls, benchmark: Mapping[str, Any]) -> Self:
@@ -151,9 +178,30 @@ class Results:
 def _made(cls: type, given: Mapping[str, Any], **more: Any) -> Any:
     """Return a dataclass from plain data, of which it takes the fields it has."""
     plain = {name + "_" * (name == "pass"): value for name, value in given.items()} | more
-    if "shape" in plain:
-        plain["shape"] = tuple(plain["shape"])
-    return cls(**{field.name: plain[field.name] for field in fields(cls)})
+    made = {}
+    for name, kind in get_type_hints(cls).items():
+        value = made[name] = _checked(name, plain[name], kind)
+        if isinstance(value, list):
+            made[name] = tuple(value)
+    return cls(**made)
+
+
+def _checked(name: str, value: Any, kind: Any) -> Any:
+    """Return a value if it is of a kind, a type as annotations have it."""
+    if not _is_a(value, kind):
+        raise ValueError(f"{name} is {value!r:.40}, not {getattr(kind, '__name__', kind)}")
+    return value
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    if isinstance(kind, UnionType):
+        return any(_is_a(value, one) for one in get_args(kind))
+    if get_origin(kind) is tuple:
+        of = get_args(kind)[0]
+        return isinstance(value, (list, tuple)) and all(_is_a(item, of) for item in value)
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is kind
 
 
 def plain(item: Row | Accuracy | Absent) -> dict[str, Any]:
@@ -182,7 +230,7 @@ def read_document(path: str | os.PathLike[str]) -> Any:
         raise ResultsError(f"{path}: {error}") from None
     except OSError as error:
         raise ResultsError(f"{path}: {error.strerror}") from None
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, RecursionError, zlib.error) as error:
         raise ResultsError(f"{path}: no complete JSON, {error}") from None
 
 
@@ -195,27 +243,32 @@ def check(document: Any, path: str | os.PathLike[str]) -> Results:
         raise ResultsError(f"{path}: no results of python -m bench") from None
     if found != FORMAT:
         raise ResultsError(f"{path}: format {found!r}, but this version reads {FORMAT}")
+    with _naming(path, "machine_info"):
+        for name, kind in MACHINE.items():
+            _checked(name, machine[name], kind)
     with _naming(path, "benchmarks"):
         rows = tuple(map(_sound, map(Row.of, document["benchmarks"])))
     with _naming(path, "accuracy"):
-        accuracy = tuple(_made(Accuracy, entry) for entry in document["accuracy"])
+        accuracy = tuple(_worded(_made(Accuracy, entry)) for entry in document["accuracy"])
     with _naming(path, "absent"):
         absent = tuple(_made(Absent, entry) for entry in document["absent"])
     return Results(machine, rows, accuracy, absent)
 
 
-def _sound(row: Row) -> Row:
-    """Return the row if its words and numbers can be meant."""
-    words = (
-        (row.operation, OPERATIONS),
-        (row.pass_, PASSES),
-        (row.layout, LAYOUTS),
-        (row.dtype, DTYPES),
-        (row.implementation, IMPLEMENTATIONS),
-    )
-    for word, known in words:
+def _worded(item: Any) -> Any:
+    """Return a row or an accuracy if its words can be meant."""
+    for name, known in WORDS.items():
+        word = getattr(item, name, known[0])
         if word not in known:
             raise ValueError(f"{word!r} is none of {', '.join(known)}")
+    return item
+
+
+def _sound(row: Row) -> Row:
+    """Return the row if its words and numbers can be meant."""
+    _worded(row)
+    if len(row.shape) < 2 or not all(0 < size < 2**63 for size in row.shape):
+        raise ValueError(f"shape is {row.shape}, not two or more positive sizes")
     if not row.seconds or not all(s > 0 and math.isfinite(s) for s in row.seconds):
         raise ValueError(f"times of {row.case} that are not positive")
     return row

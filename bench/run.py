@@ -7,17 +7,19 @@ import argparse
 import os
 import shlex
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from . import INTERRUPTED
 from . import plan as planning
 from .journal import Journal
-from .machine import machine
+from .machine import machine, physical_memory
 from .results import DTYPES, LAYOUTS, OPERATIONS, OURS, PASSES, read_document, write
 from .shapes import Shape
 from .suite import Suite
@@ -26,10 +28,7 @@ from .table import summary
 TESTS = Path(__file__).with_name("test_normalization.py")
 # Of which starting and writing take a little more.
 QUICK_MINUTES, FULL_MINUTES = 2.6, 43.0
-# Of everything there are three, so that everything fits the time.
-QUICK_BLOCKS, FULL_BLOCKS = 5, 3
 MOST_AXES = 5
-INTERRUPTED = 130
 # Of a table that goes to a file.
 WIDTH = 120
 
@@ -91,6 +90,8 @@ def _file(text: str) -> Path:
     path = Path(text)
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder")
     return path
 
 
@@ -124,7 +125,7 @@ def parser() -> Parser:
     )
     add("--dtype", type=_among(*DTYPES), default=[], metavar="NAMES")
     add("--threads", type=_threads, default=[], metavar="1,2")
-    add("--blocks", type=int, choices=range(2, 101), metavar="N", help="measurements of each")
+    add("--blocks", type=int, choices=range(2, 101), default=planning.Choice.blocks, metavar="N")
     add("--minutes", type=_positive, help="begin no case after so many")
     add("--json", type=_file, default=Path("bench-results.json"), metavar="FILE")
     add("--fresh", action="store_true", help="do not go on with an interrupted run")
@@ -135,7 +136,6 @@ def main(argv: Sequence[str]) -> int:
     """Measure what is asked for, or go on with it; return the exit code."""
     arguments = parser()
     args = arguments.parse_args(argv)
-    everything = not (args.quick or args.shape)
     plan = planning.make(
         planning.Choice(
             quick=args.quick,
@@ -147,11 +147,16 @@ def main(argv: Sequence[str]) -> int:
             backends=args.backend,
             against=args.against,
             threads=args.threads,
-            blocks=args.blocks or (FULL_BLOCKS if everything else QUICK_BLOCKS),
+            blocks=args.blocks,
         )
     )
     if not any(task.timed for task in plan.tasks):
         arguments.error("nothing is defined for this choice of operation, pass, layout and shape")
+    needed, memory = max(map(planning.memory, plan.tasks)), physical_memory()
+    if needed > memory:
+        arguments.error(
+            f"the largest case needs {needed / 2**30:.3g} GiB, and there are {memory / 2**30:.3g}"
+        )
     console = Console()
     if not console.is_terminal:
         console.width = WIDTH
@@ -177,10 +182,15 @@ def _run(
     known = sum(journal.get(task) is not None for task in plan.tasks)
     if known:
         console.print(f"going on after {known} of {len(plan.tasks)} cases (--fresh starts anew)")
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    columns = TextColumn("{task.description}"), BarColumn()
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-        bar = progress.add_task("measuring", total=len(plan.tasks))
-        suite = Suite(plan, journal, command, seconds, lambda task: progress.advance(bar))
+        bar = progress.add_task("starting", total=sum(map(planning.weight, plan.tasks)))
+
+        def done(task: planning.Task) -> None:
+            text = f"{len(suite.results)} of {len(plan.tasks)}"
+            progress.update(bar, advance=planning.weight(task), description=text)
+
+        suite = Suite(plan, journal, command, seconds, done)
         code, document = _pytest(suite, path)
     if code == pytest.ExitCode.INTERRUPTED:
         kept = len(suite.results)
@@ -205,6 +215,9 @@ def _pytest(suite: Suite, path: Path) -> tuple[int, dict[str, Any] | None]:
         file = os.path.join(folder, "benchmark.json")
         options = ["-p", "no:terminal", "-p", "no:cacheprovider", "-o", "filterwarnings="]
         options += ["--benchmark-quiet", f"--benchmark-json={file}"]
-        code = pytest.main([str(TESTS), *options], plugins=[suite])
+        with warnings.catch_warnings():
+            # Of pytest-benchmark, after an interrupt.
+            warnings.filterwarnings("ignore", message="Not saving anything")
+            code = pytest.main([str(TESTS), *options], plugins=[suite])
         whole = os.path.exists(file) and os.path.getsize(file)
         return code, read_document(file) if whole else None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .results import PASSES
+from .results import PASSES, pass_text, same_forward
 
 Shape = tuple[int, ...]
 
@@ -66,7 +66,7 @@ class Case:
         assert self.operation == "batch_norm" or self.pass_ in ("inference", "backward")
 
     def __str__(self) -> str:
-        parts = [self.operation, "forward" if self.same_forward else self.pass_.replace("_", " ")]
+        parts = [self.operation, pass_text(self.operation, self.pass_)]
         if len(self.shape) > 2:
             parts.append(self.layout)
         parts.append("x".join(map(str, self.shape)))
@@ -86,7 +86,7 @@ class Case:
     @property
     def same_forward(self) -> bool:
         """Whether it is a forward pass that is the same in training and in inference."""
-        return self.forward and self.operation != "batch_norm"
+        return same_forward(self.operation, self.pass_)
 
     @property
     def frozen(self) -> bool:

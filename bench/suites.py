@@ -4,11 +4,18 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
+from cpunorm._advice import usual_groups
+
 from .results import DTYPES, LAYOUTS, OPERATIONS
 from .shapes import ROWS, SHAPES, Case, Shape
 
 MIB = 2**20
 MOST_BYTES = 64 * MIB
+
+# What people ask for first: the page of the maps answers for these.
+EXAMPLES: tuple[Shape, ...] = (
+    (8, 512, 7, 7), (1, 256, 14, 14), (32, 256, 14, 14), (32, 64, 56, 56), (1, 768), (4096, 768)
+)  # fmt: skip
 
 # The planes of the maps: (C, HW) at 8 images, (N, C) at 14×14 pixels.
 IMAGES = (1, 8, 64, 512)
@@ -20,7 +27,9 @@ LENGTHS = (8, 64, 512, 768, 4096, 65536)
 ROWS_ELEMENTS = (2**16, 2**22)
 GROUPED = (8, 64, 28, 28)
 IN_EVERY_DTYPE = ((8, 512, 7, 7), (32, 64, 56, 56))
-LONG_ROWS = (4096, 768)
+LONG_ROWS = EXAMPLES[-1]
+# Images of one position.
+POINT_IMAGES = (8, 512)
 
 OFFSETS = (0.0, 10.0, 1e2, 1e3, 1e4, 1e5)
 MOST_IN_FLOAT16 = 6e4
@@ -61,7 +70,7 @@ def on(shape: Shape, layout: str, num_groups: int | None = None) -> Iterator[Cas
             yield Case(operation, pass_, layout, shape)
         if pixels > 1:
             yield Case("instance_norm", pass_, layout, shape)
-            groups = num_groups or math.gcd(shape[1], 32)
+            groups = num_groups or usual_groups(shape[1])
             yield Case("group_norm", pass_, layout, shape, groups)
 
 
@@ -78,10 +87,10 @@ def _on_rows(shape: Shape) -> Iterator[Case]:
 
 
 def _quick() -> Iterator[Case]:
-    for shape in ((8, 512, 7, 7), (32, 64, 56, 56)):
-        for case in on_shape(shape):
-            if case.pass_ != "backward_frozen" and (case.forward or case.operation[0] in "bgl"):
-                yield case
+    small, large = IN_EVERY_DTYPE
+    yield from (case for case in on_shape(small) if case.pass_ != "backward_frozen")
+    yield from (case for case in on(large, "NHWC") if case.pass_ == "training")
+    yield from (case for case in on(large, "NCHW") if case.pass_ == "inference")
     for shape in ((1, 768), LONG_ROWS):
         yield from _on_rows(shape)
     yield Case("batch_norm", "training", "NCHW", (7, 13, 17, 19))
@@ -94,7 +103,7 @@ def _quick() -> Iterator[Case]:
     yield Case("rms_norm", "inference", "NCHW", (65536, 64))
     for dtype in DTYPES[1:]:
         yield Case("layer_norm", "inference", "NCHW", LONG_ROWS, dtype=dtype)
-        yield Case("batch_norm", "inference", "NCHW", (8, 512, 7, 7), dtype=dtype)
+        yield Case("batch_norm", "inference", "NCHW", small, dtype=dtype)
 
 
 def _marks() -> Iterator[Case]:
@@ -123,15 +132,15 @@ def _of_networks(shapes: dict[str, list]) -> Iterator[Case]:
 
 
 def _in_groups(shape: Shape, num_groups: int) -> Iterator[Case]:
-    for layout in LAYOUTS:
+    for layout in _layouts(shape):
         for pass_ in ("inference", "backward"):
             yield Case("group_norm", pass_, layout, shape, num_groups)
 
 
 def _maps() -> list[Case]:
     grid = [case for case in _grid() if case.nbytes <= MOST_BYTES]
-    others = [case for case in (*_models(), *_odd()) if case.nbytes <= MOST_BYTES]
-    return grid + others
+    others = (*_examples(), *_points(), *_models(), *_odd())
+    return grid + [case for case in others if case.nbytes <= MOST_BYTES]
 
 
 def planes() -> list[Shape]:
@@ -156,14 +165,31 @@ def _grid() -> Iterator[Case]:
     return (replace(case, source="grid") for case in grid)
 
 
+def _examples() -> Iterator[Case]:
+    for shape in EXAMPLES:
+        yield from (case for case in on_shape(shape) if case.pass_ != "backward_frozen")
+        if len(shape) == 2:
+            yield from _in_groups(shape, usual_groups(shape[1]))
+
+
+def _points() -> Iterator[Case]:
+    for n in POINT_IMAGES:
+        for c in CHANNELS:
+            for case in on((n, c), "NCHW"):
+                if case.operation == "batch_norm" and case.pass_ != "backward_frozen":
+                    yield case
+            if c > (groups := usual_groups(c)):
+                yield from _in_groups((n, c), groups)
+
+
 def _models() -> Iterator[Case]:
     batches = [(name, tuple(s)) for name, some in SHAPES["batch_norm"].items() for s in some]
     for i, (name, shape) in enumerate(batches):
         some = [case for case in on_shape(shape) if case.operation == "batch_norm"]
-        yield from _named(name, _every(5, i, some))
+        yield from _named(name, _every(2, i, some))
     groups = [(name, *entry) for name, some in SHAPES["group_norm"].items() for entry in some]
-    for i, (name, shape, num_groups) in enumerate(groups):
-        yield from _named(name, _every(2, i, list(_in_groups(tuple(shape), num_groups))))
+    for name, shape, num_groups in groups:
+        yield from _named(name, _in_groups(tuple(shape), num_groups))
     for name, some in SHAPES["layer_norm"].items():
         for shape in some:
             yield from _named(name, _on_rows(tuple(shape)))

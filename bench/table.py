@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .results import COPY, OPERATIONS, OURS, Row
+from .results import COPY, OPERATIONS, OURS, Row, counted, pass_text
 
 # More cases than these are summed up by operation, pass, layout and type.
 MOST_LINES = 80
@@ -25,7 +25,8 @@ def summary(console: Console, rows: Iterable[Row], document: Mapping[str, Any]) 
     several = len({key[-1] for key in by_case}) > 1
     table = (_by_group if len(by_case) > MOST_LINES else _by_case)(by_case, several)
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    table.title = f"{facts['cpu']}, {facts['instruction set']}, {facts['threads']} threads"
+    threads = counted(facts["threads"], "thread")
+    table.title = f"{facts['cpu']}, {facts['instruction set']}, {threads}"
     table.caption = f"{versions}, {facts['date'][:10]}"
     console.print(table)
     reasons: dict[tuple[str, str], list[str]] = {}
@@ -68,11 +69,6 @@ def _share(found: Found, row: Row) -> str:
     return _text(*(100 * ratio for ratio in ratios(found[COPY], row)), "%")
 
 
-def _label(row: Row) -> str:
-    same_forward = row.pass_ == "inference" and row.operation != "batch_norm"
-    return "forward" if same_forward else row.pass_.replace("_", " ")
-
-
 def _by_case(by_case: Mapping[tuple[Any, ...], Found], several: bool) -> Table:
     table = Table("case", "winner", "margin", "over", "of memory speed")
     for key, found in by_case.items():
@@ -80,10 +76,10 @@ def _by_case(by_case: Mapping[tuple[Any, ...], Found], several: bool) -> Table:
             continue
         first, second = verdict(found)
         shape = "×".join(map(str, first.shape))
-        parts = [first.operation, _label(first), first.layout, shape]
+        parts = [first.operation, pass_text(first.operation, first.pass_), first.layout, shape]
         parts += [f"G={first.num_groups}"] * (first.num_groups is not None)
         parts += [first.dtype] * (first.dtype != "float32")
-        parts += [f"{key[-1]} threads"] * several
+        parts += [counted(key[-1], "thread")] * several
         winner, margin, over = f"[bold]{first.implementation}[/]", "–", "–"
         if second:
             middle, low, high = ratios(second, first)
@@ -101,8 +97,8 @@ def _by_group(by_case: Mapping[tuple[Any, ...], Found], several: bool) -> Table:
     groups: dict[tuple[Any, ...], list[Found]] = {}
     for key, found in by_case.items():
         row = next(iter(found.values()))
-        parts = [row.operation, _label(row), row.layout, row.dtype]
-        parts += [f"{key[-1]} threads"] * several
+        parts = [row.operation, pass_text(row.operation, row.pass_), row.layout, row.dtype]
+        parts += [counted(key[-1], "thread")] * several
         groups.setdefault(tuple(parts), []).append(found)
     for parts, group in sorted(groups.items()):
         leads, shares = [], []

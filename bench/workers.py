@@ -1,10 +1,12 @@
 """Every contestant in a process of its own, measured in blocks in turn.
 
-A thread pool goes on spinning for a while after a call and would take the cores from whatever runs
-next, so only one process computes at a time, and after each block there is a pause. A figure is the
-median over blocks; inside a block it is the mean over calls, after calls that are not measured.
+A thread pool goes on spinning for a while after a call and would take the cores from whoever runs
+next (ONNX Runtime's for 50 ms). So a process stops, by a signal, with its answer, and goes on with
+the next question. A figure is the median over blocks; inside a block it is the mean over calls,
+after calls that are not measured.
 """
 
+import ctypes
 import gc
 import math
 import multiprocessing
@@ -24,14 +26,17 @@ from .shapes import Case
 
 BLOCK_SECONDS = 0.003
 LONG_SECONDS = 0.012
-PAUSE_SECONDS = 0.015
 FEWEST_CALLS = 4
 MOST_CALLS = 10_000
 
 # A call that takes longer is measured in no more blocks than needed for a spread.
 SLOW_SECONDS = 0.03
 FEWEST_BLOCKS = 3
+# A block of so many times the least one was disturbed, and is taken again, once.
+DISTURBED = 3.0
 PATIENCE_SECONDS = 2
+# Of Linux: the signal that a process gets when its parent ends.
+PARENT_DEATH_SIGNAL = 1
 
 
 @dataclass(frozen=True)
@@ -74,31 +79,44 @@ class Worker:
         self.pipe, theirs = context.Pipe()
         arguments = (theirs, self.contestant)
         self.process = context.Process(target=_serve, args=arguments, daemon=True)
-        self.process.start()
+        # An interrupt is for the process that asks: ignoring it is inherited.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            self.process.start()
+        finally:
+            signal.signal(signal.SIGINT, before)
         theirs.close()
 
     def send(self, verb: str, *arguments: Any) -> None:
         """Send a question."""
+        self._signal(signal.SIGCONT)
         self.pipe.send((verb, *arguments))
 
     def receive(self) -> Any:
-        """Wait for the answer to the last question."""
+        """Wait for the answer to the last question; with it the process stops."""
         try:
             answer = self.pipe.recv()
         except (EOFError, ConnectionResetError):
             self._start()
             self.pipe.recv()
             raise Failed("its process ended") from None
+        finally:
+            self._signal(signal.SIGSTOP)
         if isinstance(answer, Failed):
             raise answer
         return answer
 
     def close(self) -> None:
         """End the process, whatever it does."""
+        self._signal(signal.SIGCONT)
         self.pipe.close()
         self.process.join(PATIENCE_SECONDS)
         self.process.kill()
         self.process.join()
+
+    def _signal(self, number: int) -> None:
+        if self.process.is_alive():
+            os.kill(self.process.pid, number)
 
 
 @contextmanager
@@ -148,8 +166,8 @@ class Result:
 def measure(case: Case, workers: Sequence[Worker], blocks: int) -> Result:
     """Have a case computed by everyone who can, compare with the oracle, and measure blocks.
 
-    Everyone keeps the fastest of its forms, of those that are right. With no blocks only errors are
-    found, and no form is wrong.
+    Everyone prepares at once, and is timed alone, with the fastest of its forms that are right.
+    With no blocks only errors are found, and no form is wrong.
     """
     result = Result(case)
 
@@ -160,12 +178,11 @@ def measure(case: Case, workers: Sequence[Worker], blocks: int) -> Result:
     for worker in workers:
         worker.send("prepare", case)
     expected = oracle.expected(peers.Data(case))
-    able = [worker for worker in workers if _answer(result, worker)]
+    answers = [_answer(result, worker) for worker in workers]
     ready = []
-    for worker in able:
+    for worker, samples in zip(workers, answers, strict=True):
         name = worker.contestant.name
-        samples = ask(worker, "check")
-        if samples is None:
+        if not samples:
             continue
         # A peer that is no normalization has samples without values.
         errors = [oracle.error(s, expected) if s is not None else 0.0 for s in samples]
@@ -175,7 +192,6 @@ def measure(case: Case, workers: Sequence[Worker], blocks: int) -> Result:
             result.notes[name] = f"wrong, off by {min(errors):.2g}"
             continue
         form = ask(worker, "settle", right)
-        time.sleep(PAUSE_SECONDS)
         if form is not None:
             ready.append(worker)
             if samples[form] is not None:
@@ -183,16 +199,24 @@ def measure(case: Case, workers: Sequence[Worker], blocks: int) -> Result:
     for block in range(1, blocks + 1):
         for worker in list(ready):
             seconds = ask(worker, "block")
-            time.sleep(PAUSE_SECONDS)
             if seconds is not None:
                 result.blocks.setdefault(worker.contestant.name, []).append(seconds)
             if seconds is None or (seconds > SLOW_SECONDS and block >= FEWEST_BLOCKS):
                 ready.remove(worker)
     for worker in workers:
+        times = result.blocks.get(worker.contestant.name, [])
+        for i in _disturbed(times):
+            times[i] = ask(worker, "block") or times[i]
+    for worker in workers:
         worker.send("release")
     for worker in workers:
         worker.receive()
     return result
+
+
+def _disturbed(times: Sequence[float]) -> list[int]:
+    """Return which blocks are out of all proportion."""
+    return [i for i, seconds in enumerate(times) if seconds > DISTURBED * min(times)]
 
 
 def _answer(result: Result, worker: Worker) -> Any:
@@ -212,8 +236,11 @@ def _serve(pipe: Connection, contestant: Contestant) -> None:
         for name in [name for name in sys.modules if name.partition(".")[0] == "cpunorm"]:
             del sys.modules[name]
         sys.path.insert(0, contestant.checkout)
-    # An interrupt is for the process that asks.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # What is stopped does not see the process end that asks.
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    # Nor is a block the place to look for garbage.
+    gc.disable()
     try:
         table = _Table(peers.load(contestant.peer, contestant.threads, **contestant.options))
     except Exception as error:
@@ -242,15 +269,11 @@ class _Table:
         self.peer = peer
         self.release()
 
-    def prepare(self, case: Case) -> int:
-        """Make the data and the forms of a case; return how many forms there are."""
+    def prepare(self, case: Case) -> list[peers.Array | None]:
+        """Make data and forms of a case; return samples of results, None of no normalization."""
         # The data is kept: some libraries only borrow its memory.
         self.data = peers.Data(case)
         self.forms = list(self.peer.forms(case, self.data))
-        return len(self.forms)
-
-    def check(self) -> list[peers.Array | None]:
-        """Return the sampled result of each form, None if the peer is no normalization."""
         return [self._sample(call()) for call in self.forms]
 
     def _sample(self, returned: Any) -> peers.Array | None:
@@ -258,38 +281,45 @@ class _Table:
         return None if answer is None else self.data.sample(answer)
 
     def settle(self, right: list[int]) -> int:
-        """Warm up, keep the fastest of some forms and say which that is."""
-        times = {}
-        for form in right:
-            call = self.forms[form]
-            call()
-            seconds = _seconds(call, 1)
-            if len(right) > 1:
-                count = min(MOST_CALLS, math.ceil(BLOCK_SECONDS / seconds))
-                seconds = min(_seconds(call, count) for _ in range(3))
-            times[form] = seconds
-        fastest = min(times, key=times.__getitem__)
+        """Keep the fastest of some forms and say which that is."""
+        fastest = right[0]
+        if len(right) > 1:
+            fastest = min(right, key=lambda form: _trial(self.forms[form]))
         self.forms = [self.forms[fastest]]
         return fastest
 
     def block(self) -> float:
         """Return the seconds of one call."""
         (call,) = self.forms
-        call()
         seconds = _seconds(call, 1)
-        # Twice: the first call after a pause says too little of how many a block needs, and what
-        # lies in a shared cache takes a few calls to come back.
+        if seconds < SLOW_SECONDS:
+            seconds = _seconds(call, 1)
+        # Twice: the first calls say too little of how many a block needs, and what lies in a
+        # shared cache takes a few to come back.
         for fewest in (1, FEWEST_CALLS):
             if seconds < LONG_SECONDS:
-                count = max(fewest, math.ceil(BLOCK_SECONDS / seconds))
-                seconds = _seconds(call, min(MOST_CALLS, count))
+                seconds = _seconds(call, max(fewest, _calls(seconds)))
         return seconds
 
     def release(self) -> None:
         """Let go of the case."""
         self.forms: list[peers.Call] = []
         self.data: peers.Data | None = None
-        gc.collect()
+        # All of it is young, as nothing is collected in between.
+        gc.collect(0)
+
+
+def _trial(call: peers.Call) -> float:
+    """Return about the seconds of a call."""
+    seconds = _seconds(call, 1)
+    if seconds < LONG_SECONDS:
+        seconds = min(_seconds(call, _calls(seconds)) for _ in range(3))
+    return seconds
+
+
+def _calls(seconds: float) -> int:
+    """Return how many calls fill a block."""
+    return min(MOST_CALLS, math.ceil(BLOCK_SECONDS / seconds))
 
 
 def _seconds(call: peers.Call, count: int) -> float:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._canonical import CHANNELS_LAST, DTYPE_NAMES, flag, integer, integers, is_supported
+from ._dispatch import config
 from ._threads import get_num_threads
 
 FORMAT = 1
@@ -41,6 +42,11 @@ def settings(shape: Shape) -> tuple[int, int, int]:
     """Return N, C and the number of positions of a shape, channels first."""
     n, c, *spatial = shape
     return n, c, math.prod(spatial)
+
+
+def usual_groups(channels: int) -> int:
+    """Return the number of groups of a group norm that nobody chose."""
+    return math.gcd(channels, 32)
 
 
 def place(normalization: str, layout: str | None, shape: Shape) -> tuple[str, tuple[int, int, int]]:
@@ -271,7 +277,7 @@ class Advice:
     threads : int
         Those of the measurement, the nearest to those asked for; 0 if nothing is known.
     estimates : tuple of Estimate
-        Every normalization, layout and backend that is known, the fastest first.
+        Every normalization, layout and backend that is known, the fastest first, guesses last.
     machine : str
         What was measured on, and when.
     """
@@ -363,6 +369,8 @@ def advise(
     shape = integers("shape", shape)
     if len(shape) < 2 or min(shape) < 1:
         raise ValueError(f"shape must be two or more positive ints, (N, C, ...), got {shape}")
+    if math.prod(shape) >= 2**63:
+        raise ValueError(f"shape must have fewer than 2**63 elements, got {shape}")
     if layout is not None:
         _one_of("layout", layout, tuple(CHANNELS_LAST))
         layout = LAYOUTS[CHANNELS_LAST[layout]]
@@ -418,7 +426,7 @@ def answer(
         for one in layouts
         for estimate in _estimates(data, name, one, shape, training, dtype, measured)
     ]
-    ordered = tuple(sorted(found, key=lambda estimate: estimate.seconds))
+    ordered = tuple(sorted(found, key=lambda e: (e.sure == "outside", e.seconds)))
     return Advice(shape, layout, training, dtype, measured, ordered, data.machine)
 
 
@@ -426,7 +434,7 @@ def _is_defined(normalization: str, shape: Shape, training: bool) -> bool:
     """Whether there is more than one value to a statistic."""
     n, c, positions = settings(shape)
     values = {"batch_norm": n * positions if training else 2, "instance_norm": positions}
-    values["group_norm"] = c // math.gcd(c, 32) * positions
+    values["group_norm"] = c // usual_groups(c) * positions
     return values.get(normalization, c) > 1
 
 
@@ -483,6 +491,9 @@ def _words(advice: Advice) -> Iterator[str]:
     yield from _against("Backend", best, [e for e in same if e.layout == best.layout], "backend")
     yield f"How sure: {_how_sure(best)}"
     yield f"Source: {advice.machine}. Elsewhere the order may be another."
+    here = config()["instruction set"]
+    if here and here not in advice.machine:
+        yield f"This machine is another: it computes with {here}. Trust the order more than times."
 
 
 def _verdict(ranking: Sequence[Estimate]) -> str:

@@ -69,6 +69,20 @@ def test_outside_it_guesses_and_far_away_it_does_not_know(data):
     assert ask(data, SHAPE, dtype="float64").sure == "unknown"
 
 
+def test_a_guess_comes_after_what_is_known(data):
+    estimates = ask(data, (1, 4), training=True).estimates + ask(data, (8, 2048, 60, 60)).estimates
+    for shape in ((1, 4), (8, 2048, 60, 60), (2, 2**17)):
+        guesses = [e.sure == "outside" for e in ask(data, shape).estimates]
+        assert guesses == sorted(guesses)
+    assert estimates
+
+
+def test_words_say_when_this_is_another_machine(data, monkeypatch):
+    for here, other in (("x86_64_v4", False), ("x86_64_v2", True), (None, False)):
+        monkeypatch.setattr(_advice, "config", lambda here=here: {"instruction set": here})
+        assert ("This machine is another" in str(ask(data, SHAPE))) == other
+
+
 def test_channels_last_rows_and_images_are_one_problem():
     for name in ("batch_norm", "layer_norm", "rms_norm"):
         assert _advice.place(name, "NHWC", (2, 8, 3, 5)) == ("NHWC", (30, 8, 1))
@@ -123,6 +137,8 @@ def test_shipped_data_answer():
         (((8, 0, 7),), ValueError, "shape"),
         (("8,8",), TypeError, "shape"),
         (((8, 2.5),), TypeError, "shape"),
+        (((8, 2**63),), ValueError, "shape"),
+        (((8, 8, 2**40, 2**40),), ValueError, "shape"),
         ((SHAPE, "NCWH"), ValueError, "layout"),
         ((SHAPE, 1), TypeError, "layout"),
         ((SHAPE, None, 1), TypeError, "training"),
@@ -155,7 +171,7 @@ def test_command():
 
 
 @pytest.mark.parametrize(
-    "arguments", [("8,x",), ("8,8", "--layout", "CNHW"), ("8,8", "--dtype", "f")]
+    "arguments", [("8,x",), (f"8,{2**63}",), ("8,8", "--layout", "CNHW"), ("8,8", "--dtype", "f")]
 )
 def test_command_with_a_wrong_argument_says_one_line(arguments):
     done = run(*arguments)

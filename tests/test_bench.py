@@ -1,6 +1,10 @@
 """The speed harness: what it compares computes the same thing."""
 
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -119,6 +123,56 @@ def test_a_wrong_form_does_not_hide_a_right_one():
     result = measure(CASE, [Fake("both", nan, right)], blocks=2)
     assert len(result.blocks["both"]) == 2
     assert result.errors["both"] < 1e-6
+
+
+def test_a_block_out_of_proportion_is_taken_again_once(monkeypatch):
+    blocks = iter([1.0, 1.2, 3.6, 5.0, 1.1, 4.0])
+    monkeypatch.setattr(_Table, "block", lambda self: next(blocks))
+    result = measure(CASE, [Fake("right", right)], blocks=3)
+    assert result.blocks == {"right": [1.0, 1.2, 5.0]}
+
+
+def _state(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "ended"
+
+
+def _becomes(pid, *states):
+    deadline = time.monotonic() + 10
+    while _state(pid) not in states and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return _state(pid) in states
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc")
+
+
+@needs_proc
+def test_who_is_not_asked_is_stopped():
+    with crew([Contestant("plain", peers.PLAIN, 1)]) as (workers, _):
+        (worker,) = workers
+        pid = worker.process.pid
+        assert _becomes(pid, "T")
+        assert list(measure(CASE, workers, blocks=2).blocks) == ["plain"]
+        assert _becomes(pid, "T")
+    assert _becomes(pid, "ended")
+
+
+@needs_proc
+def test_a_stopped_process_ends_with_who_asks():
+    code = """if True:
+        import os, signal
+        from bench.workers import Contestant, Worker
+        if __name__ == "__main__":
+            worker = Worker(Contestant("plain", "plain", 1))
+            worker.receive()
+            print(worker.process.pid, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert _becomes(int(done.stdout), "ended", "Z"), done.stderr
 
 
 def test_errors_alone():

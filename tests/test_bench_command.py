@@ -22,6 +22,7 @@ from bench.journal import Journal
 from bench.results import Absent, Accuracy, ResultsError, Row
 from bench.shapes import Case
 from bench.suite import OUT_OF_TIME, Suite
+from bench.suites import EXAMPLES, on, on_shape
 from bench.workers import Result
 
 from .support import AVAILABLE
@@ -48,10 +49,16 @@ def bench(*arguments):
     return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
 
 
-def document(*rows, machine=None):
+MACHINE = {
+    "format": results.FORMAT, "date": "2026-01-02", "cpu": "Model", "cores": 2,
+    "instruction set": "x86_64_v3", "versions": {}, "command": "python -m bench",
+}  # fmt: skip
+
+
+def document(*rows):
     """What a results file holds."""
     return {
-        "machine_info": {"cpunorm": {"format": results.FORMAT, **(machine or {})}},
+        "machine_info": {"cpunorm": MACHINE},
         "benchmarks": [
             {"extra_info": results.plain(row), "stats": {"data": list(row.seconds)}} for row in rows
         ],
@@ -137,6 +144,67 @@ def test_a_journal_that_was_cut_off(tmp_path):
     assert Journal(path, {"cpu": "y"}, fresh=True).get(task) is None
 
 
+@pytest.mark.parametrize("content", [b"a diary", b"a diary\nof two lines\n", b"[1]\n"])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_file_that_is_no_journal_is_left_alone(tmp_path, content, fresh):
+    path = tmp_path / "journal"
+    path.write_bytes(content)
+    with pytest.raises(ResultsError, match="no journal"):
+        Journal(path, {}, fresh)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{}",
+        "1",
+        "[" * 100_000,
+        '{"task": "x"}',
+        '{"task": "x", "names": [1], "blocks": {}, "errors": {}, "notes": {}}',
+        '{"task": "x", "names": [], "blocks": {"a": 1}, "errors": {}, "notes": {}}',
+        '{"task": "x", "names": [], "blocks": {"a": ["b"]}, "errors": {}, "notes": {}}',
+    ],
+    ids=lambda line: line[:70],
+)
+def test_a_damaged_journal(tmp_path, line):
+    path = tmp_path / "journal"
+    Journal(path, {})
+    with open(path, "a") as file:
+        file.write(line + "\n")
+    before = path.read_bytes()
+    with pytest.raises(ResultsError, match="--fresh"):
+        Journal(path, {})
+    assert path.read_bytes() == before
+    assert Journal(path, {}, fresh=True).known == {}
+
+
+def started(*arguments):
+    """Start the command in a group of its own, as a terminal does."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "bench", *map(str, arguments)],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.parametrize("seconds", [0.3, 1.0, 2.0])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_early_end_is_one_line(tmp_path, seconds, number):
+    process = started(*TINY, "--blocks", "90", "--json", tmp_path / "x.json")
+    time.sleep(seconds)
+    os.killpg(process.pid, number)
+    output, _ = process.communicate()
+    assert process.returncode == 130, output
+    assert len(output.strip().splitlines()) == 1, output
+    assert "stopped" in output
+    assert set(os.listdir(tmp_path)) <= {"x.json.journal"}
+
+
 def test_out_of_time():
     made = plan.make(plan.Choice(shapes=[(4, 6)], against=()))
     suite = Suite(made, seconds=-1)
@@ -170,17 +238,40 @@ def test_accuracy_comes_before_what_may_run_out_of_time():
     assert names == ["test_accuracy", "test_speed"]
 
 
-def test_the_full_run_takes_fewer_blocks_and_quick_ones_more(monkeypatch, tmp_path):
+def test_every_run_takes_five_blocks_unless_told(monkeypatch):
     plans = []
     monkeypatch.setattr("bench.run._run", lambda plan, *rest: plans.append(plan) or 0)
     for argv in ([], ["--quick"], ["--shape", "4,6"], ["--blocks", "7"]):
         assert run.main(argv) == 0
-    assert [made.blocks for made in plans] == [
-        run.FULL_BLOCKS,
-        run.QUICK_BLOCKS,
-        run.QUICK_BLOCKS,
-        7,
-    ]
+    assert [made.blocks for made in plans] == [5, 5, 5, 7]
+
+
+def _timed(**choice):
+    return {task.case for task in plan.make(plan.Choice(**choice)).tasks if task.timed}
+
+
+def test_the_full_plan_has_every_example_in_every_form():
+    timed = _timed()
+    for shape in EXAMPLES:
+        wanted = {case for case in on_shape(shape) if case.pass_ != "backward_frozen"}
+        assert wanted <= timed
+    assert Case("group_norm", "inference", "NCHW", (1, 768), 32) in timed
+
+
+def test_the_quick_plan_answers_for_what_is_asked_first():
+    timed = _timed(quick=True)
+    for layout in results.LAYOUTS:
+        cases = on(EXAMPLES[0], layout)
+        assert {case for case in cases if case.pass_ != "backward_frozen"} <= timed
+    assert {case.dtype for case in timed} == set(results.DTYPES)
+    assert len(timed) <= 60
+
+
+def test_a_large_case_weighs_more_in_the_time_left():
+    small = plan.Task(Case("layer_norm", "inference", "NCHW", (4, 6)), ("cython-1", "torch-1"))
+    large = replace(small, case=replace(small.case, shape=(4096, 4096)))
+    assert plan.weight(large) > 5 * plan.weight(small)
+    assert plan.weight(small) > plan.weight(replace(small, names=("cython-1",)))
 
 
 # --- Comparing -----------------------------------------------------------------------------------
@@ -215,6 +306,16 @@ def test_compare(tmp_path, capsys, factors, verdict, code):
     assert any(verdict in line for line in lines)
 
 
+def test_compare_says_what_only_one_file_has(tmp_path, capsys):
+    others = [replace(ROW, shape=(n, 16, 7, 7)) for n in range(1, 4)]
+    old = written(tmp_path / "old.json", ROW, replace(ROW, threads=1))
+    new = written(tmp_path / "new.json", ROW, *others)
+    assert compare.main([str(old), str(new)]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "1 time of 1 case" in text
+    assert "3 times of 3 cases" in text
+
+
 def test_compare_sees_the_noise_between_runs():
     rows = [replace(ROW, shape=(n, 16, 7, 7)) for n in range(1, 42)]
     rng = np.random.default_rng(0)
@@ -247,6 +348,10 @@ def test_compare_sees_the_noise_between_runs():
         (["--minutes", "-1"], "-1"),
         (["--blocks", "1"], "1"),
         (["--json", "no/such/folder/x.json"], "no/such/folder"),
+        (["--json", "docs"], "docs is a folder"),
+        (["--shape", "999999,999999,999,999"], "GiB"),
+        (["report", "--output", "/dev/null/x"], "/dev/null/x"),
+        (["report", "--advice", "no/such/folder/x.json"], "no/such/folder"),
         (["--layout", "NHWC", "--shape", "4,6"], "nothing is defined"),
         (["--quik"], "--quik"),
         (["compare", "one.json"], "NEW.json"),
@@ -268,6 +373,15 @@ def _without_a_key(text):
     return json.dumps(raw)
 
 
+def _with(name, value):
+    def spoil(text):
+        raw = json.loads(text)
+        raw["benchmarks"][0]["extra_info"][name] = value
+        return json.dumps(raw)
+
+    return spoil
+
+
 @pytest.mark.parametrize(
     ("spoil", "named"),
     [
@@ -279,7 +393,14 @@ def _without_a_key(text):
         (lambda text: text.replace('"batch_norm"', '"norm"'), "'norm' is none of"),
         (lambda text: text.replace('"accuracy"', '"other"'), "accuracy"),
         (_without_a_key, "'layout' is missing"),
-        (lambda text: text.replace("1.1e-05", "NaN"), "not positive"),
+        (lambda text: text.replace("1.1e-05", "NaN"), "seconds"),
+        (lambda text: text.replace("1.1e-05", "-1.0"), "not positive"),
+        (lambda text: "[" * 100_000, "no complete JSON"),
+        (lambda text: text.replace('"date"', '"day"'), "'date' is missing"),
+        (_with("shape", "abc"), "shape is 'abc'"),
+        (_with("shape", [8, 0]), "positive sizes"),
+        (_with("threads", "x"), "threads is 'x', not int"),
+        (_with("share_of_copy", [1]), "share_of_copy"),
     ],
 )
 def test_bad_files(tmp_path, spoil, named):
@@ -299,7 +420,8 @@ def test_gzip(tmp_path):
     zipped = written(tmp_path / "good.json.gz", ROW)
     assert zipped.read_bytes()[:2] == b"\x1f\x8b"
     assert results.read(zipped).rows == (ROW,)
-    for content in (zipped.read_bytes()[:-30], b"no gzip"):
+    whole = zipped.read_bytes()
+    for content in (whole[:-30], b"no gzip", whole[:20] + b"damaged" + whole[27:]):
         zipped.write_bytes(content)
         with pytest.raises(ResultsError, match=r"good\.json\.gz"):
             results.read(zipped)

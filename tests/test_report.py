@@ -1,11 +1,15 @@
 """The report: every figure with its numbers, the page, the interactive page in a browser."""
 
 import csv
+import errno
 import json
+import os
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("matplotlib")
@@ -13,9 +17,9 @@ pytest.importorskip("matplotlib")
 from PIL import Image
 
 from bench import report
-from bench.maps import explore, libraries, normalizations
+from bench.maps import explore, libraries, normalizations, page, style
 from bench.maps.table import Measured
-from bench.results import ResultsError, check
+from bench.results import ResultsError, check, read
 
 from .synthetic import document, write_results
 
@@ -134,6 +138,73 @@ def test_a_bad_results_file_changes_nothing(tmp_path):
     assert not output.exists()
 
 
+def test_a_full_disk_leaves_no_half_of_anything(tmp_path, monkeypatch):
+    source = write_results(tmp_path / "results.json")
+    output = tmp_path / "docs"
+    write = Path.write_bytes
+
+    def full(path, content):
+        if path.name == "plotly-basic.min.js":
+            write(path, content[:1000])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(page, "files", lambda measured: {"index.md": b"the page"})
+    with pytest.raises(OSError, match="No space left"):
+        report.main([str(source), "--output", str(output), "--advice", str(tmp_path / "a.json")])
+    assert list(output.iterdir()) == []
+
+
+def test_a_part_does_not_replace_what_is_shipped(tmp_path, capsys):
+    source = write_results(tmp_path / "results.json")
+    for others in ([], ["--output", str(tmp_path / "docs")], ["--advice", str(tmp_path / "a")]):
+        with pytest.raises(SystemExit) as caught:
+            report.main([str(source), *others])
+        assert caught.value.code == 2
+        assert "too few to replace docs/maps" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["results.json"]
+
+
+def test_the_shipped_results_may_replace_what_is_shipped():
+    results = read(report.latest(report.RESULTS))
+    report._refuse_a_part(None, "results", results)
+
+
+def test_areas_keep_their_colours():
+    image = Image.effect_noise((80, 80), 200).convert("RGB")
+    mauve, violet = (203, 199, 224), (204, 196, 222)
+    image.paste(mauve, (0, 0, 40, 40))
+    image.paste(violet, (40, 0, 80, 40))
+    small = style._in_few_colours(image).convert("RGB")
+    for place, colour in (((10, 10), mauve), ((60, 10), violet)):
+        assert np.allclose(small.getpixel(place), colour, atol=2)
+
+
+def test_a_tie_is_in_the_headline():
+    content = document()
+    for entry in content["benchmarks"]:
+        info, stats = entry["extra_info"], entry["stats"]
+        if info["operation"] == "rms_norm" and info["shape"] == list(page.SHAPE):
+            # Batch norm takes 1.1 sweeps over memory where RMS norm takes 1.2.
+            stats["data"] = [s * 1.12 / 1.2 for s in stats["data"]]
+    measured = Measured(check(content, "synthetic"))
+    headline = list(page._page(measured, {}))[1]
+    assert re.search(r"take batch norm or RMS norm\*\*, \d % apart", headline)
+    assert "cannot take another without training it again" in headline
+
+
+def test_one_thread_is_no_threads():
+    content = document()
+    entries = content["benchmarks"]
+    content["benchmarks"] = [b for b in entries if b["extra_info"]["threads"] == 1]
+    measured = Measured(check(content, "synthetic"))
+    figure = next(normalizations.figures(measured))
+    texts = [*page._page(measured, {}), style.footer(measured), figure.drawing.get_suptitle()]
+    assert sum("1 thread" in text for text in texts) >= 3
+    assert "1 threads" not in "\n".join(texts)
+
+
 def test_the_latest_results_are_taken(tmp_path):
     for day, name in ((1, "b.json"), (2, "a.json")):
         (tmp_path / name).write_text(json.dumps({"datetime": f"2026-01-0{day}T00:00:00"}))
@@ -154,6 +225,7 @@ CHROMIUM = next(
         ("", "batch norm"),
         ("view=lead&operation=group_norm&pass=inference&layout=NCHW", "1 is equal"),
         ("view=library&operation=rms_norm&pass=backward&layout=NHWC", "cython"),
+        ("view=none&operation=constructor&toString=x&layout=", "batch norm"),
         ("view=us&dtype=float16&implementation=torch", "shapes"),
     ],
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cpunorm._advice import FORMAT, Copies, Data, Key, Table, interpolate, place
+from cpunorm._advice import FORMAT, Copies, Data, Key, Table, interpolate, place, usual_groups
 
 from ..results import OURS, Row
 from .table import Measured
@@ -122,7 +122,7 @@ def _usual_groups(rows: Sequence[Row]) -> list[Row]:
     """Return the rows with the number of groups that is nearest to gcd(C, 32)."""
 
     def distance(row: Row) -> float:
-        return abs(math.log(row.num_groups / math.gcd(row.shape[1], 32))) if row.num_groups else 0.0
+        return abs(math.log(row.num_groups / usual_groups(row.shape[1]))) if row.num_groups else 0.0
 
     least = min(map(distance, rows))
     return [row for row in rows if distance(row) == least]

@@ -42,7 +42,7 @@ def _figure(measured: Measured, plane: Plane, pass_: str) -> Figure:
         loc="outside upper right", ncols=len(names),
     )  # fmt: skip
     title = f"Fastest backend: {pass_}"
-    drawing.suptitle(f"{title} (float32, {measured.most_threads} threads, {plane})", x=0.3)
+    drawing.suptitle(f"{title} (float32, {measured.threads_line}, {plane})", x=0.3)
     caption = (
         "Which of cpunorm's backends is fastest, and by what factor the next one is slower, at "
         f"{plane}. This is the evidence for the backend that `auto` takes."

@@ -68,7 +68,7 @@ def _layouts(measured: Measured, plane: Plane) -> Figure:
     text = "time in NCHW ÷ in NHWC (above 1: NHWC is faster)"
     heat.colour_bar(image, panel, text, [1 / 4, 1 / 2, 1, 2, 4], extend="both")
     title = "NCHW or NHWC"
-    drawing.suptitle(f"{title} (float32, {measured.most_threads} threads, {plane})")
+    drawing.suptitle(f"{title} (float32, {measured.threads_line}, {plane})")
     caption = (
         f"cpunorm's time in NCHW ÷ in NHWC at {plane}: below 1 channels first are faster, above 1 "
         "channels last. Heavy lines part what is ahead by 5 % from the rest."

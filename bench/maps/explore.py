@@ -1,7 +1,6 @@
 """The interactive page: what to compare, operation, pass, layout, dtype; values by hovering."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +49,6 @@ def _data(measured: Measured) -> dict[str, Any]:
     }
 
 
-def bundle(folder: Path) -> None:
-    """Put what the page loads beside it where it is not yet."""
-    for name in BUNDLED:
-        if not (folder / name).exists():
-            shutil.copy(BUNDLE / name, folder)
+def bundle() -> dict[str, bytes]:
+    """Return what the page loads, by name of file."""
+    return {name: (BUNDLE / name).read_bytes() for name in BUNDLED}

@@ -65,7 +65,7 @@ def _map(measured: Measured, plane: Plane, pass_: str) -> Figure:
     text = "best peer's time ÷ cpunorm's\n(above 1: cpunorm is faster)"
     heat.colour_bar(image, panel, text, [1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8], extend="both")
     title = f"cpunorm beside the best peer: {pass_}"
-    drawing.suptitle(f"{title} (float32, {measured.most_threads} threads, {plane})")
+    drawing.suptitle(f"{title} (float32, {measured.threads_line}, {plane})")
     letters = ", ".join(f"{LOOKS[n][2]} {n}" for n in measured.implementations(PEERS))
     caption = (
         f"The fastest peer's time ÷ cpunorm's (cython) at {plane}; the letter is that peer "

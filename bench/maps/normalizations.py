@@ -84,7 +84,7 @@ def _figure(measured: Measured, found: list[Cells], pass_: str, layout: str) -> 
     fixed = " and ".join(f"{p.fixed} = {label(p.fixed, p.value)}" for p in measured.planes)
     what = "layer and RMS norm over the channels of every position, group norm of gcd(C, 32) groups"
     title = f"Cheapest normalization: {pass_}, {layout}"
-    drawing.suptitle(f"{title} (float32, {measured.most_threads} threads, cpunorm cython)")
+    drawing.suptitle(f"{title} (float32, {measured.threads_line}, cpunorm cython)")
     caption = (
         f"Equal tensors, {fixed}; {what}. Left: the cheapest, and by what factor the next one is "
         "slower (≈: the quartiles of the two overlap); heavy lines are the crossovers. Right: the "

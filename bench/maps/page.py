@@ -6,7 +6,9 @@ from types import ModuleType
 from cpunorm import _advice
 from cpunorm._advice import Advice
 
-from . import accuracy, advice, backends, choices, libraries, normalizations, roofline
+from ..results import pass_text
+from ..suites import EXAMPLES
+from . import accuracy, advice, backends, choices, heat, libraries, normalizations, roofline
 from .style import Figure
 from .table import NAMES, Measured, geometric_mean
 
@@ -18,8 +20,7 @@ FAMILIES: dict[str, ModuleType] = {
     "How far from memory speed": roofline,
     "Accuracy next to speed": accuracy,
 }
-SHAPE = (8, 512, 7, 7)
-EXAMPLES = (SHAPE, (1, 256, 14, 14), (32, 256, 14, 14), (32, 64, 56, 56), (1, 768), (4096, 768))
+SHAPE = EXAMPLES[0]
 MOST_LOST = 60
 # As HTML: a link in Markdown to a file that is no page would become a download.
 EXPLORER = '<a href="explore.html">the interactive page</a>'
@@ -61,7 +62,7 @@ def _page(measured: Measured, found: dict[str, list[Figure]]) -> Iterator[str]:
     yield from _examples([(ask(s, False), ask(s, True)) for s in EXAMPLES])
     yield (
         f"Measured {measured.date} on {measured.machine_line()}, float32 on "
-        f"{measured.most_threads} threads unless a figure says otherwise: "
+        f"{measured.threads_line} unless a figure says otherwise: "
         f"{measured.versions_line()}. `{measured.machine['command']}` measures, "
         "`python -m bench report` draws.\n"
     )
@@ -93,12 +94,16 @@ def _answer(advices: dict[str, Advice], measured: Measured) -> Iterator[str]:
     if not everyone:
         return
     best, *others = sorted(everyone, key=lambda e: e.seconds)
-    equal = [NAMES[e.normalization] for e in others if e.overlaps(best)]
-    equal = [name for name in dict.fromkeys(equal) if name != NAMES[best.normalization]]
+    equal: dict[str, float] = {}
+    for e in others:
+        if e.normalization != best.normalization and _equal(e, best):
+            equal.setdefault(e.normalization, e.seconds)
+    names = " or ".join(NAMES[name] for name in (best.normalization, *equal))
+    apart = f", {100 * max(equal.values()) / best.seconds - 100:.0f} % apart" if equal else ""
     yield (
-        f"**For {_shape(SHAPE)} in inference take {NAMES[best.normalization]}**"
-        + (f" (or {', '.join(equal)}: within the spread)" if equal else "")
-        + f": {_advice.time_of(best)}, {best.times_copy:.2f} times as long as copying the tensor.\n"
+        f"**For {_shape(SHAPE)} in inference take {names}**{apart}: {_advice.time_of(best)}, "
+        f"{best.times_copy:.2f} times as long as copying the tensor. That is for a network yet to "
+        "be trained: one trained with batch norm cannot take another without training it again.\n"
     )
     yield "| inference, float32 | NCHW, µs | NHWC, µs | ÷ cheapest | ÷ copy | best peer ÷ cpunorm |"
     yield "|---|---|---|---|---|---|"
@@ -114,6 +119,11 @@ def _answer(advices: dict[str, Advice], measured: Measured) -> Iterator[str]:
         "inside": "Interpolated between measured shapes, with the error that this has",
     }.get(best.sure, "Guessed from far shapes")
     yield f"{sure}. For any other shape: `python -m cpunorm advise 32,256,14,14`.\n"
+
+
+def _equal(one: _advice.Estimate, other: _advice.Estimate) -> bool:
+    """Whether nobody can tell which is faster: within the spread, or next to nothing apart."""
+    return one.overlaps(other) or 1 / heat.CLEAR < one.seconds / other.seconds < heat.CLEAR
 
 
 def _micro(estimate: _advice.Estimate) -> str:
@@ -140,16 +150,17 @@ def _examples(pairs: list[tuple[Advice, Advice]]) -> Iterator[str]:
         cells = [cell for given in pair for cell in _ranks(given)]
         yield f"| {_shape(pair[0].shape)} | {' | '.join(cells)} |"
     yield ""
-    yield "A training step is forward and backward. ~ is interpolated, ? a guess.\n"
+    yield "A training step is forward and backward. ≈ is as cheap, ~ interpolated, ? a guess.\n"
 
 
 def _ranks(given: Advice) -> list[str]:
     """Return the two cheapest, each with its layout and time."""
     marks = {"measured": "", "inside": "~", "outside": "?"}
     some = [
+        f"{'≈ ' * (i > 0 and _equal(e, given.ranking[0]))}"
         f"{NAMES[e.normalization]}{f', {e.layout}' if e.layout else ''}: "
         f"{marks[e.sure]}{_advice.time_of(e)}"
-        for e in given.ranking[:2]
+        for i, e in enumerate(given.ranking[:2])
     ]
     return [*some, *("not known", "–")[len(some) :]]
 
@@ -167,7 +178,7 @@ def _lost(measured: Measured) -> Iterator[str]:
     clear = [entry for entry in lost if entry[3]]
     mean = geometric_mean(ratio for ratio, _ in compared)
     yield (
-        f"Over {len(compared)} cases on {measured.most_threads} threads, in every type, the best "
+        f"Over {len(compared)} cases on {measured.threads_line}, in every type, the best "
         f"peer takes {mean:.2f} times as long in the geometric mean. A peer is faster on "
         f"{len(lost)} of them, beyond the spread on {len(clear)}."
     )
@@ -181,11 +192,9 @@ def _lost(measured: Measured) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|---|"
     for ratio, row, peer, is_clear in shown:
         groups = f", G={row.num_groups}" if row.num_groups else ""
-        pass_ = (
-            "forward" if row.operation != "batch_norm" and row.serves("inference") else row.pass_
-        )
+        pass_ = pass_text(row.operation, row.pass_)
         yield (
-            f"| {ratio:.2f} | {NAMES[row.operation]} | {pass_.replace('_', ' ')} | {row.layout} | "
+            f"| {ratio:.2f} | {NAMES[row.operation]} | {pass_} | {row.layout} | "
             f"{row.dtype} | {_shape(row.shape)}{groups} | {peer.implementation} {peer.version} | "
             f"{row.median * 1e6:.3g} | {'' if is_clear else 'within the spread'} |"
         )

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
 from PIL import Image
 
+from ..results import counted
 from .table import NAMES, Measured
 
 STYLE = {
@@ -24,7 +25,7 @@ STYLE = {
     "grid.linewidth": 0.6,
     "legend.frameon": False,
 }
-DPI, COLOURS = 105, 200
+DPI, COLOURS = 105, 256
 RATIOS = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 100, 200)
 rcParams.update(STYLE)
 # Okabe and Ito's palette, which the colour-blind can tell apart; each with a marker and a letter.
@@ -93,10 +94,16 @@ class Figure:
         full, small = io.BytesIO(), io.BytesIO()
         self.drawing.savefig(full, format="png", dpi=DPI)
         with Image.open(full) as image:
-            method, dither = Image.Quantize.MAXCOVERAGE, Image.Dither.NONE
-            palette = image.convert("RGB").quantize(COLOURS, method, dither=dither)
-            palette.save(small, "PNG", optimize=True)
+            _in_few_colours(image.convert("RGB")).save(small, "PNG", optimize=True)
         return small.getvalue()
+
+
+def _in_few_colours(image: Image.Image) -> Image.Image:
+    """Return a picture in its most frequent colours: areas keep theirs, edges the nearest."""
+    frequent = sorted(image.getcolors(image.width * image.height), reverse=True)[:COLOURS]
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([channel for _, colour in frequent for channel in colour])
+    return image.quantize(palette=palette, dither=Image.Dither.NONE)
 
 
 def about_run(measured: Measured) -> dict[str, Any]:
@@ -113,9 +120,10 @@ def about_run(measured: Measured) -> dict[str, Any]:
 
 def footer(measured: Measured) -> str:
     """Return the two lines under every figure."""
-    threads = " or ".join(map(str, measured.threads))
+    *fewer, most = measured.threads
+    threads = " or ".join([*map(str, fewer), counted(most, "thread")])
     return (
-        f"{measured.machine_line()}; {threads} threads; measured {measured.date} with "
+        f"{measured.machine_line()}; {threads}; measured {measured.date} with "
         f"`{measured.machine['command']}`, drawn with `python -m bench report`\n"
         f"{measured.versions_line()}"
     )

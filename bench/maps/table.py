@@ -9,7 +9,9 @@ from functools import cached_property
 
 import numpy as np
 
-from ..results import COPY, PEERS, Results, Row
+from cpunorm._advice import usual_groups
+
+from ..results import COPY, PEERS, Results, Row, counted
 
 # Our own implementation that others are compared with: what `auto` means nearly everywhere.
 CPUNORM = "cython"
@@ -114,6 +116,11 @@ class Measured:
             self._by_case.setdefault((row.case, row.threads), {})[row.implementation] = row
 
     @property
+    def threads_line(self) -> str:
+        """How many threads there are unless it is said."""
+        return counted(self.most_threads, "thread")
+
+    @property
     def date(self) -> str:
         """The day of the measurement."""
         return str(self.machine["date"])[:10]
@@ -179,7 +186,7 @@ class Measured:
         """Return rows by their cell on a plane; group norm with the usual number of groups."""
         found: dict[tuple[int, int], Row] = {}
         for row in rows:
-            usual = row.num_groups in (None, math.gcd(row.shape[1], 32))
+            usual = row.num_groups in (None, usual_groups(row.shape[1]))
             if usual and (cell := plane.cell(row)) is not None:
                 found[cell] = row
         return found

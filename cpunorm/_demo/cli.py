@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -202,7 +203,7 @@ def _shape(text: str) -> tuple[int, ...]:
         shape = tuple(int(part) for part in text.split(","))
     except ValueError:
         shape = ()
-    if len(shape) < 2 or min(shape) < 1:
+    if len(shape) < 2 or min(shape) < 1 or math.prod(shape) >= 2**63:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a shape: give two or more positive integers, as in 8,64,56,56"
         )
