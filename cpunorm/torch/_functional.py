@@ -259,17 +259,19 @@ def _normalize(
     running: Running = (),
 ) -> torch.Tensor:
     _check("x", x)
-    optional = ("weight", "bias", "running_mean", "running_var")
-    for argument, t in zip(optional, (weight, bias, *running), strict=False):
-        if t is not None:
-            _check(argument, t)
-    if running and (running[0] is None) != (running[1] is None):
-        raise ValueError("running_mean and running_var must be given together")
+    if weight is not None:
+        _check("weight", weight)
+    if bias is not None:
+        _check("bias", bias)
+    if running:
+        _check_running(*running)
     operation = OPERATIONS[name]
-    if is_transformed():
-        return operation.in_torch(x, weight, bias, options, running)
-    plain = type(x) in (torch.Tensor, torch.nn.Parameter) and x.is_cpu
-    run = eager if plain and not is_traced() else traced
+    is_plain = type(x) in (torch.Tensor, torch.nn.Parameter) and x.is_cpu
+    run = eager
+    if not is_plain or is_traced():
+        if is_transformed():
+            return operation.in_torch(x, weight, bias, options, running)
+        run = traced
     return run(operation, options, _in_order(name, options, x), weight, bias, running)
 
 
@@ -280,6 +282,15 @@ def _check(name: str, t: Any) -> None:
     if t.layout is not torch.strided or t.is_nested:
         found = "a nested one" if t.is_nested else f"one of layout {t.layout}"
         raise TypeError(f"{name} must be a dense tensor, got {found}")
+
+
+def _check_running(mean: Any, var: Any) -> None:
+    if mean is not None:
+        _check("running_mean", mean)
+    if var is not None:
+        _check("running_var", var)
+    if (mean is None) != (var is None):
+        raise ValueError("running_mean and running_var must be given together")
 
 
 def _in_order(name: str, options: dict[str, Any], x: torch.Tensor) -> torch.Tensor:

@@ -66,4 +66,4 @@ def memory_format(x: torch.Tensor) -> torch.memory_format:
 
 def in_torch_order(x: torch.Tensor) -> torch.Tensor:
     """Return x in C order or, if it lies so, in channels-last order."""
-    return x.contiguous(memory_format=memory_format(x))
+    return x if x.is_contiguous() else x.contiguous(memory_format=memory_format(x))
