@@ -36,17 +36,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("results", nargs="?", type=Path, help="the latest of bench/results")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="a folder, docs/maps")
     parser.add_argument(
-        "--advice", type=Path, default=_advice.SHIPPED, help="a file, cpunorm/advice.json"
+        "--advice", type=Path, help="a file, the instruction set's in cpunorm/advice"
     )
     args = parser.parse_args(argv)
-    if not args.advice.parent.is_dir() or args.advice.is_dir():
-        parser.error(f"--advice {args.advice}: no place for a file")
+    output = args.output.absolute()
+    if not next(folder for folder in (output, *output.parents) if folder.exists()).is_dir():
+        parser.error(f"--output {args.output}: no place for a folder")
     path = args.results or latest(RESULTS)
     results = read(path)
     if not results.rows:
         raise ResultsError(f"{path}: holds no measurement")
-    if args.output == OUTPUT or args.advice == _advice.SHIPPED:
+    if args.output == OUTPUT or args.advice is None:
         _refuse_a_part(parser, path, results)
+    advice_path = args.advice or _advice.shipped_path(results.machine["instruction set"])
+    if not advice_path.parent.is_dir() or advice_path.is_dir():
+        parser.error(f"--advice {advice_path}: no place for a file")
     try:
         from .maps import advice, explore, page
         from .maps.table import Measured
@@ -62,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         parser.error(f"--output {args.output}: {error.strerror}")
     _replace(args.output, files)
-    _replace(args.advice.parent, {args.advice.name: advice_text.encode()})
-    print(f"{len(files)} files in {args.output}, and {args.advice}")
+    _replace(advice_path.parent, {advice_path.name: advice_text.encode()})
+    print(f"{len(files)} files in {args.output}, and {advice_path}")
     return 0
 
 
@@ -74,7 +78,7 @@ def _refuse_a_part(parser: Parser, path: Path, results: Results) -> None:
     if len(found) < ENOUGH * len(grid):
         parser.error(
             f"{path} has {len(found)} of the {len(grid)} cases of the maps, too few to replace "
-            "docs/maps and cpunorm/advice.json: name others with --output and --advice"
+            "docs/maps and cpunorm/advice: name others with --output and --advice"
         )
 
 

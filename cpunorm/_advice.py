@@ -1,7 +1,7 @@
 """What to choose for a shape, from measured times: `advise`, and the shipped data it reads.
 
-The data, ``advice.json``, is a part of the last full run of the comparison suite, written by
-``python -m bench report``. It holds one table per normalization, pass, layout, dtype, number of
+The data, a file for each instruction set that was measured, is a part of a full run of the
+comparison suite, written by ``python -m bench report``. A file holds one table per normalization, pass, layout, dtype, number of
 threads and backend, of times at points (N, C, positions). Between them the time beside a copy's is
 interpolated, by local linear regression of its logarithm over those of N, C and positions.
 """
@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._canonical import CHANNELS_LAST, DTYPE_NAMES, flag, integer, integers, is_supported
-from ._dispatch import config
+from ._dispatch import instruction_set
 from ._threads import get_num_threads
 
 FORMAT = 1
-SHIPPED = Path(__file__).with_name("advice.json")
+SHIPPED = Path(__file__).with_name("advice")
 
 NORMALIZATIONS = ("batch_norm", "layer_norm", "instance_norm", "group_norm", "rms_norm")
 LAYOUTS = ("NCHW", "NHWC")
@@ -213,8 +213,15 @@ class Data(NamedTuple):
 
 @cache
 def shipped() -> Data:
-    """Return the data in the package."""
-    return Data.of(json.loads(SHIPPED.read_text(encoding="utf-8")))
+    """Return the data in the package: of this machine's instruction set, else of the highest."""
+    here = shipped_path(instruction_set())
+    path = here if here.exists() else max(SHIPPED.glob("*.json"))
+    return Data.of(json.loads(path.read_text(encoding="utf-8")))
+
+
+def shipped_path(isa: str | None) -> Path:
+    """Return where the data of an instruction set are, or would be."""
+    return SHIPPED / f"{isa}.json"
 
 
 @dataclass(frozen=True)
@@ -491,7 +498,7 @@ def _words(advice: Advice) -> Iterator[str]:
     yield from _against("Backend", best, [e for e in same if e.layout == best.layout], "backend")
     yield f"How sure: {_how_sure(best)}"
     yield f"Source: {advice.machine}. Elsewhere the order may be another."
-    here = config()["instruction set"]
+    here = instruction_set()
     if here and here not in advice.machine:
         yield f"This machine is another: it computes with {here}. Trust the order more than times."
 

@@ -130,6 +130,12 @@ def available_backends() -> tuple[str, ...]:
     return tuple(filter(is_available, BACKENDS))
 
 
+def instruction_set() -> str | None:
+    """Return the one that the compiled kernels run on, None without them."""
+    compiled = _load("cython")
+    return None if isinstance(compiled, str) else compiled.ISA
+
+
 def config() -> dict[str, Any]:
     """Return what `show_config` prints."""
     # Here and below, what would take longer to import than all of cpunorm.
@@ -156,7 +162,7 @@ def config() -> dict[str, Any]:
         "default backend": resolve(None),
         "auto": f"{auto()}, Numba where it is warm and faster by {_auto.table().path}",
         "compiled backend": f"missing: {compiled}" if isinstance(compiled, str) else "available",
-        "instruction set": None if isinstance(compiled, str) else compiled.ISA,
+        "instruction set": instruction_set(),
         "threads": _threads.get_num_threads(),
     }
 

@@ -120,7 +120,7 @@ def test_regression_is_exact_on_planes():
 
 
 def test_shipped_data_answer():
-    assert _advice.SHIPPED.stat().st_size < 200_000
+    assert all(path.stat().st_size < 200_000 for path in _advice.SHIPPED.iterdir())
     advice = cpunorm.advise(SHAPE)
     assert advice.sure in ("measured", "inside")
     assert {e.normalization for e in advice.ranking} == set(_advice.NORMALIZATIONS)
@@ -128,6 +128,16 @@ def test_shipped_data_answer():
         advice.shape = ()
     same = cpunorm.advise(list(SHAPE), "channels_last", dtype=np.float32)
     assert same == cpunorm.advise(SHAPE, "NHWC")
+
+
+def test_data_of_this_instruction_set_come_first(monkeypatch):
+    shipped = {path.stem for path in _advice.SHIPPED.glob("*.json")}
+    for here in (*shipped, "neon", None):
+        monkeypatch.setattr(_advice, "instruction_set", lambda here=here: here)
+        found = _advice.shipped.__wrapped__()
+        assert (here if here in shipped else max(shipped)) in found.machine
+        words = str(ask(found, SHAPE))
+        assert ("This machine is another" in words) == (here == "neon")
 
 
 @pytest.mark.parametrize(

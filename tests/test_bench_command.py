@@ -199,7 +199,8 @@ def test_an_early_end_is_one_line(tmp_path, seconds, number):
     time.sleep(seconds)
     os.killpg(process.pid, number)
     output, _ = process.communicate()
-    assert process.returncode == 130, output
+    # What an import was running inside may have Python end by the signal itself: 130 to a shell.
+    assert process.returncode in (130, -signal.SIGINT), output
     assert len(output.strip().splitlines()) == 1, output
     assert "stopped" in output
     assert set(os.listdir(tmp_path)) <= {"x.json.journal"}

@@ -103,7 +103,7 @@ def test_the_winner_is_the_fastest_and_its_lead_the_next_one_over_it():
     assert text.endswith(f"{medians[1] / medians[0]:.2f}")
 
 
-def test_what_was_not_measured_is_left_out_and_said(tmp_path):
+def test_what_was_not_measured_is_left_out_and_said(docs, tmp_path):
     def only_ours(content):
         content["accuracy"] = []
         content["benchmarks"] = [
@@ -114,7 +114,7 @@ def test_what_was_not_measured_is_left_out_and_said(tmp_path):
             and b["extra_info"]["pass"] != "backward"
         ]
 
-    make(tmp_path)
+    shutil.copytree(docs, tmp_path / "docs")
     output = make(tmp_path, only_ours)
     names = {path.stem for path in output.glob("*.png")}
     assert not any(n.startswith(("library", "accuracy", "threads", "backend")) for n in names)
