@@ -1,9 +1,10 @@
 """What to choose for a shape, from measured times: `advise`, and the shipped data it reads.
 
 The data, a file for each instruction set that was measured, is a part of a full run of the
-comparison suite, written by ``python -m bench report``. A file holds one table per normalization, pass, layout, dtype, number of
-threads and backend, of times at points (N, C, positions). Between them the time beside a copy's is
-interpolated, by local linear regression of its logarithm over those of N, C and positions.
+comparison suite, written by ``python -m bench report``. A file holds one table per normalization,
+pass, layout, dtype, number of threads and backend, of times at points (N, C, positions). Between
+them the time beside a copy's is interpolated, by local linear regression of its logarithm over
+those of N, C and positions.
 """
 
 import json

@@ -87,7 +87,7 @@ cdef inline Py_ssize_t unit_at(const Units* u, Py_ssize_t unit) noexcept nogil:
 
 
 cdef inline Py_ssize_t next_slab(const Units* u, Py_ssize_t unit, Py_ssize_t count) noexcept nogil:
-    """How far away is what is to be fetched: what lies side by side the processor fetches itself."""
+    """How far away is what is to be fetched: what lies side by side the processor does itself."""
     return unit_at(u, count) if u.batch and unit + count < u.call.G else 0
 
 
