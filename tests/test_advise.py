@@ -79,7 +79,7 @@ def test_a_guess_comes_after_what_is_known(data):
 
 def test_words_say_when_this_is_another_machine(data, monkeypatch):
     for here, other in (("x86_64_v4", False), ("x86_64_v2", True), (None, False)):
-        monkeypatch.setattr(_advice, "config", lambda here=here: {"instruction set": here})
+        monkeypatch.setattr(_advice, "instruction_set", lambda here=here: here)
         assert ("This machine is another" in str(ask(data, SHAPE))) == other
 
 
