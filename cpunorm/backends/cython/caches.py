@@ -11,12 +11,21 @@ _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 # Where the system does not say.
 _USUAL = {1: 32 << 10, 2: 1 << 20, 3: 32 << 20}
 
+# Of the last cache, for each CPU: a virtual machine is told of all that its host has.
+_SHARE = 16 << 20
+
 
 def cache_bytes(level: int) -> int:
     """Return the size of the data cache of a level, 1 to 3."""
+    return _given(level) or _told(level)
+
+
+def _given(level: int) -> int:
     given = os.environ.get(f"CPUNORM_L{level}", "")
-    if given.isdecimal() and int(given) > 0:
-        return int(given)
+    return int(given) if given.isdecimal() else 0
+
+
+def _told(level: int) -> int:
     for index in range(8):
         try:
             found, kind, size = (_read(index, name) for name in ("level", "type", "size"))
@@ -43,4 +52,5 @@ def stream_bytes() -> tuple[int, int]:
     Forward, where x and y just exceed the last cache, part of y would still be found there.
     Backward, what grad_x would push out of it is worth more: x and grad_y, of which much is there.
     """
-    return cache_bytes(3) * 3 // 4, cache_bytes(3) * 2 // 9
+    last = _given(3) or min(_told(3), _SHARE * (os.cpu_count() or 1))
+    return last * 3 // 4, last * 2 // 9

@@ -121,7 +121,7 @@ cdef inline void _normalize_whole(void* work, int member, int members) noexcept 
 
 
 cdef inline void _normalize_short(void* work, int member, int members) noexcept nogil:
-    """A few stretches at a time, so that a sum is still in cache."""
+    """RMS norm: a few stretches at a time, so that a sum is still in cache."""
     cdef:
         const Stretches* s = <const Stretches*> work
         Py_ssize_t first = share(s.M, member, members), last = share(s.M, member + 1, members)
@@ -132,8 +132,7 @@ cdef inline void _normalize_short(void* work, int member, int members) noexcept 
         count, here = min(some, last - m), m * s.D
         if s.addend is not NULL:
             add(s.x + here, s.addend + here, s.total + here, count * s.D)
-        normalize_short(x + here, s.weight, s.bias, s.y + here, count, s.D, s.eps, at(s.mean, m),
-                        s.rstd + m, s.streaming)
+        normalize_short(x + here, s.weight, s.y + here, count, s.D, s.eps, s.rstd + m, s.streaming)
         m += count
     if s.streaming:
         stream_fence()
@@ -181,7 +180,7 @@ cdef inline void normalize_stretches(Stretches* s, int threads) noexcept nogil:
         s.wide = wide
         s.piece = _piece(s.D)
         team(_normalize_pieces, s, threads)
-    elif s.D <= SHORT_VECTORS * LANES and s.period == 1 and s.var is NULL:
+    elif s.mean is NULL and s.D <= SHORT_VECTORS * LANES:
         team(_normalize_short, s, threads)
     else:
         team(_normalize_whole, s, threads)

@@ -888,50 +888,23 @@ SWEEP void flush_reals(double *restrict wide, real *restrict sums, ptrdiff_t n)
 
 /* --------------------------------------------------------------------------- rows in registers */
 
-/* Normalizes M rows of n elements, `vectors` vectors of which the last may be partly filled. */
-ALWAYS void rows_in_registers(const int vectors, const element *x, const real *weight, const real *bias,
-                              element *y, ptrdiff_t M, ptrdiff_t n, double eps, real *mean, real *rstd,
-                              int streaming)
+/* y = x * rstd * weight for M rows of n elements, `vectors` vectors of which the last may be partly filled. */
+ALWAYS void rows_in_registers(const int vectors, const element *x, const real *weight, element *y, ptrdiff_t M,
+                              ptrdiff_t n, double eps, real *rstd, int streaming)
 {
     const ptrdiff_t left = n - (vectors - 1) * LANES;
-    const real inverse = (real)1 / n;
 #define LEFT(v) ((v) < vectors - 1 ? LANES : left)
     for (ptrdiff_t m = 0; m < M; m++, x += n, y += n) {
-        vec t[SHORT_VECTORS], sum = {0}, squares = {0};
-        real pivot = 0;
-        double rest = 0;
-        if (mean) {
-            const real first = load_one(x);
-            for (int v = 0; v < vectors; v++) {
-                t[v] = load(x + v * LANES, LEFT(v), first);
-                sum += t[v] - first;
-            }
-            pivot = first + lanes_sum(sum) * inverse;
-            sum = splat(0);
-        } else {
-            for (int v = 0; v < vectors; v++)
-                t[v] = load(x + v * LANES, LEFT(v), 0);
-        }
+        vec t[SHORT_VECTORS], squares = {0};
         for (int v = 0; v < vectors; v++) {
-            t[v] = first_lanes(t[v] - pivot, LEFT(v));
-            sum += t[v], squares += t[v] * t[v];
+            t[v] = load(x + v * LANES, LEFT(v), 0);
+            squares += t[v] * t[v];
         }
-        double m2 = lanes_sum(squares);
-        if (mean) {
-            const double total = lanes_sum(sum);
-            rest = total / n;
-            m2 -= rest * total;
-            mean[m] = pivot + rest;
-        }
-        const double exact = 1 / sqrt((m2 < 0 ? 0 : m2 / n) + eps);
-        const real r = exact, s = -rest * exact;
-        rstd[m] = r;
+        const real r = rstd[m] = 1 / sqrt((double)lanes_sum(squares) / n + eps);
         for (int v = 0; v < vectors; v++) {
-            vec out = t[v] * r + s;
+            vec out = t[v] * r;
             if (weight)
                 out *= load_real(weight + v * LANES, LEFT(v), 0);
-            if (bias)
-                out += load_real(bias + v * LANES, LEFT(v), 0);
             if (streaming)
                 stream(y + v * LANES, out);
             else
@@ -941,14 +914,14 @@ ALWAYS void rows_in_registers(const int vectors, const element *x, const real *w
 #undef LEFT
 }
 
-/* y = (x - mean) * rstd * weight + bias for M rows of at most SHORT_VECTORS vectors; no mean: RMS norm. */
-SWEEP void normalize_short(const element *x, const real *weight, const real *bias, element *y, ptrdiff_t M,
-                           ptrdiff_t n, double eps, real *mean, real *rstd, int streaming)
+/* RMS norm of M rows of at most SHORT_VECTORS vectors. */
+SWEEP void normalize_short(const element *x, const real *weight, element *y, ptrdiff_t M, ptrdiff_t n, double eps,
+                           real *rstd, int streaming)
 {
     streaming = streaming && until_aligned(y) == 0 && n % LANES == 0;
 #define CASE(v)                                                                         \
     case v:                                                                             \
-        rows_in_registers(v, x, weight, bias, y, M, n, eps, mean, rstd, streaming);     \
+        rows_in_registers(v, x, weight, y, M, n, eps, rstd, streaming);                 \
         break;
     switch ((n + LANES - 1) / LANES) {
         CASE(1)
