@@ -69,13 +69,33 @@ typedef uint32_t wide_bits __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint16_t packed __attribute__((vector_size(VECTOR_BYTES / 2)));
 typedef uint16_t loose_packed __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
 
-#if defined(ELEMENT_BFLOAT16)
+#if defined(ELEMENT_BFLOAT16) && defined(__AVX512BW__)
+
+/* One permutation of 16-bit words moves all of them between the upper halves and side by side. */
 
 ALWAYS vec widen(packed h)
 {
-#if defined(__AVX512F__)
-    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)h), 16);
-#elif defined(__AVX2__)
+    const __m512i order = _mm512_slli_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 16);
+    return (vec)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, order, _mm512_castsi256_si512((__m256i)h));
+}
+
+/* Of NaN only quiet ones come here, as arithmetic makes them: they need no more than not to be rounded. */
+ALWAYS packed narrow(vec v)
+{
+    const __m512i u = (__m512i)v, odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    const __m512i step = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+    const __mmask16 number = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_ORD_Q);
+    const __m512i rounded = _mm512_mask_add_epi32(u, number, u, step);
+    const __m512i order = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 31, 29, 27, 25, 23, 21, 19, 17,
+                                           15, 13, 11, 9, 7, 5, 3, 1);
+    return (packed)_mm512_castsi512_si256(_mm512_permutexvar_epi16(order, rounded));
+}
+
+#elif defined(ELEMENT_BFLOAT16)
+
+ALWAYS vec widen(packed h)
+{
+#if defined(__AVX2__)
     return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)h), 16);
 #else
     return (vec)(__builtin_convertvector(h, wide_bits) << 16);
@@ -86,11 +106,8 @@ ALWAYS packed narrow(vec v)
 {
     const wide_bits u = (wide_bits)v, rounded = u + 0x7fff + ((u >> 16) & 1);
     const wide_bits bits = (wide_bits)choose(v != v, (vec)(u | 0x400000), (vec)rounded) >> 16;
-    /* Compilers know slower ways to this, and what vpmovdw narrows takes long to store on some processors. */
-#if defined(__AVX512F__)
-    const __m256i low = _mm512_castsi512_si256((__m512i)bits), high = _mm512_extracti64x4_epi64((__m512i)bits, 1);
-    return (packed)_mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8);
-#elif defined(__AVX2__)
+    /* Compilers know slower ways to this. */
+#if defined(__AVX2__)
     const __m128i low = _mm256_castsi256_si128((__m256i)bits), high = _mm256_extracti128_si256((__m256i)bits, 1);
     return (packed)_mm_packus_epi32(low, high);
 #else
@@ -290,8 +307,7 @@ ALWAYS vec load(const element *p, ptrdiff_t left, real fill)
     for (ptrdiff_t i = 0; i < left; i++)
         h[i] = p[i];
 #endif
-    const bits_vec mask = first_mask(left);
-    return (vec)(((bits_vec)widen(h) & mask) | ((bits_vec)splat(fill) & ~mask));
+    return choose(first_mask(left), widen(h), splat(fill));
 #endif
 }
 
@@ -345,9 +361,7 @@ ALWAYS vec load_any(const element *x, ptrdiff_t i, ptrdiff_t left, real fill)
 {
     if (left >= LANES || i == 0)
         return load(x + i, left, fill);
-    const bits_vec before = first_mask(LANES - left);
-    const vec v = load(x + i + left - LANES, LANES, 0);
-    return (vec)(((bits_vec)splat(fill) & before) | ((bits_vec)v & ~before));
+    return choose(first_mask(LANES - left), splat(fill), load(x + i + left - LANES, LANES, 0));
 }
 
 /* The same of reals. */
@@ -517,8 +531,7 @@ ALWAYS vec at_least(vec v, vec floor)
 #elif defined(__AVX__)
     return (vec)_mm256_max_pd((__m256d)floor, (__m256d)v);
 #else
-    const bits_vec below = v < floor;
-    return (vec)(((bits_vec)floor & below) | ((bits_vec)v & ~below));
+    return choose(v < floor, floor, v);
 #endif
 }
 
