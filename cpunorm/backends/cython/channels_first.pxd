@@ -17,7 +17,7 @@ from .call cimport Call
 from .stretches cimport Stretches, backward_stretches, normalize_stretches
 from .strips cimport Images, apply_images, backward_images, images_of, normalize_images
 from .sweeps cimport (
-    UNITS, affine, at, backward_affine, combine_channels, element, merge_moments, own_lines,
+    LANES, UNITS, affine, at, backward_affine, combine_channels, element, merge_moments, own_lines,
     plane_backward_sums, plane_moments, real, rstd_of, share, stream_fence,
     stretch_moments, stretches_backward_sums, sum_parts, take_statistics, team, team_barrier,
     variance, worth_dealing,
@@ -28,7 +28,8 @@ cdef enum:
     RUN = 1 << 12           # bytes of a slab that should lie side by side
     SMALL = 1 << 14         # bytes of a slab of groups that stay in L1
     PARTS = 32              # at most, of the images in backward
-    SHORT = 8               # elements of a plane that is too short
+    SHORT = 8               # elements of a plane that is too short,
+    FEW_VECTORS = 4         # and vectors of one that is where there are many
 
 
 cdef struct Units:
@@ -99,6 +100,10 @@ cdef inline Chunk chunk_of(const Units* u, Py_ssize_t index) noexcept nogil:
     chunk.length = min(<Py_ssize_t> CHUNK, u.call.S - chunk.start)
     chunk.offset = chunk.first * u.stride + chunk.start
     return chunk
+
+
+cdef inline bint short_planes(const Call* call, Py_ssize_t longest) noexcept nogil:
+    return call.S <= SHORT or call.S <= min(longest, FEW_VECTORS * <Py_ssize_t> LANES)
 
 
 # -------------------------------------------------------------------------------------- forward
@@ -278,7 +283,7 @@ cdef inline int normalize(const Call* call) noexcept nogil:
     cdef:
         Units u = units_of(call)
         Images images
-    if call.S <= SHORT and u.batch:
+    if u.batch and short_planes(call, 2 * call.N):
         images = images_of(call, 1, call.N, call.S)
         return normalize_images(&images)
     if call.S <= SHORT and u.K > 1 and call.y is not NULL:
@@ -330,7 +335,7 @@ cdef inline int apply(const Call* call) noexcept nogil:
         Units u = units_of(call)
         Images images
         Py_ssize_t units = call.B * call.G
-    if call.S <= SHORT and call.B == 1 and u.K == 1:
+    if call.B == 1 and u.K == 1 and short_planes(call, 8 * call.N):
         images = images_of(call, 1, call.N, call.S)
         return apply_images(&images)
     u.scratch = <double*> malloc(2 * units * sizeof(double))
@@ -531,7 +536,7 @@ cdef inline int _backward(const Call* call, bint frozen) noexcept nogil:
         Images images
         Py_ssize_t doubles
         bint dealt
-    if call.S <= SHORT and u.batch:
+    if u.batch and short_planes(call, 2 * call.N):
         images = images_of(call, 1, call.N, call.S)
         return backward_images(&images, frozen)
     if call.S <= SHORT and u.K > 1 and not frozen:

@@ -19,19 +19,21 @@ from libc.string cimport memcpy, memset
 
 from .call cimport Call
 from .sweeps cimport (
-    LANES, UNITS, affine_block, at, backward_block, column_backward_sums, column_moments,
-    combine_channels, element, merge_columns, own_lines, plane_moments, real, rstd_of, set_columns,
-    share, stream_fence, stretch_moments, sum_parts, take_statistics, team, team_barrier, variance,
-    worth_dealing,
+    FEW_CHANNELS, LANES, UNITS, affine_block, at, backward_block, backward_group,
+    column_backward_sums, column_moments, combine_channels, element, fold_moments, fold_sums,
+    merge_columns, own_lines, plane_moments, real, rstd_of, set_columns, share, stream_fence,
+    stretch_moments, sum_parts, take_statistics, team, team_barrier, variance, worth_dealing,
 )
 
 cdef enum:
     COLUMNS = 1024          # of a strip, at most
     NARROW = 64             # columns worth measuring side by side
-    LINE = 128              # columns worth transforming in one row
+    LINE = 128              # columns worth transforming in one row,
+    IN_LINE_ROWS = 32       # where there are so many rows for each that is put beside another
     CHUNK_BYTES = 1 << 17
     CHUNKS = 64             # at most
-    ROWS = 64               # a chunk's rows are a multiple of
+    ROWS = 64               # of a chunk, at least
+    MANY = 8                # strips that are enough for the team
     FEW_ROWS = 16           # too few to measure columns
     PARTS = 32              # at most, of the images in backward
 
@@ -44,6 +46,7 @@ cdef struct Images:
     Py_ssize_t strip_channels, strips
     Py_ssize_t per_cell, cells              # channels measured as one
     Py_ssize_t abreast, in_line
+    bint few                                # rows, of groups that fill vectors
     bint cached                             # whether a second sweep finds everything in L2
     # Scratch: of one image, or of one for each member where whole images are dealt.
     double* wide
@@ -60,7 +63,7 @@ cdef inline Images images_of(const Call* call, Py_ssize_t count, Py_ssize_t rows
     """`inner` is at most COLUMNS."""
     cdef:
         Images im
-        Py_ssize_t width = call.C * inner, K = call.C // call.G
+        Py_ssize_t width = call.C * inner, K = call.C // call.G, row_bytes
     memset(&im, 0, sizeof(im))
     im.call, im.count, im.size = call, count, rows * width
     im.rows, im.channels, im.inner, im.groups = rows, call.C, inner, call.G
@@ -68,9 +71,10 @@ cdef inline Images images_of(const Call* call, Py_ssize_t count, Py_ssize_t rows
     if rows >= 2 * NARROW:
         while im.abreast * width < NARROW:
             im.abreast *= 2
-    while im.in_line * width < LINE and 2 * im.in_line <= rows:
+    while im.in_line * width < LINE and IN_LINE_ROWS * im.in_line <= rows:
         im.in_line *= 2
-    if inner == 1 and (K == call.C or K >= 4 * LANES or (2 * K >= LANES and rows < FEW_ROWS)):
+    im.few = rows < FEW_ROWS and inner == 1 and K > 1 and 2 * K >= LANES
+    if inner == 1 and (K == call.C or K >= 4 * LANES or im.few):
         im.per_cell = K
     else:
         im.per_cell = 1
@@ -78,9 +82,16 @@ cdef inline Images images_of(const Call* call, Py_ssize_t count, Py_ssize_t rows
     im.strip_channels = min(call.C, max(<Py_ssize_t> 1, COLUMNS // inner // im.per_cell)
                             * im.per_cell)
     im.strips = (call.C + im.strip_channels - 1) // im.strip_channels
-    im.chunk_rows = max(CHUNK_BYTES // (im.strip_channels * inner * <Py_ssize_t> sizeof(element)),
-                        (rows + CHUNKS - 1) // CHUNKS)
-    im.chunk_rows = (im.chunk_rows + ROWS - 1) // ROWS * ROWS
+    row_bytes = im.strip_channels * inner * <Py_ssize_t> sizeof(element)
+    if im.strips >= MANY and 2 * rows * row_bytes <= call.slab:
+        # Then nobody waits for anybody.
+        im.chunks = 1
+    else:
+        im.chunk_rows = max(CHUNK_BYTES // row_bytes, (rows + CHUNKS - 1) // CHUNKS)
+        im.chunk_rows = (im.chunk_rows + ROWS - 1) // ROWS * ROWS
+        im.chunks = (rows + im.chunk_rows - 1) // im.chunk_rows
+    # All of a size, so that nobody has much more to do.
+    im.chunk_rows = ((rows + im.chunks - 1) // im.chunks + 3) // 4 * 4
     im.chunks = (rows + im.chunk_rows - 1) // im.chunk_rows
     return im
 
@@ -118,31 +129,16 @@ cdef inline const real* columns_of(const Images* im, const real* per_channel,
     per_channel += task.first_channel
     if im.inner == 1 and copies == 1:
         return per_channel
-    for c in range(task.channels):
-        for i in range(c * im.inner, (c + 1) * im.inner):
-            columns[i] = per_channel[c]
+    if im.inner == 1:
+        memcpy(columns, per_channel, width * sizeof(real))
+    else:
+        for c in range(task.channels):
+            for i in range(c * im.inner, (c + 1) * im.inner):
+                columns[i] = per_channel[c]
     while copies > 1:
         memcpy(columns + width, columns, width * sizeof(real))
         width, copies = 2 * width, copies // 2
     return columns
-
-
-cdef inline void fold_equal(Py_ssize_t n, const double* mean, const double* m2, Py_ssize_t outer,
-                            Py_ssize_t outer_stride, Py_ssize_t inner, double* out_mean,
-                            double* out_m2) noexcept nogil:
-    """Merge outer * inner moments of n values each. Equal means give exactly their value."""
-    cdef Py_ssize_t k, s, count = outer * inner
-    cdef double first = mean[0], shift = 0, total = 0, delta, mu
-    for k in range(outer):
-        for s in range(inner):
-            shift += mean[k * outer_stride + s] - first
-    mu = first + shift / count
-    for k in range(outer):
-        for s in range(inner):
-            delta = mean[k * outer_stride + s] - mu
-            total += m2[k * outer_stride + s] + n * delta * delta
-    out_mean[0] = mu
-    out_m2[0] = total
 
 
 cdef inline void _measure_columns(const element* x, Py_ssize_t rows, Py_ssize_t channels,
@@ -152,14 +148,12 @@ cdef inline void _measure_columns(const element* x, Py_ssize_t rows, Py_ssize_t 
     cdef:
         double column_mean[COLUMNS]
         double column_m2[COLUMNS]
-        Py_ssize_t width = channels * im.inner, stride = im.channels * im.inner, c
+        Py_ssize_t width = channels * im.inner, stride = im.channels * im.inner
     if abreast == 1 and im.inner == 1:
         column_moments(x, rows, stride, width, mean, m2)
         return
     column_moments(x, rows // abreast, stride * abreast, width * abreast, column_mean, column_m2)
-    for c in range(channels):
-        fold_equal(rows // abreast, column_mean + c * im.inner, column_m2 + c * im.inner,
-                   abreast, width, im.inner, mean + c, m2 + c)
+    fold_moments(rows // abreast, column_mean, column_m2, abreast, channels, im.inner, mean, m2)
 
 
 cdef inline void _measure_cells(const element* x, const Task* task, const Images* im, double* mean,
@@ -246,12 +240,7 @@ cdef inline void _finish(const Images* im, Py_ssize_t image, Py_ssize_t first, P
     _merge(im, first * in_group, last * in_group, mean, m2)
     while first < last:
         count = min(last - first, <Py_ssize_t> COLUMNS)
-        for i in range(count):
-            start = (first + i) * in_group
-            if in_group == 1:
-                mu[i], v[i] = mean[start], m2[start]
-            else:
-                fold_equal(n, mean + start, m2 + start, 1, 0, in_group, mu + i, v + i)
+        fold_moments(n, mean + first * in_group, m2 + first * in_group, 1, count, in_group, mu, v)
         start = image * im.groups + first
         call_mean, call_var = <real*> im.call.mean + start, <real*> im.call.var + start
         for i in range(count):
@@ -418,20 +407,17 @@ cdef inline void _sum_columns(
     """Add the three backward sums per channel of some rows of a strip; sums is (3, C)."""
     cdef:
         double columns[3 * COLUMNS]
-        Py_ssize_t width = task.channels * im.inner, stride = im.channels * im.inner * abreast
-        Py_ssize_t C = im.channels, c, k, s, v
+        Py_ssize_t width = task.channels * im.inner * abreast
+        Py_ssize_t stride = im.channels * im.inner * abreast, C = im.channels, v
     if abreast == 1 and im.inner == 1:
         column_backward_sums(grad_y, x, <const real*> NULL, rows, stride, width, mean, sums,
                              sums + C, NULL if im.frozen else sums + 2 * C)
         return
-    memset(columns, 0, sizeof(columns))
-    column_backward_sums(grad_y, x, <const real*> NULL, rows // abreast, stride, width * abreast,
-                         mean, columns, columns + COLUMNS, columns + 2 * COLUMNS)
+    memset(columns, 0, 3 * width * sizeof(double))
+    column_backward_sums(grad_y, x, <const real*> NULL, rows // abreast, stride, width, mean,
+                         columns, columns + width, columns + 2 * width)
     for v in range(3):
-        for k in range(abreast):
-            for c in range(task.channels):
-                for s in range(im.inner):
-                    sums[v * C + c] += columns[v * COLUMNS + k * width + c * im.inner + s]
+        fold_sums(columns + v * width, abreast, task.channels, im.inner, sums + v * C)
 
 
 cdef inline void _sum(const Images* im, Py_ssize_t start, Py_ssize_t index, const real* mean,
@@ -525,6 +511,22 @@ cdef inline void _combine(const Images* im, Py_ssize_t first, Py_ssize_t last, d
         c += K
 
 
+cdef inline void _sum_groups(const Images* im, Py_ssize_t image, const Task* task, real* terms,
+                             double* grad_weight, double* grad_bias) noexcept nogil:
+    """The same for the groups of a strip of few rows, from the sums on."""
+    cdef:
+        Py_ssize_t C = im.channels, K = C // im.groups, c = task.first_channel, here, i
+        real slope, offset
+    while c < task.first_channel + task.channels:
+        here = image * im.size + c
+        backward_group(<const element*> im.call.grad_y + here, <const element*> im.call.x + here,
+                       im.rows, C, K, at(<const real*> im.call.weight, c), terms[c],
+                       terms[2 * C + c], at(grad_weight, c), at(grad_bias, c), &slope, &offset)
+        for i in range(c, c + K):
+            terms[3 * C + i], terms[4 * C + i] = slope, offset
+        c += K
+
+
 cdef inline void _backward_image(
     const Images* im, Py_ssize_t image, double* wide, real* terms, double* grad_weight,
     double* grad_bias, int member, int members,
@@ -538,6 +540,7 @@ cdef inline void _backward_image(
         Py_ssize_t start = image * im.size, q
         bint summed = not im.frozen or grad_weight is not NULL
         bint whole = strips_whole(im), differentiated = im.call.grad_x is not NULL
+        bint few = whole and im.few and K <= FEW_CHANNELS
         Task task
     if not whole:
         _set_backward(im, image, first_group, last_group, terms)
@@ -548,9 +551,11 @@ cdef inline void _backward_image(
             first_group = task.first_channel // K
             last_group = (task.first_channel + task.channels) // K
             _set_backward(im, image, first_group, last_group, terms)
-        if summed:
+        if few:
+            _sum_groups(im, image, &task, terms, grad_weight, grad_bias)
+        elif summed:
             _sum(im, start, q, terms, wide)
-        if whole and summed:
+        if whole and summed and not few:
             _combine(im, first_group, last_group, wide, terms, grad_weight, grad_bias)
         if differentiated and (im.frozen or whole):
             _differentiate(im, start, q, terms)

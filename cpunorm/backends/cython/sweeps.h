@@ -25,6 +25,7 @@
 #define COLUMN_ROWS 64      /* rows summed before the sums go to float64 */
 #define BACKWARD_ROWS 16    /* the same, where sums may nearly cancel */
 #define BACKWARD_VECTORS 16 /* and along a stretch */
+#define FEW_CHANNELS 1024   /* of a group whose sums stay in L1 */
 #define FEW_VECTORS 16      /* of a stretch so short that LANES of them are measured together */
 #if VECTOR_BYTES == 64
 #define SHORT_VECTORS 8     /* vectors of a row that is kept in registers, of which there are 32 here */
@@ -269,6 +270,56 @@ SWEEP void merge_columns(double n_a, double *mean_a, double *m2_a, double n_b, c
         mean_a[i] += delta * share;
         m2_a[i] += m2_b[i] + delta * delta * weight;
     }
+}
+
+/* Merges moments of n values each: `copies` rows of channels * inner of them become one of channels. Equal means
+ * give exactly their value. */
+SWEEP void fold_moments(double n, const double *restrict mean, const double *restrict m2, ptrdiff_t copies,
+                        ptrdiff_t channels, ptrdiff_t inner, double *restrict out_mean, double *restrict out_m2)
+{
+    const double count = copies * inner;
+    const ptrdiff_t width = channels * inner;
+    if (inner == 1) {
+        for (ptrdiff_t c = 0; c < channels; c++)
+            out_mean[c] = out_m2[c] = 0;
+        for (ptrdiff_t k = 1; k < copies; k++)
+            for (ptrdiff_t c = 0; c < channels; c++)
+                out_mean[c] += mean[k * width + c] - mean[c];
+        for (ptrdiff_t c = 0; c < channels; c++)
+            out_mean[c] = mean[c] + out_mean[c] / count;
+        for (ptrdiff_t k = 0; k < copies; k++)
+            for (ptrdiff_t c = 0; c < channels; c++) {
+                const double delta = mean[k * width + c] - out_mean[c];
+                out_m2[c] += m2[k * width + c] + n * delta * delta;
+            }
+        return;
+    }
+    for (ptrdiff_t c = 0; c < channels; c++, mean += inner, m2 += inner) {
+        double shift = 0, total = 0;
+        for (ptrdiff_t k = 0; k < copies; k++)
+            for (ptrdiff_t s = 0; s < inner; s++)
+                shift += mean[k * width + s] - mean[0];
+        const double mu = mean[0] + shift / count;
+        for (ptrdiff_t k = 0; k < copies; k++)
+            for (ptrdiff_t s = 0; s < inner; s++) {
+                const double delta = mean[k * width + s] - mu;
+                total += m2[k * width + s] + n * delta * delta;
+            }
+        out_mean[c] = mu, out_m2[c] = total;
+    }
+}
+
+/* Adds `copies` rows of channels * inner sums to one of channels. */
+SWEEP void fold_sums(const double *restrict columns, ptrdiff_t copies, ptrdiff_t channels, ptrdiff_t inner,
+                     double *restrict sums)
+{
+    for (; copies > 0; copies--, columns += channels * inner)
+        for (ptrdiff_t c = 0; c < channels; c++) {
+            double total = 0;
+            for (ptrdiff_t s = 0; s < inner; s++)
+                total += columns[c * inner + s];
+            sums[c] += total;
+        }
 }
 
 ALWAYS void add_one(vec t, vec *sum, vec *squares)
@@ -1343,6 +1394,39 @@ SWEEP void combine_channels(ptrdiff_t K, ptrdiff_t groups, const double *g, cons
         combine_groups(1, groups, g, gx, x, weight, n, through, rstd, grad_weight, grad_bias, b, c);
     else
         combine_groups(K, groups, g, gx, x, weight, n, through, rstd, grad_weight, grad_bias, b, c);
+}
+
+/* The same, from the sums on, for one group of K channels in at most BACKWARD_ROWS rows: they stay in L1. K is
+ * at most FEW_CHANNELS. */
+SWEEP void backward_group(const element *grad_y, const element *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t K,
+                          const real *weight, real mean, real rstd, double *grad_weight, double *grad_bias, real *b,
+                          real *c)
+{
+    real g[FEW_CHANNELS], gx[FEW_CHANNELS];
+    const int few = (K + LANES - 1) / LANES * rows <= BACKWARD_VECTORS;
+    ptrdiff_t added = 0;
+    backward_vecs sum = {{0}, {0}, {0}};
+    backward_wides wide;
+    clear(&wide);
+    FOR_VECTORS(j, left, K, {
+        vec g_ = {0}, gx_ = {0}, x_ = {0};
+        for (ptrdiff_t r = 0; r < rows; r++) {
+            const vec t = load(x + r * stride + j, left, mean) - mean, y = load(grad_y + r * stride + j, left, 0);
+            g_ += y, gx_ += y * t, x_ += t;
+        }
+        store_real(g + j, g_, left), store_real(gx + j, gx_, left);
+        const vec w = weight ? load_real(weight + j, left, 0) : splat(1);
+        sum.g += w * g_, sum.gx += w * gx_, sum.x += x_;
+        if (!few && (added += rows) >= BACKWARD_VECTORS)
+            flush(&wide, &sum), added = 0;
+    })
+    double g_sum = lanes_sum(sum.g), gx_sum = lanes_sum(sum.gx), x_sum = lanes_sum(sum.x);
+    if (!few)
+        add_wides(&wide, &g_sum, &gx_sum, &x_sum);
+    const double n = rows * K, r = rstd, rest = x_sum / n, slope = -r * r * (gx_sum - rest * g_sum) / n;
+    *b = slope, *c = -g_sum / n - slope * rest;
+    for (ptrdiff_t k = 0; grad_weight && k < K; k++)
+        grad_weight[k] += r * (gx[k] - rest * g[k]), grad_bias[k] += g[k];
 }
 
 /* --------------------------------------------------------- the rows of a strip: element by element */

@@ -15,6 +15,7 @@ cdef extern from "sweeps.h" nogil:
         BLOCK
         PAIR
         BACKWARD_SHORT
+        FEW_CHANNELS
         SHORT_VECTORS
         UNITS
 
@@ -27,6 +28,12 @@ cdef extern from "sweeps.h" nogil:
                        double n_b, double mean_b, double m2_b) noexcept
     void merge_columns(double n_a, double* mean_a, double* m2_a, double n_b, const double* mean_b,
                        const double* m2_b, Py_ssize_t count) noexcept
+
+    void fold_moments(double n, const double* mean, const double* m2, Py_ssize_t copies,
+                      Py_ssize_t channels, Py_ssize_t inner, double* out_mean,
+                      double* out_m2) noexcept
+    void fold_sums(const double* columns, Py_ssize_t copies, Py_ssize_t channels, Py_ssize_t inner,
+                   double* sums) noexcept
 
     void stretch_moments(const element* x, Py_ssize_t units, Py_ssize_t n, double* mean,
                          double* m2, const element* y) noexcept
@@ -97,6 +104,10 @@ cdef extern from "sweeps.h" nogil:
                           const double* x, const real* weight, double n, int through,
                           const real* rstd, double* grad_weight, double* grad_bias, real* b,
                           real* c) noexcept
+
+    void backward_group(const element* grad_y, const element* x, Py_ssize_t rows,
+                        Py_ssize_t stride, Py_ssize_t K, const real* weight, real mean, real rstd,
+                        double* grad_weight, double* grad_bias, real* b, real* c) noexcept
 
     void affine_block(const element* x, const element* residual, element* y, Py_ssize_t rows,
                       Py_ssize_t stride, Py_ssize_t width, const real* pivot, const real* scale,
