@@ -13,7 +13,7 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
 
 from .sweeps cimport (
-    BACKWARD_SHORT, BLOCK, LANES, PAIR, SHORT_VECTORS, UNITS, add, affine_along, at,
+    BACKWARD_ROWS, BACKWARD_SHORT, BLOCK, LANES, PAIR, SHORT_VECTORS, UNITS, add, affine_along, at,
     backward_affine_along, backward_short, element, flush_reals, merge_moments, normalize_short,
     own_lines, real, rstd_of, share, stream_fence, stretch_backward_sums, stretch_moments,
     stretch_squares, sum_parts, team, team_barrier, variance,
@@ -223,19 +223,27 @@ cdef inline void _backward_together(const Stretches* s, Py_ssize_t m, Py_ssize_t
 cdef inline void _backward_part(const Stretches* s, Py_ssize_t part, real* sums) noexcept nogil:
     """`sums` are this member's, zero before and after."""
     cdef:
-        Py_ssize_t first = s.M * part // s.parts, last = s.M * (part + 1) // s.parts
+        Py_ssize_t repeats = s.M // s.period
+        Py_ssize_t first = repeats * part // s.parts * s.period
+        Py_ssize_t last = repeats * (part + 1) // s.parts * s.period
         Py_ssize_t length = s.period * s.D, together = PAIR if s.period == 1 else 1
-        Py_ssize_t before_flush = FLUSH * PAIR * s.period, m, along
+        Py_ssize_t before_flush = FLUSH * PAIR * s.period, some, m, g, along
         double* wide = at(s.wide, 2 * part * length)
     if wide is not NULL:
         memset(wide, 0, 2 * length * sizeof(double))
-    if s.period == 1 and s.D <= BACKWARD_SHORT * LANES:
-        along = first * s.D
-        backward_short(s.grad_y + along, s.x + along, s.weight, at(s.grad_total, along),
-                       at(s.grad_x, along), last - first, s.D, at(s.mean, first), s.rstd + first,
-                       wide, at(wide, length), s.streaming)
-        return
     m = first
+    if s.D <= BACKWARD_SHORT * LANES:
+        some = last - first if s.period == 1 else BACKWARD_ROWS * s.period
+        while m < last:
+            for g in range(s.period):
+                along = (m + g) * s.D
+                backward_short(s.grad_y + along, s.x + along, at(s.weight, g * s.D),
+                               at(s.grad_total, along), at(s.grad_x, along),
+                               min(some, last - m) // s.period, s.D, s.period, at(s.mean, m + g),
+                               s.rstd + m + g, at(wide, g * s.D), at(wide, length + g * s.D),
+                               s.streaming)
+            m += some
+        return
     while m < last:
         along = (m % s.period) * s.D
         _backward_together(s, m, min(together, last - m), at(sums, along),

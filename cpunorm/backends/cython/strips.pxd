@@ -486,29 +486,29 @@ cdef inline void _set_backward(const Images* im, Py_ssize_t image, Py_ssize_t fi
             terms[c], terms[2 * C + c] = mean[g], rstd[g]
 
 
-cdef inline void _combine(const Images* im, Py_ssize_t first, Py_ssize_t last, double* wide,
-                          real* terms, double* grad_weight, double* grad_bias) noexcept nogil:
+cdef inline void _combine(const Images* im, Py_ssize_t image, Py_ssize_t first, Py_ssize_t last,
+                          double* wide, real* terms, double* grad_weight,
+                          double* grad_bias) noexcept nogil:
     """b and c of the channels of some groups, from the sums of all chunks."""
     cdef:
         Py_ssize_t C = im.channels, K = C // im.groups, c = first * K, end = last * K, i, v, k
-        real slope, offset
+        Py_ssize_t count
+        real slope[COLUMNS]
+        real offset[COLUMNS]
     for i in range(1, im.chunks):
         for v in range(3):
             for k in range(v * C + c, v * C + end):
                 wide[k] += wide[i * 3 * C + k]
-    if K == 1:
-        combine_channels(1, last - first, wide + c, wide + C + c, wide + 2 * C + c,
-                         terms + C + c, im.rows * im.inner, not im.frozen, terms + 2 * C + c,
-                         at(grad_weight, c), at(grad_bias, c), terms + 3 * C + c,
-                         terms + 4 * C + c)
-        return
-    while c < end:
-        combine_channels(K, 1, wide + c, wide + C + c, wide + 2 * C + c, terms + C + c,
-                         im.rows * K, not im.frozen, terms + 2 * C + c, at(grad_weight, c),
-                         at(grad_bias, c), &slope, &offset)
-        for k in range(c, c + K):
-            terms[3 * C + k], terms[4 * C + k] = slope, offset
-        c += K
+    while first < last:
+        c, count = first * K, min(last - first, <Py_ssize_t> COLUMNS)
+        combine_channels(K, count, wide + c, wide + C + c, wide + 2 * C + c,
+                         at(<const real*> im.call.weight, c), im.rows * im.inner * K,
+                         not im.frozen, <const real*> im.call.rstd + image * im.groups + first,
+                         at(grad_weight, c), at(grad_bias, c), slope, offset)
+        for i in range(count):
+            for k in range(c + i * K, c + (i + 1) * K):
+                terms[3 * C + k], terms[4 * C + k] = slope[i], offset[i]
+        first += count
 
 
 cdef inline void _sum_groups(const Images* im, Py_ssize_t image, const Task* task, real* terms,
@@ -556,14 +556,14 @@ cdef inline void _backward_image(
         elif summed:
             _sum(im, start, q, terms, wide)
         if whole and summed and not few:
-            _combine(im, first_group, last_group, wide, terms, grad_weight, grad_bias)
+            _combine(im, image, first_group, last_group, wide, terms, grad_weight, grad_bias)
         if differentiated and (im.frozen or whole):
             _differentiate(im, start, q, terms)
     if whole:
         return
     team_barrier(members)
     if summed:
-        _combine(im, first_group, last_group, wide, terms, grad_weight, grad_bias)
+        _combine(im, image, first_group, last_group, wide, terms, grad_weight, grad_bias)
     team_barrier(members)
     if not im.frozen and differentiated:
         for q in range(last - 1, first - 1, -1):

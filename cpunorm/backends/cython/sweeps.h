@@ -983,11 +983,12 @@ SWEEP void normalize_short(const element *x, const real *weight, element *y, ptr
 #undef CASE
 }
 
-/* The gradients of such rows; grad_weight and grad_bias, (n,), are added to, or NULL together. */
+/* The gradients of M rows, each `period` rows after the one before and with a weight, or none, that runs along it;
+ * grad_weight and grad_bias, (n,), are added to, or NULL together. */
 ALWAYS void backward_in_registers(const int vectors, const element *grad_y, const element *x, const real *weight,
                                   const element *grad_total, element *grad_x, ptrdiff_t M, ptrdiff_t n,
-                                  const real *mean, const real *rstd, double *grad_weight, double *grad_bias,
-                                  int streaming)
+                                  ptrdiff_t period, const real *mean, const real *rstd, double *grad_weight,
+                                  double *grad_bias, int streaming)
 {
     const ptrdiff_t left = n - (vectors - 1) * LANES;
     const double inverse = 1.0 / n;
@@ -997,9 +998,10 @@ ALWAYS void backward_in_registers(const int vectors, const element *grad_y, cons
         w[v] = weight ? load_real(weight + v * LANES, LEFT(v), 0) : splat(1);
         weight_sum[v] = bias_sum[v] = splat(0);
     }
-    for (ptrdiff_t m = 0; m < M; m++, grad_y += n, x += n) {
-        const double r = rstd[m];
-        const real pivot = mean ? mean[m] : 0, r_ = r;
+    for (ptrdiff_t m = 0; m < M; m++, grad_y += period * n, x += period * n) {
+        const double r = rstd[m * period];
+        const real pivot = mean ? mean[m * period] : 0, r_ = r;
+        const ptrdiff_t here = m * period * n;
         vec t[BACKWARD_SHORT], g[BACKWARD_SHORT], g_sum = {0}, gx_sum = {0}, x_sum = {0};
         for (int v = 0; v < vectors; v++) {
             t[v] = load(x + v * LANES, LEFT(v), pivot) - pivot;
@@ -1013,11 +1015,11 @@ ALWAYS void backward_in_registers(const int vectors, const element *grad_y, cons
             if (grad_x) {
                 vec out = r_ * (g[v] * w[v] + fused(t[v], splat(b_), splat(c_)));
                 if (grad_total)
-                    out += load(grad_total + m * n + v * LANES, LEFT(v), 0);
+                    out += load(grad_total + here + v * LANES, LEFT(v), 0);
                 if (streaming)
-                    stream(grad_x + m * n + v * LANES, out);
+                    stream(grad_x + here + v * LANES, out);
                 else
-                    store(grad_x + m * n + v * LANES, out, LEFT(v));
+                    store(grad_x + here + v * LANES, out, LEFT(v));
             }
             weight_sum[v] = fused(g[v], fused(t[v], splat(r_), splat(s)), weight_sum[v]);
             bias_sum[v] += g[v];
@@ -1036,13 +1038,13 @@ ALWAYS void backward_in_registers(const int vectors, const element *grad_y, cons
 
 EXACT_SWEEP void backward_short(const element *grad_y, const element *x, const real *weight,
                                 const element *grad_total, element *grad_x, ptrdiff_t M, ptrdiff_t n,
-                                const real *mean, const real *rstd, double *grad_weight, double *grad_bias,
-                                int streaming)
+                                ptrdiff_t period, const real *mean, const real *rstd, double *grad_weight,
+                                double *grad_bias, int streaming)
 {
     streaming = streaming && grad_x && until_aligned(grad_x) == 0 && n % LANES == 0;
 #define CASE(v)                                                                         \
     case v:                                                                             \
-        backward_in_registers(v, grad_y, x, weight, grad_total, grad_x, M, n, mean, rstd, grad_weight, \
+        backward_in_registers(v, grad_y, x, weight, grad_total, grad_x, M, n, period, mean, rstd, grad_weight, \
                               grad_bias, streaming);                                    \
         break;
     switch ((n + LANES - 1) / LANES) {

@@ -14,6 +14,7 @@ cdef extern from "sweeps.h" nogil:
         LANES
         BLOCK
         PAIR
+        BACKWARD_ROWS
         BACKWARD_SHORT
         FEW_CHANNELS
         SHORT_VECTORS
@@ -79,8 +80,8 @@ cdef extern from "sweeps.h" nogil:
 
     void backward_short(const element* grad_y, const element* x, const real* weight,
                         const element* grad_total, element* grad_x, Py_ssize_t M, Py_ssize_t n,
-                        const real* mean, const real* rstd, double* grad_weight,
-                        double* grad_bias, int streaming) noexcept
+                        Py_ssize_t period, const real* mean, const real* rstd,
+                        double* grad_weight, double* grad_bias, int streaming) noexcept
 
     void column_moments(const element* x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t width,
                         double* mean, double* m2) noexcept
