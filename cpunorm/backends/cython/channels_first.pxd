@@ -18,7 +18,7 @@ from .stretches cimport Stretches, backward_stretches, normalize_stretches
 from .strips cimport Images, apply_images, backward_images, images_of, normalize_images
 from .sweeps cimport (
     LANES, UNITS, affine, at, backward_affine, combine_channels, element, merge_moments, own_lines,
-    plane_backward_sums, plane_moments, real, rstd_of, share, stream_fence,
+    plane_backward_sums, plane_moments, real, repeat_each, rstd_of, share, stream_fence,
     stretch_moments, stretches_backward_sums, sum_parts, take_statistics, team, team_barrier,
     variance, worth_dealing,
 )
@@ -253,12 +253,9 @@ cdef inline Stretches _stretches(const Units* u) noexcept nogil:
 
 cdef inline real* _repeated(const real* parameter, const Call* call, real* out) noexcept nogil:
     """Weight or bias as stretches want them: S times each."""
-    cdef Py_ssize_t c, s
     if parameter is NULL:
         return NULL
-    for c in range(call.C):
-        for s in range(call.S):
-            out[c * call.S + s] = parameter[c]
+    repeat_each(parameter, call.C, call.S, out)
     return out
 
 

@@ -28,6 +28,7 @@ cdef enum:
     ROWS = 32           # stretches of a part, at least; of one of the first FEW_PARTS,
     FEW_ROWS = 8
     FEW_PARTS = 4
+    SPLITS = 8          # of a period where the parts are fewer
 
 
 cdef struct Stretches:
@@ -51,7 +52,7 @@ cdef struct Stretches:
     element* grad_x
     real* grad_weight
     real* grad_bias
-    Py_ssize_t parts
+    Py_ssize_t parts, splits    # of the stretches, and of each period
     bint cached                 # whether what is read and written stays in the team's caches
     # Scratch of the whole team.
     Py_ssize_t piece
@@ -220,45 +221,51 @@ cdef inline void _backward_together(const Stretches* s, Py_ssize_t m, Py_ssize_t
                           s.cached or m + count + PAIR > s.M)
 
 
-cdef inline void _backward_part(const Stretches* s, Py_ssize_t part, real* sums) noexcept nogil:
+cdef inline void _backward_part(const Stretches* s, Py_ssize_t part, Py_ssize_t split,
+                                real* sums) noexcept nogil:
     """`sums` are this member's, zero before and after."""
     cdef:
-        Py_ssize_t repeats = s.M // s.period
+        Py_ssize_t repeats = s.M // s.period, length = s.period * s.D, m, g, count, some
         Py_ssize_t first = repeats * part // s.parts * s.period
         Py_ssize_t last = repeats * (part + 1) // s.parts * s.period
-        Py_ssize_t length = s.period * s.D, together = PAIR if s.period == 1 else 1
-        Py_ssize_t before_flush = FLUSH * PAIR * s.period, some, m, g, along
+        # Of each period.
+        Py_ssize_t g_first = s.period * split // s.splits
+        Py_ssize_t g_last = s.period * (split + 1) // s.splits
+        Py_ssize_t along = g_first * s.D, n = (g_last - g_first) * s.D, here
         double* wide = at(s.wide, 2 * part * length)
     if wide is not NULL:
-        memset(wide, 0, 2 * length * sizeof(double))
+        memset(wide + along, 0, n * sizeof(double))
+        memset(wide + length + along, 0, n * sizeof(double))
     m = first
     if s.D <= BACKWARD_SHORT * LANES:
         some = last - first if s.period == 1 else BACKWARD_ROWS * s.period
         while m < last:
-            for g in range(s.period):
-                along = (m + g) * s.D
-                backward_short(s.grad_y + along, s.x + along, at(s.weight, g * s.D),
-                               at(s.grad_total, along), at(s.grad_x, along),
+            for g in range(g_first, g_last):
+                here = (m + g) * s.D
+                backward_short(s.grad_y + here, s.x + here, at(s.weight, g * s.D),
+                               at(s.grad_total, here), at(s.grad_x, here),
                                min(some, last - m) // s.period, s.D, s.period, at(s.mean, m + g),
                                s.rstd + m + g, at(wide, g * s.D), at(wide, length + g * s.D),
                                s.streaming)
             m += some
         return
+    some = PAIR if s.period == 1 else s.period
     while m < last:
-        along = (m % s.period) * s.D
-        _backward_together(s, m, min(together, last - m), at(sums, along),
-                           at(sums, length + along))
-        m += together
-        if wide is not NULL and (m >= last or (m - first) % before_flush == 0):
-            flush_reals(wide, sums, 2 * length)
+        count = min(some, last - m) if s.period == 1 else 1
+        for g in range(g_first, g_last):
+            _backward_together(s, m + g, count, at(sums, g * s.D), at(sums, length + g * s.D))
+        m += some
+        if wide is not NULL and (m >= last or (m - first) % (FLUSH * PAIR * s.period) == 0):
+            flush_reals(wide + along, sums + along, n)
+            flush_reals(wide + length + along, sums + length + along, n)
 
 
 cdef inline void _backward_whole(void* work, int member, int members) noexcept nogil:
     cdef:
         const Stretches* s = <const Stretches*> work
-        Py_ssize_t length = s.period * s.D, p
-    for p in range(share(s.parts, member, members), share(s.parts, member + 1, members)):
-        _backward_part(s, p, at(s.sums, member * own_lines(2 * length)))
+        Py_ssize_t length = s.period * s.D, tasks = s.parts * s.splits, p
+    for p in range(share(tasks, member, members), share(tasks, member + 1, members)):
+        _backward_part(s, p // s.splits, p % s.splits, at(s.sums, member * own_lines(2 * length)))
     if s.streaming:
         stream_fence()
     if s.wide is not NULL:
@@ -322,6 +329,7 @@ cdef inline int backward_stretches(Stretches* s, Py_ssize_t slab, int threads) n
     s.wide, s.sums = NULL, NULL
     s.parts = max(1, min(s.M // (FEW_ROWS * s.period), <Py_ssize_t> FEW_PARTS),
                   min(s.M // (ROWS * s.period), <Py_ssize_t> PARTS))
+    s.splits = min(s.period, <Py_ssize_t> SPLITS) if s.parts < FEW_PARTS else 1
     s.cached = 3 * s.M * s.D * <Py_ssize_t> sizeof(element) <= slab * threads
     if parameters:
         s.sums = <real*> calloc(own_lines(2 * length) * (1 if pieces else threads), sizeof(real))

@@ -21,7 +21,7 @@ from .call cimport Call
 from .sweeps cimport (
     FEW_CHANNELS, LANES, UNITS, affine_block, at, backward_block, backward_group,
     column_backward_sums, column_moments, combine_channels, element, fold_moments, fold_sums,
-    merge_columns, own_lines, plane_moments, real, rstd_of, set_columns, share, stream_fence,
+    merge_columns, own_lines, plane_moments, real, repeat_each, rstd_of, set_columns, share, stream_fence,
     stretch_moments, sum_parts, take_statistics, team, team_barrier, variance, worth_dealing,
 )
 
@@ -125,16 +125,11 @@ cdef inline const real* columns_of(const Images* im, const real* per_channel,
                                    const Task* task, Py_ssize_t copies,
                                    real* columns) noexcept nogil:
     """A value per channel for the columns of a strip in `copies` (2^k) rows side by side."""
-    cdef Py_ssize_t width = task.channels * im.inner, c, i
+    cdef Py_ssize_t width = task.channels * im.inner
     per_channel += task.first_channel
     if im.inner == 1 and copies == 1:
         return per_channel
-    if im.inner == 1:
-        memcpy(columns, per_channel, width * sizeof(real))
-    else:
-        for c in range(task.channels):
-            for i in range(c * im.inner, (c + 1) * im.inner):
-                columns[i] = per_channel[c]
+    repeat_each(per_channel, task.channels, im.inner, columns)
     while copies > 1:
         memcpy(columns + width, columns, width * sizeof(real))
         width, copies = 2 * width, copies // 2

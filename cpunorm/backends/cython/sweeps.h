@@ -313,13 +313,16 @@ SWEEP void fold_moments(double n, const double *restrict mean, const double *res
 SWEEP void fold_sums(const double *restrict columns, ptrdiff_t copies, ptrdiff_t channels, ptrdiff_t inner,
                      double *restrict sums)
 {
-    for (; copies > 0; copies--, columns += channels * inner)
-        for (ptrdiff_t c = 0; c < channels; c++) {
+    for (; copies > 0; copies--, columns += channels * inner) {
+        for (ptrdiff_t c = 0; inner == 1 && c < channels; c++)
+            sums[c] += columns[c];
+        for (ptrdiff_t c = 0; inner > 1 && c < channels; c++) {
             double total = 0;
             for (ptrdiff_t s = 0; s < inner; s++)
                 total += columns[c * inner + s];
             sums[c] += total;
         }
+    }
 }
 
 ALWAYS void add_one(vec t, vec *sum, vec *squares)
@@ -1660,6 +1663,27 @@ EXACT_SWEEP void move_running(real *running, const real *new_, ptrdiff_t B, ptrd
         move_towards(1, running, new_, stride, n, factor, momentum);
     else
         move_towards(B, running, new_, stride, n, factor, momentum);
+}
+
+/* Each of `count` values so many times. */
+SWEEP void repeat_each(const real *values, ptrdiff_t count, ptrdiff_t times, real *out)
+{
+    const ptrdiff_t whole = LANES / times, rest = LANES % times, n = count * times;
+    vec middle;
+    for (ptrdiff_t i = 0; i < LANES; i++)
+        middle[i] = i + (real)0.5;
+    if (times == 1) {
+        memcpy(out, values, count * sizeof(real));
+        return;
+    }
+    /* The lanes of a vector begin with what is left of the k-th value. */
+    for (ptrdiff_t i = 0, k = 0, gone = 0; i < n; i += LANES) {
+        const bits_vec which = __builtin_convertvector((middle + (real)gone) * ((real)1 / times), bits_vec);
+        store_real(out + i, picked(load_real(values + k, MIN(LANES, count - k), 0), which), MIN(LANES, n - i));
+        k += whole, gone += rest;
+        if (gone >= times)
+            gone -= times, k++;
+    }
 }
 
 /* ------------------------------------------------------------------------------ elements and reals */

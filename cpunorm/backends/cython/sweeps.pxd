@@ -130,6 +130,7 @@ cdef extern from "sweeps.h" nogil:
     void move_running(real* running, const real* new_, Py_ssize_t B, Py_ssize_t stride,
                       Py_ssize_t n, double factor, double momentum) noexcept
 
+    void repeat_each(const real* values, Py_ssize_t count, Py_ssize_t times, real* out) noexcept
     void widen_stretch(const element* x, real* y, Py_ssize_t n) noexcept
     void narrow_stretch(const real* x, element* y, Py_ssize_t n) noexcept
 

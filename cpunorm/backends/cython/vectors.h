@@ -502,6 +502,19 @@ ALWAYS vec lanes_sums(const vec *v)
 #endif
 }
 
+/* In each lane the lane of v that is asked for. */
+ALWAYS vec picked(vec v, bits_vec which)
+{
+#if defined(__clang__)
+    vec out;
+    for (ptrdiff_t i = 0; i < LANES; i++)
+        out[i] = v[which[i]];
+    return out;
+#else
+    return __builtin_shuffle(v, which);
+#endif
+}
+
 /* a * b + c, rounded once where the processor can. */
 ALWAYS vec fused(vec a, vec b, vec c)
 {
