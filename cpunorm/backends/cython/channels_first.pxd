@@ -26,7 +26,9 @@ from .sweeps cimport (
 cdef enum:
     CHUNK = 1 << 14         # elements, a multiple of the block of sweeps.h
     RUN = 1 << 12           # bytes of a slab that should lie side by side
-    SMALL = 1 << 14         # bytes of a slab of groups that stay in L1
+    SMALL = 1 << 14         # bytes of a slab of groups that stay in L1,
+    NEAR = 1 << 15          # and of one so near that the next may be fetched meanwhile
+    SLABS = 4               # slabs of a tensor that L2 does not hold
     PARTS = 32              # at most, of the images in backward
     SHORT = 8               # elements of a plane that is too short,
     FEW_VECTORS = 4         # and vectors of one that is where there are many
@@ -88,8 +90,15 @@ cdef inline Py_ssize_t unit_at(const Units* u, Py_ssize_t unit) noexcept nogil:
 
 
 cdef inline Py_ssize_t next_slab(const Units* u, Py_ssize_t unit, Py_ssize_t count) noexcept nogil:
-    """How far away is what is to be fetched: what lies side by side the processor does itself."""
-    return unit_at(u, count) if u.batch and unit + count < u.call.G else 0
+    """How far away is what is to be fetched while a slab is transformed, 0 where that is nothing."""
+    cdef const Call* call = u.call
+    cdef Py_ssize_t length = unit_at(u, count)
+    if u.batch:
+        return length if unit + count < call.G else 0
+    # What lies side by side the processor foresees, but not while it writes.
+    return length if (unit + 2 * count <= call.B * call.G
+                      and length * <Py_ssize_t> sizeof(element) <= NEAR
+                      and call.B * call.G * unit_bytes(u) >= SLABS * call.slab) else 0
 
 
 cdef inline Chunk chunk_of(const Units* u, Py_ssize_t index) noexcept nogil:
@@ -392,7 +401,7 @@ cdef inline void differentiate_chunk(const Units* u, Py_ssize_t unit, Py_ssize_t
     cdef:
         Chunk chunk = chunk_of(u, index)
         Py_ssize_t here = unit_at(u, unit) + chunk.offset, c = unit % u.call.G * u.K, p
-        Py_ssize_t ahead = next_slab(u, unit, count)
+        Py_ssize_t ahead = next_slab(u, unit, count) if u.batch else 0
     if u.batch:
         for p in range(chunk.planes - 1, -1, -1):
             differentiate_planes(u, here + p * u.stride, count, chunk.length, c, unit, b, c_, 1,
