@@ -21,7 +21,7 @@ from ._channels cimport Channels, settle
 from ._memory cimport empty, empty_as
 from .backends.cython.call cimport Call, Table, Verb
 from .backends.cython.verbs cimport (
-    FLOAT32, FLOAT64, element_of, new_call, run, tables,
+    FLOAT32, FLOAT64, element_of, new_call, run, run_briefly, tables,
 )
 
 import numpy as np
@@ -52,6 +52,7 @@ cdef enum:
     USER_DEFINED = 256  # from here on NumPy numbers the types of others
     FEW = 64            # statistics that need no memory of their own
     MOST_AXES = 64      # that an array of NumPy has
+    BRIEF = 1 << 14     # bytes of x that take about a microsecond
 
 cdef struct Statistics:
     double few[FEW]
@@ -224,6 +225,8 @@ cdef int solve(object backend, tuple kernel, Verb verb, cnp.ndarray x, Call* cal
     if backend != "cython":
         solve_elsewhere(*kernel, backend, nbytes, *arguments(kernel, x, call))
         return 0
+    if nbytes < BRIEF:
+        return run_briefly(verb, call)
     if nbytes < serial_bytes:
         return run(verb, call)
     call.threads = take_threads(nbytes)

@@ -1,9 +1,11 @@
-"""Memory for results: aligned to cache lines, and large blocks used again.
+"""Memory for results: aligned to cache lines, and used again.
 
 Fresh memory from the system costs a page fault for every page, several times what a normalization
-takes. A block of LARGE bytes or more that is given back therefore waits in a pool for a request of
-the same size. It gets there only when NumPy frees it, once no array refers to it any more. The pool
-holds CPUNORM_POOL_BYTES at most (256 MiB unless set, 0 turns it off); what has waited longest goes
+takes, and blocks of some KiB, which the C library joins with their neighbours whenever one is freed,
+a good part of a short call. A block that is given back therefore waits in a pool for a request of
+the same size. It gets there only when NumPy frees it, once no array refers to it any more. There is
+a pool for small blocks, which hold little, and one for those of LARGE bytes or more, which holds
+CPUNORM_POOL_BYTES at most (256 MiB unless set, 0 turns both off); what has waited longest goes
 first.
 """
 
@@ -76,59 +78,64 @@ cdef extern from "numpy/arrayobject.h":
 
 cdef enum:
     LINE = 64
+    SMALL = 1 << 10     # below it the C library is quick
     LARGE = 1 << 16
     PLACES = 32
+    SMALL_BYTES = 1 << 19
 
 cdef struct Block:
     void* data
     size_t size
 
-cdef Block pool[PLACES]     # the one that has waited longest first; the GIL guards it
-cdef int pooled = 0
-cdef size_t pool_bytes = 0
-cdef size_t pool_limit = 256 << 20
+cdef struct Pool:
+    Block blocks[PLACES]    # the one that has waited longest first; the GIL guards it
+    int count
+    size_t nbytes, limit
+
+cdef Pool small_pool, large_pool
+
+
+cdef inline Pool* pool_of(size_t size) noexcept:
+    return &large_pool if size >= LARGE else &small_pool
 
 
 cdef void* take(void* ctx, size_t size) noexcept:
-    cdef int place = pooled - 1
-    cdef size_t huge_page = 1 << 21
-    cdef void* block
-    if size < LARGE:
-        return aligned(LINE, size)
-    while place >= 0 and pool[place].size != size:
+    cdef:
+        Pool* pool = pool_of(size)
+        int place = pool.count - 1 if size >= SMALL else -1
+        size_t huge_page = 1 << 21
+        void* block
+    while place >= 0 and pool.blocks[place].size != size:
         place -= 1
     if place < 0:
         block = aligned(huge_page if size >= huge_page else LINE, size)
         if block is not NULL and size >= huge_page:
             advise_huge_pages(block, size)
         return block
-    block = pool[place].data
-    drop(place)
+    return drop(pool, place)
+
+
+cdef void* drop(Pool* pool, int place) noexcept:
+    """The block that waits in a place; it does so no longer."""
+    cdef void* block = pool.blocks[place].data
+    cdef int i
+    pool.nbytes -= pool.blocks[place].size
+    pool.count -= 1
+    for i in range(place, pool.count):
+        pool.blocks[i] = pool.blocks[i + 1]
     return block
 
 
-cdef void drop(int place) noexcept:
-    global pooled, pool_bytes
-    cdef int i
-    pool_bytes -= pool[place].size
-    pooled -= 1
-    for i in range(place, pooled):
-        pool[i] = pool[i + 1]
-
-
 cdef void give(void* ctx, void* block, size_t size) noexcept:
-    global pooled, pool_bytes
-    cdef void* oldest
-    if size < LARGE or size > pool_limit:
+    cdef Pool* pool = pool_of(size)
+    if size < SMALL or size > pool.limit:
         free(block)
         return
-    while pooled == PLACES or pool_bytes + size > pool_limit:
-        oldest = pool[0].data
-        drop(0)
-        free(oldest)
-    pool[pooled] = Block(block, size)
-    pooled += 1
-    pool_bytes += size
+    while pool.count == PLACES or pool.nbytes + size > pool.limit:
+        free(drop(pool, 0))
+    pool.blocks[pool.count].data, pool.blocks[pool.count].size = block, size
+    pool.count += 1
+    pool.nbytes += size
 
 
 cdef void* take_zeroed(void* ctx, size_t count, size_t size) noexcept:
@@ -155,8 +162,8 @@ handler.allocator = PyDataMemAllocator(NULL, take, take_zeroed, resize, give)
 cdef object capsule = PyCapsule_New(&handler, "mem_handler", NULL)
 
 _limit = os.environ.get("CPUNORM_POOL_BYTES", "")
-if _limit.isdecimal():
-    pool_limit = int(_limit)
+large_pool.limit = int(_limit) if _limit.isdecimal() else 256 << 20
+small_pool.limit = min(large_pool.limit, SMALL_BYTES)
 
 
 cdef cnp.ndarray new(cnp.dtype dtype, int ndim, const cnp.npy_intp* shape,
@@ -196,14 +203,13 @@ def empty_like(cnp.ndarray x):
 
 
 def clear():
-    """Give back to the system what waits in the pool."""
-    cdef void* oldest
-    while pooled:
-        oldest = pool[0].data
-        drop(0)
-        free(oldest)
+    """Give back to the system what waits in the pools."""
+    while small_pool.count:
+        free(drop(&small_pool, 0))
+    while large_pool.count:
+        free(drop(&large_pool, 0))
 
 
 def waiting():
-    """The number of bytes that wait in the pool."""
-    return pool_bytes
+    """The number of bytes that wait in the pools."""
+    return small_pool.nbytes + large_pool.nbytes

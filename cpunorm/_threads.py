@@ -16,9 +16,9 @@ except ImportError:
 
 
 # Below this many bytes of x, waking a second thread costs more than it brings.
-SERIAL_BYTES = 64 * 1024
+SERIAL_BYTES = 96 * 1024
 # What a thread should have to do at the least, and how many of them any call may start.
-BYTES_PER_THREAD = 32 * 1024
+BYTES_PER_THREAD = 48 * 1024
 MOST_THREADS = 512
 
 
@@ -124,18 +124,25 @@ _at_work: dict[int, int] = {}
 
 def take_threads(nbytes: int) -> int:
     """Return the number of threads for an x of `nbytes` bytes, taken until `give_back`."""
+    # In plain steps: this is done for every call that is not tiny.
     me = get_ident()
-    if nbytes < SERIAL_BYTES:
-        _at_work[me] = 1
-        return 1
-    free = get_num_threads()
-    if _at_work:
-        _at_work.pop(me, None)
-        free -= sum(_at_work.values())
-    asked = _openmp_max_threads()
-    if asked < _openmp_default:
-        free = min(free, asked)
-    _at_work[me] = threads = max(1, min(free, nbytes // BYTES_PER_THREAD, MOST_THREADS))
+    threads = 1
+    if nbytes >= SERIAL_BYTES and not _forked:
+        threads = _num_threads
+        if _at_work:
+            _at_work.pop(me, None)
+            threads -= sum(_at_work.values())
+        asked = _openmp_max_threads()
+        if asked < _openmp_default and asked < threads:
+            threads = asked
+        enough = nbytes // BYTES_PER_THREAD
+        if enough < threads:
+            threads = enough
+        if threads > MOST_THREADS:
+            threads = MOST_THREADS
+        elif threads < 1:
+            threads = 1
+    _at_work[me] = threads
     return threads
 
 

@@ -19,3 +19,4 @@ cdef int element_of(cnp.ndarray x) except -1
 cdef Call new_call(Py_ssize_t nbytes, bint backward, int threads) noexcept nogil
 cdef int solve(Verb verb, Call* call) noexcept nogil
 cdef int run(Verb verb, Call* call) except -1
+cdef int run_briefly(Verb verb, Call* call) except -1

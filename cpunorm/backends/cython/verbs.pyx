@@ -65,6 +65,13 @@ cdef int run(Verb verb, Call* call) except -1:
     return 0
 
 
+cdef int run_briefly(Verb verb, Call* call) except -1:
+    """`solve`, when it takes no longer than to let go of the GIL and take it again."""
+    if solve(verb, call):
+        raise MemoryError
+    return 0
+
+
 cdef inline void* data(object array):
     """The memory of an array, NULL for None."""
     return NULL if array is None else cnp.PyArray_DATA(<cnp.ndarray> array)
