@@ -90,7 +90,7 @@ cdef inline Py_ssize_t unit_at(const Units* u, Py_ssize_t unit) noexcept nogil:
 
 
 cdef inline Py_ssize_t next_slab(const Units* u, Py_ssize_t unit, Py_ssize_t count) noexcept nogil:
-    """How far away is what is to be fetched while a slab is transformed, 0 where that is nothing."""
+    """How far away is what is fetched while a slab is transformed, 0 where that is nothing."""
     cdef const Call* call = u.call
     cdef Py_ssize_t length = unit_at(u, count)
     if u.batch:

@@ -19,10 +19,11 @@ from libc.string cimport memcpy, memset
 
 from .call cimport Call
 from .sweeps cimport (
-    FEW_CHANNELS, LANES, UNITS, affine_block, at, backward_block, backward_group,
+    FEW_CHANNELS, LANES, TOGETHER, UNITS, affine_block, at, backward_block, backward_group,
     column_backward_sums, column_moments, combine_channels, element, fold_moments, fold_sums,
-    merge_columns, own_lines, plane_moments, real, repeat_each, rstd_of, set_columns, share, stream_fence,
-    stretch_moments, sum_parts, take_statistics, team, team_barrier, variance, worth_dealing,
+    merge_columns, own_lines, plane_moments, real, repeat_each, rstd_of, set_columns, share,
+    stream_fence, stretch_moments, sum_parts, take_statistics, team, team_barrier, variance,
+    worth_dealing,
 )
 
 cdef enum:
@@ -63,7 +64,7 @@ cdef inline Images images_of(const Call* call, Py_ssize_t count, Py_ssize_t rows
     """`inner` is at most COLUMNS."""
     cdef:
         Images im
-        Py_ssize_t width = call.C * inner, K = call.C // call.G, row_bytes
+        Py_ssize_t width = call.C * inner, K = call.C // call.G, row_bytes, step
     memset(&im, 0, sizeof(im))
     im.call, im.count, im.size = call, count, rows * width
     im.rows, im.channels, im.inner, im.groups = rows, call.C, inner, call.G
@@ -90,8 +91,9 @@ cdef inline Images images_of(const Call* call, Py_ssize_t count, Py_ssize_t rows
         im.chunk_rows = max(CHUNK_BYTES // row_bytes, (rows + CHUNKS - 1) // CHUNKS)
         im.chunk_rows = (im.chunk_rows + ROWS - 1) // ROWS * ROWS
         im.chunks = (rows + im.chunk_rows - 1) // im.chunk_rows
-    # All of a size, so that nobody has much more to do.
-    im.chunk_rows = ((rows + im.chunks - 1) // im.chunks + 3) // 4 * 4
+    # All of a size, so that nobody has much more to do, and of whole rows side by side.
+    step = max(<Py_ssize_t> TOGETHER, max(im.abreast, im.in_line))
+    im.chunk_rows = ((rows + im.chunks - 1) // im.chunks + step - 1) // step * step
     im.chunks = (rows + im.chunk_rows - 1) // im.chunk_rows
     return im
 

@@ -18,6 +18,7 @@ cdef extern from "sweeps.h" nogil:
         BACKWARD_SHORT
         FEW_CHANNELS
         SHORT_VECTORS
+        TOGETHER
         UNITS
 
     ctypedef void (*team_body)(void* work, int member, int members) noexcept nogil
