@@ -28,6 +28,7 @@ cdef enum:
     ROWS = 32           # stretches of a part, at least; of one of the first FEW_PARTS,
     FEW_ROWS = 8
     FEW_PARTS = 4
+    PAIR_ROWS = 4       # and of one of the first two
     SPLITS = 8          # of a period where the parts are fewer
 
 
@@ -322,13 +323,14 @@ cdef inline void _backward_pieces(void* work, int member, int members) noexcept 
 cdef inline int backward_stretches(Stretches* s, Py_ssize_t slab, int threads) noexcept nogil:
     """grad_weight and grad_bias, where wanted, are `period` * D long. -1 if out of memory."""
     cdef:
-        Py_ssize_t length = s.period * s.D
+        Py_ssize_t length = s.period * s.D, repeats = s.M // s.period
         bint parameters = s.grad_weight is not NULL or s.grad_bias is not NULL
         bint pieces = s.D >= LONG and s.M < FEW and s.period == 1
         double wide[6 * PIECES]
     s.wide, s.sums = NULL, NULL
-    s.parts = max(1, min(s.M // (FEW_ROWS * s.period), <Py_ssize_t> FEW_PARTS),
-                  min(s.M // (ROWS * s.period), <Py_ssize_t> PARTS))
+    s.parts = max(1, min(repeats // PAIR_ROWS, <Py_ssize_t> 2),
+                  min(repeats // FEW_ROWS, <Py_ssize_t> FEW_PARTS),
+                  min(repeats // ROWS, <Py_ssize_t> PARTS))
     s.splits = min(s.period, <Py_ssize_t> SPLITS) if s.parts < FEW_PARTS else 1
     s.cached = 3 * s.M * s.D * <Py_ssize_t> sizeof(element) <= slab * threads
     if parameters:

@@ -20,7 +20,7 @@ from libc.string cimport memcpy, memset
 from .call cimport Call
 from .sweeps cimport (
     FEW_CHANNELS, LANES, TOGETHER, UNITS, affine_block, at, backward_block, backward_group,
-    column_backward_sums, column_moments, combine_channels, element, fold_moments, fold_sums,
+    column_backward_sums, column_moments, combine_channels, element, evenness, fold_moments, fold_sums,
     merge_columns, own_lines, plane_moments, real, repeat_each, rstd_of, set_columns, share,
     stream_fence, stretch_moments, sum_parts, take_statistics, team, team_barrier, variance,
     worth_dealing,
@@ -75,13 +75,14 @@ cdef inline Images images_of(const Call* call, Py_ssize_t count, Py_ssize_t rows
     while im.in_line * width < LINE and IN_LINE_ROWS * im.in_line <= rows:
         im.in_line *= 2
     im.few = rows < FEW_ROWS and inner == 1 and K > 1 and 2 * K >= LANES
-    if inner == 1 and (K == call.C or K >= 4 * LANES or im.few):
+    if inner == 1 and (K == call.C or K >= 4 * LANES or (im.few and K >= 2 * LANES)):
         im.per_cell = K
     else:
         im.per_cell = 1
     im.cells = call.C // im.per_cell
-    im.strip_channels = min(call.C, max(<Py_ssize_t> 1, COLUMNS // inner // im.per_cell)
-                            * im.per_cell)
+    # Whole groups, if they are not too wide.
+    step = K if K * inner <= COLUMNS else im.per_cell
+    im.strip_channels = min(call.C, max(<Py_ssize_t> 1, COLUMNS // inner // step) * step)
     im.strips = (call.C + im.strip_channels - 1) // im.strip_channels
     row_bytes = im.strip_channels * inner * <Py_ssize_t> sizeof(element)
     if im.strips >= MANY and 2 * rows * row_bytes <= call.slab:
@@ -120,7 +121,10 @@ cdef inline bint strips_whole(const Images* im) noexcept nogil:
 
 
 cdef inline bint dealt_whole(const Images* im) noexcept nogil:
-    return im.count > 1 and worth_dealing(im.count, im.size * sizeof(element), im.call.threads)
+    cdef int threads = im.call.threads
+    return im.count > 1 and (
+        worth_dealing(im.count, im.size * sizeof(element), threads)
+        or evenness(im.count, threads) >= evenness(im.chunks * im.strips, threads))
 
 
 cdef inline const real* columns_of(const Images* im, const real* per_channel,
@@ -153,12 +157,13 @@ cdef inline void _measure_columns(const element* x, Py_ssize_t rows, Py_ssize_t 
     fold_moments(rows // abreast, column_mean, column_m2, abreast, channels, im.inner, mean, m2)
 
 
-cdef inline void _measure_cells(const element* x, const Task* task, const Images* im, double* mean,
-                                double* m2) noexcept nogil:
+cdef inline void _measure_cells(const element* x, const element* y, const Task* task,
+                                const Images* im, double* mean, double* m2) noexcept nogil:
+    """While memory is fetched for what will be written to y, if there is one and it stays."""
     cdef Py_ssize_t K = im.per_cell, cells = task.channels // K, i = 0
     if cells == im.cells == 1:
         # The rows lie side by side.
-        stretch_moments(x, 1, task.rows * K, mean, m2, NULL)
+        stretch_moments(x, 1, task.rows * K, mean, m2, y)
         return
     while i < cells:
         plane_moments(x + i * K, task.rows, im.channels, min(<Py_ssize_t> UNITS, cells - i), K,
@@ -166,7 +171,7 @@ cdef inline void _measure_cells(const element* x, const Task* task, const Images
         i += UNITS
 
 
-cdef inline void _measure(const Images* im, const element* x, Py_ssize_t index, double* mean,
+cdef inline void _measure(const Images* im, Py_ssize_t start, Py_ssize_t index, double* mean,
                           double* m2) noexcept nogil:
     """Moments of the cells of one task, written to the chunk's part of mean and m2."""
     cdef:
@@ -175,10 +180,15 @@ cdef inline void _measure(const Images* im, const element* x, Py_ssize_t index, 
         Py_ssize_t left = task.rows % im.abreast, whole = task.rows - left
         double left_mean[COLUMNS]
         double left_m2[COLUMNS]
-    x += task.offset
+        const element* x = <const element*> im.call.x
+        const element* y
+    start += task.offset
     if im.per_cell > 1:
-        _measure_cells(x, &task, im, mean + here, m2 + here)
+        y = at(<const element*> im.call.y, start)
+        _measure_cells(x + start, y if im.cached and not im.call.streaming else NULL, &task, im,
+                       mean + here, m2 + here)
         return
+    x += start
     if whole:
         _measure_columns(x, whole, task.channels, im.abreast, im, mean + here, m2 + here)
     if left and whole:
@@ -206,18 +216,10 @@ cdef inline void _merge(const Images* im, Py_ssize_t first, Py_ssize_t last, dou
 cdef inline void _set_terms(const Images* im, Py_ssize_t g, Py_ssize_t count, const double* mean,
                             const double* rstd, real* terms) noexcept nogil:
     """pivot, scale and shift of the channels of `count` groups; terms is (3, C)."""
-    cdef:
-        Py_ssize_t C = im.channels, K = C // im.groups, some = K, step = 0, c = g * K
-        Py_ssize_t last = c + count * K
-    if K == 1:
-        some, step = count, 1
-    while c < last:
-        set_columns(mean, rstd, step, at(<const real*> im.call.weight, c),
-                    at(<const real*> im.call.bias, c), some, terms + c, terms + C + c,
-                    terms + 2 * C + c)
-        c += some
-        mean += 1
-        rstd += 1
+    cdef Py_ssize_t C = im.channels, K = C // im.groups, c = g * K
+    set_columns(K, mean, rstd, at(<const real*> im.call.weight, c),
+                at(<const real*> im.call.bias, c), count, terms + c, terms + C + c,
+                terms + 2 * C + c)
 
 
 cdef inline void _finish(const Images* im, Py_ssize_t image, Py_ssize_t first, Py_ssize_t last,
@@ -291,14 +293,14 @@ cdef inline void _normalize_image(const Images* im, Py_ssize_t image, double* wi
     if strips_whole(im):
         for q in range(first, last):
             task = task_of(im, q)
-            _measure(im, <const element*> im.call.x + start, q, mean, m2)
+            _measure(im, start, q, mean, m2)
             _finish(im, image, task.first_channel // K,
                     (task.first_channel + task.channels) // K, mean, m2, terms)
             if transformed:
                 _transform(im, start, q, terms)
         return
     for q in range(first, last):
-        _measure(im, <const element*> im.call.x + start, q, mean, m2)
+        _measure(im, start, q, mean, m2)
     team_barrier(members)
     _finish(im, image, share(im.groups, member, members), share(im.groups, member + 1, members),
             mean, m2, terms)
@@ -468,19 +470,14 @@ cdef inline void _set_backward(const Images* im, Py_ssize_t image, Py_ssize_t fi
                                Py_ssize_t last, real* terms) noexcept nogil:
     """mean, weight and rstd of the channels of some groups."""
     cdef:
-        Py_ssize_t C = im.channels, K = C // im.groups, c, g
+        Py_ssize_t C = im.channels, K = C // im.groups, c
         const real* mean = <const real*> im.call.mean + image * im.groups
         const real* rstd = <const real*> im.call.rstd + image * im.groups
         const real* weight = <const real*> im.call.weight
     for c in range(first * K, last * K):
         terms[C + c] = 1 if weight is NULL else weight[c]
-    if K == 1:
-        memcpy(terms + first, mean + first, (last - first) * sizeof(real))
-        memcpy(terms + 2 * C + first, rstd + first, (last - first) * sizeof(real))
-        return
-    for g in range(first, last):
-        for c in range(g * K, (g + 1) * K):
-            terms[c], terms[2 * C + c] = mean[g], rstd[g]
+    repeat_each(mean + first, last - first, K, terms + first * K)
+    repeat_each(rstd + first, last - first, K, terms + 2 * C + first * K)
 
 
 cdef inline void _combine(const Images* im, Py_ssize_t image, Py_ssize_t first, Py_ssize_t last,
@@ -502,9 +499,8 @@ cdef inline void _combine(const Images* im, Py_ssize_t image, Py_ssize_t first, 
                          at(<const real*> im.call.weight, c), im.rows * im.inner * K,
                          not im.frozen, <const real*> im.call.rstd + image * im.groups + first,
                          at(grad_weight, c), at(grad_bias, c), slope, offset)
-        for i in range(count):
-            for k in range(c + i * K, c + (i + 1) * K):
-                terms[3 * C + k], terms[4 * C + k] = slope[i], offset[i]
+        repeat_each(slope, count, K, terms + 3 * C + c)
+        repeat_each(offset, count, K, terms + 4 * C + c)
         first += count
 
 
@@ -512,16 +508,18 @@ cdef inline void _sum_groups(const Images* im, Py_ssize_t image, const Task* tas
                              double* grad_weight, double* grad_bias) noexcept nogil:
     """The same for the groups of a strip of few rows, from the sums on."""
     cdef:
-        Py_ssize_t C = im.channels, K = C // im.groups, c = task.first_channel, here, i
-        real slope, offset
-    while c < task.first_channel + task.channels:
+        Py_ssize_t C = im.channels, K = C // im.groups, first = task.first_channel, here, c, g
+        real slope[COLUMNS]
+        real offset[COLUMNS]
+    for g in range(task.channels // K):
+        c = first + g * K
         here = image * im.size + c
         backward_group(<const element*> im.call.grad_y + here, <const element*> im.call.x + here,
                        im.rows, C, K, at(<const real*> im.call.weight, c), terms[c],
-                       terms[2 * C + c], at(grad_weight, c), at(grad_bias, c), &slope, &offset)
-        for i in range(c, c + K):
-            terms[3 * C + i], terms[4 * C + i] = slope, offset
-        c += K
+                       terms[2 * C + c], at(grad_weight, c), at(grad_bias, c), slope + g,
+                       offset + g)
+    repeat_each(slope, task.channels // K, K, terms + 3 * C + first)
+    repeat_each(offset, task.channels // K, K, terms + 4 * C + first)
 
 
 cdef inline void _backward_image(

@@ -25,6 +25,7 @@
 #define COLUMN_ROWS 64      /* rows summed before the sums go to float64 */
 #define BACKWARD_ROWS 16    /* the same, where sums may nearly cancel */
 #define BACKWARD_VECTORS 16 /* and along a stretch */
+#define FEW_SUMS 3          /* across vectors, that are found faster one by one than LANES at once */
 #define FEW_CHANNELS 1024   /* of a group whose sums stay in L1 */
 #define FEW_VECTORS 16      /* of a stretch so short that LANES of them are measured together */
 #if VECTOR_BYTES == 64
@@ -404,6 +405,19 @@ ALWAYS int far_off(ptrdiff_t count, vec sum, vec squares)
     return 17 * total * total > lanes_sum(squares) * count;
 }
 
+/* The sums over the lanes of some of LANES vectors; the others are not read, or cleared. */
+ALWAYS void some_lanes_sums(vec *v, ptrdiff_t count, real *sums)
+{
+    if (count <= FEW_SUMS) {
+        for (ptrdiff_t u = 0; u < count; u++)
+            sums[u] = lanes_sum(v[u]);
+        return;
+    }
+    for (ptrdiff_t u = count; u < LANES; u++)
+        v[u] = splat(0);
+    store_real(sums, lanes_sums(v), LANES);
+}
+
 /* Mean and m2 of up to LANES stretches of at most FEW_VECTORS vectors. They stay in L1, so the pivot is the
  * mean but for its rounding. */
 ALWAYS void few_moments(const element *x, ptrdiff_t units, ptrdiff_t n, double *mean, double *m2, ptrdiff_t to_y)
@@ -411,15 +425,13 @@ ALWAYS void few_moments(const element *x, ptrdiff_t units, ptrdiff_t n, double *
     vec sum[SOME_LANES], squares[SOME_LANES];
     real pivot[SOME_LANES], totals[SOME_LANES], m2s[SOME_LANES];
     const real inverse = (real)1 / n;
-    for (ptrdiff_t u = units; u < LANES; u++)
-        sum[u] = squares[u] = splat(0);
     for (ptrdiff_t u = 0; u < units; u++) {
         const real first = load_one(x + u * n);
         vec total = {0};
         FOR_VECTORS(i, left, n, total += load_any(x + u * n, i, left, first) - first;)
         pivot[u] = first, sum[u] = total;
     }
-    store_real(totals, lanes_sums(sum), LANES);
+    some_lanes_sums(sum, units, totals);
     for (ptrdiff_t u = 0; u < units; u++) {
         const real p = pivot[u] += totals[u] * inverse;
         vec total = {0}, square = {0};
@@ -429,8 +441,8 @@ ALWAYS void few_moments(const element *x, ptrdiff_t units, ptrdiff_t n, double *
         })
         sum[u] = total, squares[u] = square;
     }
-    store_real(totals, lanes_sums(sum), LANES);
-    store_real(m2s, lanes_sums(squares), LANES);
+    some_lanes_sums(sum, units, totals);
+    some_lanes_sums(squares, units, m2s);
     for (ptrdiff_t u = 0; u < units; u++) {
         const double rest = (double)totals[u] / n;
         mean[u] = pivot[u] + rest;
@@ -624,21 +636,21 @@ typedef struct {
     vec g[UNITS], gx[UNITS], x[UNITS];
 } unit_sums;
 
-ALWAYS void add_lanes(const vec *v, ptrdiff_t count, double *sums)
+ALWAYS void add_lanes(vec *v, ptrdiff_t count, double *sums)
 {
     real totals[SOME_LANES];
-    store_real(totals, lanes_sums(v), LANES);
+    some_lanes_sums(v, count, totals);
     for (ptrdiff_t u = 0; u < count; u++)
         sums[u] += totals[u];
 }
 
-ALWAYS void clear_units(unit_sums *sum, ptrdiff_t first, ptrdiff_t last)
+ALWAYS void clear_units(unit_sums *sum, ptrdiff_t units)
 {
-    for (ptrdiff_t u = first; u < last; u++)
+    for (ptrdiff_t u = 0; u < units; u++)
         sum->g[u] = sum->gx[u] = sum->x[u] = splat(0);
 }
 
-ALWAYS void add_unit_sums(const unit_sums *sum, ptrdiff_t units, double *g_sum, double *gx_sum, double *x_sum)
+ALWAYS void add_unit_sums(unit_sums *sum, ptrdiff_t units, double *g_sum, double *gx_sum, double *x_sum)
 {
     for (ptrdiff_t u = 0; u < units; u += LANES) {
         const ptrdiff_t count = MIN(LANES, units - u);
@@ -670,10 +682,8 @@ SWEEP void stretches_backward_sums(const element *grad_y, const element *x, ptrd
             if (--left == 0)
                 left = K, mean++;
         }
-        if (n <= BACKWARD_VECTORS * LANES) {
-            clear_units(&sum, count, LANES);
+        if (n <= BACKWARD_VECTORS * LANES)
             add_unit_sums(&sum, count, g_sum + first, gx_sum + first, x_sum + first);
-        }
     }
 }
 
@@ -695,11 +705,10 @@ SWEEP void plane_backward_sums(const element *grad_y, const element *x, ptrdiff_
             add_wides(wide + u, found[0] + u, found[1] + u, found[2] + u);
     } else {
         const ptrdiff_t some = BACKWARD_VECTORS / ((n + LANES - 1) / LANES);
-        const ptrdiff_t whole = (units + LANES - 1) / LANES * LANES;
         unit_sums sum;
         for (ptrdiff_t p = 0; p < planes; p++, grad_y += stride, x += stride) {
             if (p % some == 0)
-                clear_units(&sum, 0, whole);
+                clear_units(&sum, units);
             for (ptrdiff_t u = 0; u < units; u++) {
                 backward_vecs one = {sum.g[u], sum.gx[u], sum.x[u]};
                 add_backward(grad_y + u * n, x + u * n, (const real *)0, n, mean[u], NEXT_PLANE(p), (const element *)0, &one);
@@ -1319,17 +1328,29 @@ SWEEP void column_backward_sums(const element *grad_y, const element *x, const r
     }
 }
 
-/* pivot, scale and shift of affine_block for n channels; weight and bias may be NULL. A channel's mean and
- * rstd are `step`, 0 or 1, from those of the one before. */
-SWEEP void set_columns(const double *mean, const double *rstd, ptrdiff_t step, const real *weight,
-                       const real *bias, ptrdiff_t n, real *pivot, real *scale, real *shift)
+ALWAYS void set_groups(const ptrdiff_t K, const double *restrict mean, const double *restrict rstd,
+                       const real *restrict weight, const real *restrict bias, ptrdiff_t groups,
+                       real *restrict pivot, real *restrict scale, real *restrict shift)
 {
-    for (ptrdiff_t i = 0; i < n; i++) {
-        const double mu = mean[i * step], a = rstd[i * step] * (weight ? weight[i] : (real)1);
+    for (ptrdiff_t g = 0; g < groups; g++) {
+        const double mu = mean[g], r = rstd[g];
         const real p = mu;
-        pivot[i] = p, scale[i] = a;
-        shift[i] = (bias ? bias[i] : (real)0) + (p - mu) * a;
+        for (ptrdiff_t i = g * K; i < (g + 1) * K; i++) {
+            const double a = r * (weight ? weight[i] : (real)1);
+            pivot[i] = p, scale[i] = a;
+            shift[i] = (bias ? bias[i] : (real)0) + (p - mu) * a;
+        }
     }
+}
+
+/* pivot, scale and shift of affine_block for some groups of K channels; weight and bias may be NULL. */
+SWEEP void set_columns(ptrdiff_t K, const double *mean, const double *rstd, const real *weight, const real *bias,
+                       ptrdiff_t groups, real *pivot, real *scale, real *shift)
+{
+    if (K == 1)
+        set_groups(1, mean, rstd, weight, bias, groups, pivot, scale, shift);
+    else
+        set_groups(K, mean, rstd, weight, bias, groups, pivot, scale, shift);
 }
 
 /* Mean, which may be NULL, and rstd of n columns of `rows` values; pivot, scale and shift of affine_strip. */
@@ -1676,6 +1697,10 @@ SWEEP void repeat_each(const real *values, ptrdiff_t count, ptrdiff_t times, rea
         memcpy(out, values, count * sizeof(real));
         return;
     }
+    for (ptrdiff_t k = 0; times >= LANES && k < count; k++, out += times)
+        FOR_VECTORS(i, left, times, store_real(out + i, splat(values[k]), left);)
+    if (times >= LANES)
+        return;
     /* The lanes of a vector begin with what is left of the k-th value. */
     for (ptrdiff_t i = 0, k = 0, gone = 0; i < n; i += LANES) {
         const bits_vec which = __builtin_convertvector((middle + (real)gone) * ((real)1 / times), bits_vec);

@@ -93,8 +93,8 @@ cdef extern from "sweeps.h" nogil:
                               const real* mean, double* g_sum, double* gx_sum,
                               double* x_sum) noexcept
 
-    void set_columns(const double* mean, const double* rstd, Py_ssize_t step, const real* weight,
-                     const real* bias, Py_ssize_t n, real* pivot, real* scale,
+    void set_columns(Py_ssize_t K, const double* mean, const double* rstd, const real* weight,
+                     const real* bias, Py_ssize_t groups, real* pivot, real* scale,
                      real* shift) noexcept
     void finish_columns(const double* mu, const double* m2, Py_ssize_t n, Py_ssize_t rows,
                         double eps, real* mean, real* rstd, real* pivot, real* scale,
@@ -161,6 +161,11 @@ cdef inline bint worth_dealing(Py_ssize_t tasks, Py_ssize_t nbytes, int threads)
     than the others, unless cutting them costs more than that."""
     return (threads == 1 or tasks % threads == 0 or tasks >= 4 * threads
             or (tasks >= threads and nbytes <= 1 << 16))
+
+
+cdef inline double evenness(Py_ssize_t tasks, int threads) noexcept nogil:
+    """What part of a team is at work when tasks of a size are dealt to it."""
+    return tasks / <double> ((tasks + threads - 1) // threads * threads)
 
 
 cdef inline Py_ssize_t own_lines(Py_ssize_t count) noexcept nogil:
