@@ -31,7 +31,7 @@ cdef enum:
     SLABS = 4               # slabs of a tensor that L2 does not hold
     PARTS = 32              # at most, of the images in backward
     SHORT = 8               # elements of a plane that is too short,
-    FEW_VECTORS = 4         # and vectors of one that is where there are many
+    LONGEST = 4             # and vectors of one that is where there are many
 
 
 cdef struct Units:
@@ -112,7 +112,11 @@ cdef inline Chunk chunk_of(const Units* u, Py_ssize_t index) noexcept nogil:
 
 
 cdef inline bint short_planes(const Call* call, Py_ssize_t longest) noexcept nogil:
-    return call.S <= SHORT or call.S <= min(longest, FEW_VECTORS * <Py_ssize_t> LANES)
+    return call.S <= SHORT or call.S <= min(longest, LONGEST * <Py_ssize_t> LANES)
+
+
+cdef inline bint short_groups(const Units* u) noexcept nogil:
+    return u.K > 1 and (u.call.S <= SHORT or u.call.S < LANES)
 
 
 # -------------------------------------------------------------------------------------- forward
@@ -129,7 +133,7 @@ cdef inline Py_ssize_t measure_chunk(const Units* u, Py_ssize_t unit, Py_ssize_t
     if u.batch:
         plane_moments(x, chunk.planes, u.stride, count, chunk.length, mean, m2)
     else:
-        stretch_moments(x, count, chunk.planes * chunk.length, mean, m2, y)
+        stretch_moments(x, count, chunk.planes * chunk.length, unit_at(u, 1), mean, m2, y)
     return chunk.planes * chunk.length
 
 
@@ -292,7 +296,7 @@ cdef inline int normalize(const Call* call) noexcept nogil:
     if u.batch and short_planes(call, 2 * call.N):
         images = images_of(call, 1, call.N, call.S)
         return normalize_images(&images)
-    if call.S <= SHORT and u.K > 1 and call.y is not NULL:
+    if short_groups(&u) and call.y is not NULL:
         return _normalize_short(&u)
     if worth_dealing(call.B * u.slabs, unit_bytes(&u), call.threads):
         team(_normalize_dealt, &u, call.threads)
@@ -545,7 +549,7 @@ cdef inline int _backward(const Call* call, bint frozen) noexcept nogil:
     if u.batch and short_planes(call, 2 * call.N):
         images = images_of(call, 1, call.N, call.S)
         return backward_images(&images, frozen)
-    if call.S <= SHORT and u.K > 1 and not frozen:
+    if short_groups(&u) and not frozen:
         return _backward_short(&u)
     u.frozen = frozen
     u.parts = min(call.B, <Py_ssize_t> PARTS)

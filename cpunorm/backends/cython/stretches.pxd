@@ -23,6 +23,7 @@ cdef enum:
     LONG = 1 << 14      # elements from which a stretch is worth cutting
     FEW = 32            # stretches that are dealt too unevenly to be left whole
     PIECES = 64         # at most, of one stretch
+    FEW_PERIODS = 8     # that are worth taking together, stretch by stretch
     PARTS = 32          # at most, of the stretches in backward
     FLUSH = 8           # pairs summed as reals before they go to float64
     ROWS = 32           # stretches of a part, at least; of one of the first FEW_PARTS,
@@ -73,8 +74,8 @@ cdef inline void _finish(const Stretches* s, Py_ssize_t m, double mu, double m2,
 
 
 cdef inline void _measure(const Stretches* s, Py_ssize_t start, Py_ssize_t count, Py_ssize_t n,
-                          double* mu, double* m2) noexcept nogil:
-    """`count` stretches of n elements."""
+                          Py_ssize_t stride, double* mu, double* m2) noexcept nogil:
+    """`count` stretches of n elements; where something is added they lie side by side."""
     cdef const element* x = s.x + start
     cdef const element* y = NULL if s.streaming else s.y + start
     cdef Py_ssize_t k
@@ -82,7 +83,7 @@ cdef inline void _measure(const Stretches* s, Py_ssize_t start, Py_ssize_t count
         add(x, s.addend + start, s.total + start, count * n)
         x = s.total + start
     if s.mean is not NULL:
-        stretch_moments(x, count, n, mu, m2, y)
+        stretch_moments(x, count, n, stride, mu, m2, y)
     else:
         stretch_squares(x, count, n, m2, y)
         for k in range(count):
@@ -91,11 +92,12 @@ cdef inline void _measure(const Stretches* s, Py_ssize_t start, Py_ssize_t count
 
 cdef inline void _transform(const Stretches* s, Py_ssize_t m, Py_ssize_t start, Py_ssize_t count,
                             Py_ssize_t n, const double* mu, const double* r) noexcept nogil:
-    """`count` stretches, or from `start` on n elements of one."""
+    """`count` stretches, a period apart, or from `start` on n elements of one."""
     cdef Py_ssize_t here = m * s.D + start, along = (m % s.period) * s.D + start
     affine_along((s.x if s.total is NULL else s.total) + here, at(s.weight, along),
-                 at(s.bias, along), at(s.residual, here), s.y + here, count, n, mu, r,
-                 s.activation, s.streaming, count * n if m + count < s.M else 0)
+                 at(s.bias, along), at(s.residual, here), s.y + here, count, n, s.period * s.D, mu,
+                 r, s.activation, s.streaming,
+                 count * n if s.period == 1 and m + count < s.M else 0)
 
 
 cdef inline void _normalize_whole(void* work, int member, int members) noexcept nogil:
@@ -109,7 +111,7 @@ cdef inline void _normalize_whole(void* work, int member, int members) noexcept 
         double r[UNITS]
     while m < last:
         count = min(some, last - m)
-        _measure(s, m * s.D, count, s.D, mu, m2)
+        _measure(s, m * s.D, count, s.D, s.D, mu, m2)
         for k in range(count):
             _finish(s, m + k, mu[k], m2[k], r + k)
         if s.period == 1:
@@ -118,6 +120,28 @@ cdef inline void _normalize_whole(void* work, int member, int members) noexcept 
             for k in range(count):
                 _transform(s, m + k, 0, 1, s.D, mu + k, r + k)
         m += count
+    if s.streaming:
+        stream_fence()
+
+
+cdef inline void _normalize_periods(void* work, int member, int members) noexcept nogil:
+    """Of some periods, which stay in the cache, one stretch after the other: they share parameters."""
+    cdef:
+        const Stretches* s = <const Stretches*> work
+        Py_ssize_t repeats = s.M // s.period, k, m, task
+        Py_ssize_t some = min(<Py_ssize_t> UNITS, max(<Py_ssize_t> FEW_PERIODS,
+                                                      BLOCK // (2 * s.period * s.D)))
+        Py_ssize_t tasks = (repeats + some - 1) // some * s.period, count
+        double mu[UNITS]
+        double m2[UNITS]
+        double r[UNITS]
+    for task in range(share(tasks, member, members), share(tasks, member + 1, members)):
+        m = task // s.period * some * s.period + task % s.period
+        count = min(some, repeats - task // s.period * some)
+        _measure(s, m * s.D, count, s.D, s.period * s.D, mu, m2)
+        for k in range(count):
+            _finish(s, m + k * s.period, mu[k], m2[k], r + k)
+        _transform(s, m, 0, count, s.D, mu, r)
     if s.streaming:
         stream_fence()
 
@@ -154,7 +178,7 @@ cdef inline void _normalize_pieces(void* work, int member, int members) noexcept
         piece_mu = s.wide + (m % 2) * 2 * PIECES
         piece_m2 = piece_mu + PIECES
         for p in range(first, last):
-            _measure(s, m * s.D + p * s.piece, 1, min(s.piece, s.D - p * s.piece), piece_mu + p,
+            _measure(s, m * s.D + p * s.piece, 1, min(s.piece, s.D - p * s.piece), 0, piece_mu + p,
                      piece_m2 + p)
         team_barrier(members)
         mu, m2 = piece_mu[0], piece_m2[0]
@@ -184,6 +208,8 @@ cdef inline void normalize_stretches(Stretches* s, int threads) noexcept nogil:
         team(_normalize_pieces, s, threads)
     elif s.mean is NULL and s.D <= SHORT_VECTORS * LANES:
         team(_normalize_short, s, threads)
+    elif s.period > 1 and s.M >= FEW_PERIODS * s.period and s.D <= LANES:
+        team(_normalize_periods, s, threads)
     else:
         team(_normalize_whole, s, threads)
 

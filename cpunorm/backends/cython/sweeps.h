@@ -420,15 +420,16 @@ ALWAYS void some_lanes_sums(vec *v, ptrdiff_t count, real *sums)
 
 /* Mean and m2 of up to LANES stretches of at most FEW_VECTORS vectors. They stay in L1, so the pivot is the
  * mean but for its rounding. */
-ALWAYS void few_moments(const element *x, ptrdiff_t units, ptrdiff_t n, double *mean, double *m2, ptrdiff_t to_y)
+ALWAYS void few_moments(const element *x, ptrdiff_t units, ptrdiff_t n, ptrdiff_t stride, double *mean, double *m2,
+                        ptrdiff_t to_y)
 {
     vec sum[SOME_LANES], squares[SOME_LANES];
     real pivot[SOME_LANES], totals[SOME_LANES], m2s[SOME_LANES];
     const real inverse = (real)1 / n;
     for (ptrdiff_t u = 0; u < units; u++) {
-        const real first = load_one(x + u * n);
+        const real first = load_one(x + u * stride);
         vec total = {0};
-        FOR_VECTORS(i, left, n, total += load_any(x + u * n, i, left, first) - first;)
+        FOR_VECTORS(i, left, n, total += load_any(x + u * stride, i, left, first) - first;)
         pivot[u] = first, sum[u] = total;
     }
     some_lanes_sums(sum, units, totals);
@@ -436,8 +437,8 @@ ALWAYS void few_moments(const element *x, ptrdiff_t units, ptrdiff_t n, double *
         const real p = pivot[u] += totals[u] * inverse;
         vec total = {0}, square = {0};
         FOR_VECTORS(i, left, n, {
-            prefetch_to_write(x + u * n + i + to_y);
-            add_one(load_any(x + u * n, i, left, p) - p, &total, &square);
+            prefetch_to_write(x + u * stride + i + to_y);
+            add_one(load_any(x + u * stride, i, left, p) - p, &total, &square);
         })
         sum[u] = total, squares[u] = square;
     }
@@ -450,23 +451,23 @@ ALWAYS void few_moments(const element *x, ptrdiff_t units, ptrdiff_t n, double *
     }
 }
 
-/* Mean and m2 of `units` stretches of n values side by side, while memory is fetched for what will be
+/* Mean and m2 of `units` stretches of n values, `stride` apart, while memory is fetched for what will be
  * written to y, if there is one.
  *
  * Sums are taken in blocks, around a pivot: first a rough mean, or a better one where that proves far off;
  * then the mean of all blocks before. What a pivot misses the mean by is found with the sums; if it is
  * much, the spread between the blocks is a part of m2 just as large. Equal values have exactly their
  * mean, and m2 = 0. */
-SWEEP void stretch_moments(const element *x, ptrdiff_t units, ptrdiff_t n, double *mean, double *m2,
-                           const element *y)
+SWEEP void stretch_moments(const element *x, ptrdiff_t units, ptrdiff_t n, ptrdiff_t stride, double *mean,
+                           double *m2, const element *y)
 {
     const ptrdiff_t to_y = y ? y - x : 0;
     if (n <= FEW_VECTORS * LANES) {
         for (ptrdiff_t u = 0; u < units; u += LANES)
-            few_moments(x + u * n, MIN(LANES, units - u), n, mean + u, m2 + u, to_y);
+            few_moments(x + u * stride, MIN(LANES, units - u), n, stride, mean + u, m2 + u, to_y);
         return;
     }
-    for (ptrdiff_t u = 0; u < units; u++, x += n) {
+    for (ptrdiff_t u = 0; u < units; u++, x += stride) {
         real pivot = rough_mean(x, n);
         for (ptrdiff_t i = 0; i < n; i += BLOCK) {
             const ptrdiff_t count = MIN(BLOCK, n - i);
@@ -782,11 +783,11 @@ SWEEP void affine(const element *x, const element *residual, element *y, ptrdiff
 #undef ADDED
 }
 
-/* The same for `rows` rows side by side, with weight and bias running along each; what lies `ahead`, 0 if
+/* The same for `rows` rows, `stride` apart, with weight and bias running along each; what lies `ahead`, 0 if
  * nothing does, is wanted next. */
 SWEEP void affine_along(const element *x, const real *weight, const real *bias, const element *residual,
-                        element *y, ptrdiff_t rows, ptrdiff_t n, const double *mean, const double *rstd,
-                        int activation, int streaming, ptrdiff_t ahead)
+                        element *y, ptrdiff_t rows, ptrdiff_t n, ptrdiff_t stride, const double *mean,
+                        const double *rstd, int activation, int streaming, ptrdiff_t ahead)
 {
     const vec floor = floor_of(activation);
 #define X_HAT(i, left) ((load(x + (i), left, 0) - pivot) * r + s)
@@ -800,12 +801,12 @@ SWEEP void affine_along(const element *x, const real *weight, const real *bias, 
 #define WITH_TAIL(i, left)                                                              \
     at_least(X_HAT(i, left) * (weight ? W(i, left) : splat(1)) + (bias ? B(i, left) : splat(0)) \
              + (residual ? load(residual + (i), left, 0) : splat(0)), floor)
-    for (ptrdiff_t row = 0; row < rows; row++, x += n, y += n) {
+    for (ptrdiff_t row = 0; row < rows; row++, x += stride, y += stride) {
         const real pivot = mean[row], r = rstd[row], s = (pivot - mean[row]) * rstd[row];
         if (residual || activation) {
             WRITE_ACTIVATED(y, n, activation, streaming, start, WITH_TAIL)
             if (residual)
-                residual += n;
+                residual += stride;
         } else if (weight && bias) {
             WRITE(y, n, streaming, BOTH)
         } else if (weight) {

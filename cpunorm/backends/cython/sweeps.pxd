@@ -37,8 +37,8 @@ cdef extern from "sweeps.h" nogil:
     void fold_sums(const double* columns, Py_ssize_t copies, Py_ssize_t channels, Py_ssize_t inner,
                    double* sums) noexcept
 
-    void stretch_moments(const element* x, Py_ssize_t units, Py_ssize_t n, double* mean,
-                         double* m2, const element* y) noexcept
+    void stretch_moments(const element* x, Py_ssize_t units, Py_ssize_t n, Py_ssize_t stride,
+                         double* mean, double* m2, const element* y) noexcept
     void plane_moments(const element* x, Py_ssize_t planes, Py_ssize_t stride, Py_ssize_t units,
                        Py_ssize_t n, double* mean, double* m2) noexcept
     void stretch_squares(const element* x, Py_ssize_t units, Py_ssize_t n, double* squares,
@@ -61,7 +61,7 @@ cdef extern from "sweeps.h" nogil:
                 Py_ssize_t ahead) noexcept
     void affine_along(const element* x, const real* weight, const real* bias,
                       const element* residual, element* y, Py_ssize_t rows, Py_ssize_t n,
-                      const double* mean, const double* rstd, int activation,
+                      Py_ssize_t stride, const double* mean, const double* rstd, int activation,
                       int streaming, Py_ssize_t ahead) noexcept
     void backward_affine(const element* grad_y, const element* x, element* grad_x,
                          Py_ssize_t planes, Py_ssize_t stride, Py_ssize_t n, const real* mean,
