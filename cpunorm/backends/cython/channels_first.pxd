@@ -116,7 +116,9 @@ cdef inline bint short_planes(const Call* call, Py_ssize_t longest) noexcept nog
 
 
 cdef inline bint short_groups(const Units* u) noexcept nogil:
-    return u.K > 1 and (u.call.S <= SHORT or u.call.S < LANES)
+    """Whether groups, or the channels of images that have few, are stretches."""
+    return ((u.K > 1 or (not u.batch and u.call.C < LANES))
+            and (u.call.S <= SHORT or u.call.S < LANES))
 
 
 # -------------------------------------------------------------------------------------- forward

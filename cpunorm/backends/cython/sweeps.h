@@ -1438,7 +1438,10 @@ SWEEP void backward_group(const element *grad_y, const element *x, ptrdiff_t row
     FOR_VECTORS(j, left, K, {
         vec g_ = {0}, gx_ = {0}, x_ = {0};
         for (ptrdiff_t r = 0; r < rows; r++) {
-            const vec t = load(x + r * stride + j, left, mean) - mean, y = load(grad_y + r * stride + j, left, 0);
+            const ptrdiff_t i = r * stride + j, next = i + 4 * LANES;
+            if (j + 4 * LANES < K)
+                prefetch(x + next), prefetch(grad_y + next);
+            const vec t = load(x + i, left, mean) - mean, y = load(grad_y + i, left, 0);
             g_ += y, gx_ += y * t, x_ += t;
         }
         store_real(g + j, g_, left), store_real(gx + j, gx_, left);
