@@ -2,11 +2,11 @@
 
 Fresh memory from the system costs a page fault for every page, several times what a normalization
 takes, and blocks of some KiB, which the C library joins with their neighbours whenever one is
-freed, a good part of a short call. A block that is given back therefore waits in a pool for a request of
-the same size. It gets there only when NumPy frees it, once no array refers to it any more. There is
-a pool for small blocks, which hold little, and one for those of LARGE bytes or more, which holds
-CPUNORM_POOL_BYTES at most (256 MiB unless set, 0 turns both off); what has waited longest goes
-first.
+freed, a good part of a short call. A block that is given back therefore waits in a pool for a
+request of the same size. It gets there only when NumPy frees it, once no array refers to it any
+more. There is a pool for small blocks, which hold little, and one for those of LARGE bytes or more,
+which holds CPUNORM_POOL_BYTES at most (256 MiB unless set, 0 turns both off); what has waited
+longest goes first.
 """
 
 cimport numpy as cnp

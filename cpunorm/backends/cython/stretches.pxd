@@ -6,8 +6,11 @@
 #
 #   many stretches      dealt to the team; each is swept from cache: moments, then transform
 #   few, long ones      one at a time, cut into pieces for the whole team, moments merged between
+#   short ones, of      those that share parameters together: the m-th of several periods
+#   many periods
 #   backward            dealt to the team in parts; a PAIR of stretches has its sums taken, then
-#                       grad_x and the parameters' gradients, which each part keeps in float64
+#                       grad_x and the parameters' gradients, which each part keeps in float64;
+#                       short ones stay in registers
 
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
@@ -125,7 +128,7 @@ cdef inline void _normalize_whole(void* work, int member, int members) noexcept 
 
 
 cdef inline void _normalize_periods(void* work, int member, int members) noexcept nogil:
-    """Of some periods, which stay in the cache, one stretch after the other: they share parameters."""
+    """Of some periods, which stay in the cache, the stretches that share parameters."""
     cdef:
         const Stretches* s = <const Stretches*> work
         Py_ssize_t repeats = s.M // s.period, k, m, task

@@ -20,9 +20,9 @@ from libc.string cimport memcpy, memset
 from .call cimport Call
 from .sweeps cimport (
     FEW_CHANNELS, LANES, TOGETHER, UNITS, affine_block, at, backward_block, backward_group,
-    column_backward_sums, column_moments, combine_channels, element, evenness, fold_moments, fold_sums,
-    merge_columns, own_lines, plane_moments, real, repeat_each, rstd_of, set_columns, share,
-    stream_fence, stretch_moments, sum_parts, take_statistics, team, team_barrier, variance,
+    column_backward_sums, column_moments, combine_channels, element, evenness, fold_moments,
+    fold_sums, merge_columns, own_lines, plane_moments, real, repeat_each, rstd_of, set_columns,
+    share, stream_fence, stretch_moments, sum_parts, take_statistics, team, team_barrier, variance,
     worth_dealing,
 )
 
