@@ -1,6 +1,7 @@
 """The marks that the library holds itself to, each with the figure that was found.
 
-Run by ``python -m bench.speed --marks``; a figure that the cases of the run do not give is missing.
+Run by ``python -m bench.speed --marks``, with ``--of FILE`` for what python -m bench has measured; a
+figure that the cases do not give is missing.
 """
 
 import os
@@ -10,8 +11,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
-
-from cpunorm.backends.cython.caches import cache_bytes
 
 from .shapes import BACKWARD, INFERENCE, WITH_STATISTICS, Case
 from .workers import Result
@@ -49,7 +48,7 @@ Mark = tuple[str, float, bool, float | None, str]
 
 
 def _marks(report: "Report") -> Iterator[Mark]:
-    l2 = cache_bytes(2)
+    l2 = report.l2
     leads = _ratios(report.results, report.lead)
     copies = _ratios(report.results, report.over_copy)
 

@@ -4,7 +4,8 @@ One line per case: microseconds of a parallel copy of x (of a triad of x, its gr
 output in the backward pass), of cpunorm, and of every other library that is installed and has the
 operation; then the best of those ÷ cpunorm, above 1 where cpunorm is faster, and cpunorm ÷ copy.
 Everyone runs in a process of its own with the same number of threads and is given existing memory
-where it takes any.
+where it takes any. With --of, nothing is measured: the cases are those of float32 in a results file
+of python -m bench.
 """
 
 import argparse
@@ -17,9 +18,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from cpunorm.backends.cython.caches import cache_bytes
+
 from . import marks, peers
 from .machine import machine
-from .results import write_bytes
+from .results import COPY as RECORDED_COPY
+from .results import ResultsError, Row, read, write_bytes
 from .shapes import CLASSES, Case
 from .suites import suite
 from .workers import Contestant, Result, crew, measure
@@ -63,9 +67,10 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 
 class Report:
-    """The lines that are printed, and the rows that are kept."""
+    """The lines that are printed, and the rows that are kept; `l2` is in bytes."""
 
-    def __init__(self, everyone: Sequence[Contestant]) -> None:
+    def __init__(self, everyone: Sequence[Contestant], l2: int) -> None:
+        self.l2 = l2
         self.names = [c.name for c in everyone]
         self.peers = [c.name for c in everyone if c.peer in peers.PEERS]
         self.ours = next(c.name for c in everyone if c.peer == peers.OURS)
@@ -129,6 +134,34 @@ def rows(results: Iterable[Result]) -> list[dict[str, Any]]:
     ]
 
 
+def recorded(path: Path) -> Report:
+    """Return what a results file of python -m bench holds, the compiled backend being ours."""
+    results = read(path)
+    rows_ = [row for row in results.rows if row.dtype == "float32"]
+    most = max((row.threads for row in rows_), default=1)
+    everyone = {name: Contestant(name, name, most) for name in peers.PEERS}
+    everyone[COPY] = Contestant(COPY, peers.MEMORY, most)
+    everyone["cython"] = Contestant("cython", peers.OURS, most)
+    everyone["numba"] = Contestant("numba", peers.OURS, most)
+    everyone[marks.ONE_THREAD] = Contestant(marks.ONE_THREAD, peers.OURS, 1)
+    found: dict[Case, Result] = {}
+    for row in rows_:
+        name = _recorded_name(row, most)
+        if name in everyone:
+            shape, groups = row.shape, row.num_groups
+            case = Case(row.operation, row.pass_, row.layout, shape, groups, row.dtype)
+            found.setdefault(case, Result(case)).blocks[name] = list(row.seconds)
+    report = Report(list(everyone.values()), results.machine.get("l2", cache_bytes(2)))
+    report.results = list(found.values())
+    return report
+
+
+def _recorded_name(row: Row, most: int) -> str:
+    if row.threads == most:
+        return COPY if row.implementation == RECORDED_COPY else row.implementation
+    return marks.ONE_THREAD if (row.implementation, row.threads) == ("cython", 1) else ""
+
+
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.speed",
@@ -152,6 +185,7 @@ def _parse() -> argparse.Namespace:
     add("--fresh", action="store_true", help="also time ours when it allocates its output")
     add("--marks", action="store_true", help="report every mark; adds cpunorm on one thread")
     add("--json", type=Path, metavar="FILE", help="keep the raw rows")
+    add("--of", type=Path, metavar="FILE", help="of what was measured before")
     add("--list", action="store_true", help="print the cases and stop")
     args = parser.parse_args()
     args.suite = args.suite or ("marks" if args.marks else "quick")
@@ -173,6 +207,13 @@ def _select(args: argparse.Namespace) -> list[Case]:
 def main() -> None:
     """Measure, printing as it goes."""
     args = _parse()
+    if args.of:
+        try:
+            report = recorded(args.of)
+        except ResultsError as error:
+            raise SystemExit(f"python -m bench.speed: {error}") from None
+        _conclude(report, args.marks)
+        return
     cases = _select(args)
     if args.list:
         print(*cases, sep="\n")
@@ -184,7 +225,7 @@ def main() -> None:
         f"{facts['cpu']}, {facts['instruction set']}, {args.threads} threads of "
         f"{facts['cores']} cores, float32, {args.blocks} blocks\n{versions}"
     )
-    report = Report(everyone)
+    report = Report(everyone, facts["l2"])
     print(report.header())
     with crew(everyone) as (workers, left_out):
         for name, why in left_out.items():
@@ -196,8 +237,12 @@ def main() -> None:
             if args.json:
                 content = {**facts, "blocks": args.blocks, "rows": rows(report.results)}
                 write_bytes(args.json, (json.dumps(content, indent=1) + "\n").encode())
+    _conclude(report, args.marks)
+
+
+def _conclude(report: Report, with_marks: bool) -> None:
     print(report.summary())
-    if args.marks:
+    if with_marks:
         print(marks.table(report))
 
 

@@ -778,7 +778,9 @@ def _update_running_statistics(
             "running_var": var.mean(axis=0, dtype=np.float64) * factor,
         }
         for name, old in statistics.items():
-            old[...] = (1 - weight_of_new) * old.astype(np.float64) + weight_of_new * new[name]
+            moved = (1 - weight_of_new) * old.astype(np.float64) + weight_of_new * new[name]
+            # Halves are rounded from what float32 would have kept, as everything that is written.
+            old[...] = moved.astype(mean.dtype)
 
 
 def channel_norm_backward(

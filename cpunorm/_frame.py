@@ -94,6 +94,9 @@ def _axis_frame(
     before, inside, after = _split(order, axes)
     frame = _frame(shape, axes, before, inside, after, dense)
     outer, size, inner = frame.shape
+    if size == 1:
+        # Statistics of one value each: side by side they fill vectors.
+        return frame._replace(problem="columns", shape=(1, 1, outer * inner))
     if inner == 1:
         return frame._replace(problem="rows", shape=(outer, size))
     return frame._replace(problem="columns")

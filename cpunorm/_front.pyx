@@ -157,6 +157,12 @@ cdef inline object as_type_of(object weight, object grad, int kind):
     return narrow
 
 
+cdef inline void put_back(object wide, object kept, int kind) noexcept:
+    """Round what `in_reals` made of an array, and was changed since, to where it is from."""
+    if wide is not kept:
+        tables[kind].narrow(data(wide), data(kept), cnp.PyArray_SIZE(<cnp.ndarray> wide))
+
+
 cdef inline bint apart(object a, object b) noexcept:
     """Whether arrays without gaps share no memory; None shares none."""
     if a is None or b is None:
@@ -376,10 +382,11 @@ cdef bint axes_of(cnp.ndarray x, object normalized_shape, object axis, Axes* a) 
             a.N *= shape[i]
         else:
             a.S *= shape[i]
-    # Axes of one value lie anywhere: last, for instance.
-    a.rows = a.S == 1 or a.D == 1
-    if a.rows:
-        a.N *= a.S
+    if a.D == 1:
+        # Statistics of one value each: side by side they fill vectors.
+        a.S *= a.N
+        a.N = 1
+    a.rows = a.S == 1 and a.D > 1
     return True
 
 
@@ -626,8 +633,7 @@ cdef object channel_norm(object x_, object running_mean, object running_var, obj
                                 and apart(out, running_var)):
         return None
     if running and not frozen and not (
-            is_real(running_mean, kind) and is_real(running_var, kind)
-            and cnp.PyArray_ISWRITEABLE(<cnp.ndarray> running_mean)
+            cnp.PyArray_ISWRITEABLE(<cnp.ndarray> running_mean)
             and cnp.PyArray_ISWRITEABLE(<cnp.ndarray> running_var)
             and apart(running_mean, running_var)
             and apart(running_mean, x) and apart(running_var, x)
@@ -637,6 +643,7 @@ cdef object channel_norm(object x_, object running_mean, object running_var, obj
         return None
 
     weight, bias = in_reals(weight, kind), in_reals(bias, kind)
+    kept_mean, kept_var = running_mean, running_var
     running_mean, running_var = in_reals(running_mean, kind), in_reals(running_var, kind)
     table = tables[kind]
     y = empty_as(x) if out is None else out
@@ -667,6 +674,8 @@ cdef object channel_norm(object x_, object running_mean, object running_var, obj
             call.running_mean, call.running_var = data(running_mean), data(running_var)
             call.momentum = momentum
             solve("cython", (), table.move_running, x, &call)
+            put_back(running_mean, kept_mean, kind)
+            put_back(running_var, kept_var, kind)
     finally:
         leave(&statistics)
     return (y, named(Stats, (mean, rstd))) if return_stats is True else y

@@ -9,14 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import peers
+from bench import marks, peers
 from bench.results import DTYPES
 from bench.shapes import Case
+from bench.speed import recorded
 from bench.suites import SUITES, on_shape, suite
 from bench.workers import Contestant, Failed, _Table, crew, measure
 from cpunorm import reference
 
 from .support import AVAILABLE
+from .synthetic import seconds_of, write_results
 
 IN_FLOAT32 = ("openvino", "onnxruntime")
 SHAPES = {"float32": ((3, 32, 5, 4), (7, 33))}
@@ -205,3 +207,21 @@ def test_slab_is_what_one_statistic_reads():
     assert slab("batch_norm", "NCHW", pass_="training") == 32 * 49 * 4
     assert slab("instance_norm", "NHWC") == 49 * 64
     assert slab("group_norm", "NCHW", 2) == 32 * 49 * 4
+
+
+def test_marks_of_a_results_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(marks, "import_milliseconds", lambda: 12.0)
+    report = recorded(write_results(tmp_path / "results.json"))
+    case = Case("batch_norm", "training", "NCHW", (8, 128, 28, 28))
+    (result,) = [r for r in report.results if r.case == case]
+
+    def seconds(name):
+        return seconds_of("batch_norm", "training", "NCHW", "float32", case.shape, 2, name)
+
+    lead = min(map(seconds, ("torch", "onnxruntime"))) / seconds("cython")
+    assert report.lead(result) == pytest.approx(lead, rel=0.1)
+    assert report.over_copy(result) == pytest.approx(seconds("cython") / seconds("copy"), rel=0.1)
+    lines = {line[:66].strip(): line[66:].split() for line in marks.table(report).splitlines()}
+    assert float(lines["one thread ÷ two, ≥ 2 MiB, mean"][2]) == pytest.approx(2, rel=0.1)
+    assert lines["µs of layer_norm on (1, 768)"][2] == "–"
+    assert lines["ms of import cpunorm beyond numpy"][2:4] == ["12.00", "pass"]
