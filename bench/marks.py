@@ -1,7 +1,7 @@
 """The marks that the library holds itself to, each with the figure that was found.
 
-Run by ``python -m bench.speed --marks``, with ``--of FILE`` for what python -m bench has measured; a
-figure that the cases do not give is missing.
+Run by ``python -m bench.speed --marks``, with ``--of FILE`` for what python -m bench has measured;
+a figure that the cases do not give is missing.
 """
 
 import os
