@@ -181,7 +181,9 @@ def test_16_bits(op, dtype, mixed, backend):
         error, their_error = (
             np.abs(a - wanted).max() for a in (ours, theirs.detach().double().numpy())
         )
-        assert error <= 1.01 * their_error + 3e-6
+        # And a few roundings of float32, of results as large as these.
+        few = 4 * np.finfo("float32").eps * np.abs(wanted).max()
+        assert error <= 1.01 * their_error + 3e-6 + few
 
 
 @pytest.mark.parametrize(("op", "sample"), list(errors()))

@@ -185,12 +185,6 @@ ALWAYS bits_vec first_mask(ptrdiff_t left)
     return lane < (bits_vec){0} + (lane_bits)left;
 }
 
-/* v in the first `left` lanes, 0 in the others. */
-ALWAYS vec first_lanes(vec v, ptrdiff_t left)
-{
-    return left >= LANES ? v : (vec)((bits_vec)v & first_mask(left));
-}
-
 #if defined(__SSE2__) && !defined(__AVX512F__)
 
 /* Where there are no masks for it, the end of a stretch goes in pieces of 8, 4 and 2 bytes: fewer than 16, of
