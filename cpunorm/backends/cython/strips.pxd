@@ -74,7 +74,7 @@ cdef inline Images images_of(const Call* call, Py_ssize_t count, Py_ssize_t rows
             im.abreast *= 2
     while im.in_line * width < LINE and IN_LINE_ROWS * im.in_line <= rows:
         im.in_line *= 2
-    im.few = rows < FEW_ROWS and inner == 1 and K > 1 and 2 * K >= LANES
+    im.few = rows < FEW_ROWS and inner == 1 and 1 < K <= FEW_CHANNELS and 2 * K >= LANES
     if inner == 1 and (K == call.C or K >= 4 * LANES or (im.few and K >= 2 * LANES)):
         im.per_cell = K
     else:
@@ -535,7 +535,7 @@ cdef inline void _backward_image(
         Py_ssize_t start = image * im.size, q
         bint summed = not im.frozen or grad_weight is not NULL
         bint whole = strips_whole(im), differentiated = im.call.grad_x is not NULL
-        bint few = whole and im.few and K <= FEW_CHANNELS
+        bint few = whole and im.few
         Task task
     if not whole:
         _set_backward(im, image, first_group, last_group, terms)
