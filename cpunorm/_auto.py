@@ -7,6 +7,7 @@ measures and writes either. It is read when Numba is first used: before that it 
 import os
 import sys
 import warnings
+from bisect import bisect_right
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -35,9 +36,9 @@ class Table(NamedTuple):
 
     def is_numbas(self, problem: str, verb: str, nbytes: int) -> bool:
         """Whether Numba is the fastest for an x of so many bytes."""
-        size = sum(nbytes >= 1 << n for n in self.log2_bytes)
+        size = bisect_right(self.log2_bytes, nbytes.bit_length() - 1)
         backends = self.fastest.get(f"{problem} {verb}", ())
-        return size > 0 and size <= len(backends) and backends[size - 1] == "numba"
+        return 0 < size <= len(backends) and backends[size - 1] == "numba"
 
 
 def own_path() -> str:
@@ -109,12 +110,8 @@ def remember(
     The table was measured on float32, and on several threads. Of anything else it says nothing.
     """
     global first_bytes
-    if threads == 1 or arguments[0].dtype != np.float32 or len(_warm) >= MOST_WARM:
+    if threads == 1 or not table().is_numbas(problem, verb, nbytes):
         return
-    if table().is_numbas(problem, verb, nbytes):
-        from .backends.numba import compile_serial_loop
-
-        # Or the choice, and with it the bits, would depend on the threads of the calls to come.
-        compile_serial_loop()
+    if arguments[0].dtype == np.float32 and len(_warm) < MOST_WARM:
         _warm.add(_key(problem, verb, arguments))
         first_bytes = min(first_bytes, nbytes)

@@ -1,6 +1,5 @@
 """The Numba backend: one module per canonical problem, compiled at the first call and cached."""
 
 from . import channels_first, channels_last, columns, rows
-from ._jit import compile_serial_loop
 
-__all__ = ["channels_first", "channels_last", "columns", "compile_serial_loop", "rows"]
+__all__ = ["channels_first", "channels_last", "columns", "rows"]

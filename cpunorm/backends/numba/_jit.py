@@ -1,9 +1,9 @@
 """Every numba option of the package, and how a kernel is compiled and launched.
 
-A kernel is a function `kernel(task, arguments)` that does one task out of several. It is compiled
-once, into a callback that a loop over the tasks calls by address, and all kernels share two such
-loops: a serial one and a prange. Were the loop part of the kernel, each kernel would be compiled
-twice, which takes three times as long, and the two would not always round alike.
+A kernel is a sequence of stages, functions `stage(task, arguments)` that do one task of several. It
+is compiled once, with a callback that a loop over the tasks of a stage calls by address, and all
+kernels share two such loops: a serial one and a prange. Were the loop part of the kernel, it would
+be compiled twice, which takes three times as long, and the two would not always round alike.
 """
 
 import threading
@@ -117,21 +117,22 @@ def call_address(typing_context, address, first, second):
 
 
 @intrinsic
-def _launch(typing_context, loop, tasks, threads, arguments):
+def _launch(typing_context, loop, tasks, threads, stage, plan, arguments):
     """In an entry: call loop(callback, tasks, address, threads); callback(i, address) is task i."""
-    argument_types = (types.intp, types.intp, types.intp, arguments)
+    argument_types = (types.intp, types.intp, plan, arguments)
     intp = cgutils.intp_t
 
     def generate(context, builder, signature, values):
-        loop, tasks, threads, packed = values
-        slot = cgutils.alloca_once_value(builder, packed)
+        loop, tasks, threads, *packed = values
+        slot = cgutils.alloca_once_value(builder, cgutils.pack_struct(builder, packed))
 
         name = builder.module.get_unique_name("callback")
         callback = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), (intp, intp)), name)
         callback.linkage = "internal"
         body = ir.IRBuilder(callback.append_basic_block())
         task, address = callback.args
-        single = intp(0), task, intp(1), body.load(body.inttoptr(address, slot.type))
+        stage, *rest = cgutils.unpack_tuple(body, body.load(body.inttoptr(address, slot.type)))
+        single = stage, task, *rest
         # Its status is not asked for: all a kernel can fail at is a few kilobytes of scratch.
         context.call_conv.call_function(body, builder.function, types.none, argument_types, single)
         body.ret_void()
@@ -143,18 +144,41 @@ def _launch(typing_context, loop, tasks, threads, arguments):
         )
         return context.get_dummy_value()
 
-    return types.void(types.intp, types.intp, types.intp, arguments), generate
+    return types.void(types.intp, types.intp, types.intp, types.intp, plan, arguments), generate
 
 
-_KERNEL = None  # every entry has its own among its globals
+_ALL = -1
+_STAGES, _ORDER = None, ()  # every entry has its own among its globals
 
 
-def _entry(loop, task, threads, arguments):
-    """One task, or where there is the address of a loop, as many as `task` says."""
-    if loop:
-        _launch(loop, task, threads, arguments)
+def _entry(stage, task, plan, arguments):
+    """One task of a stage; or all tasks of all of them, with the threads and counts of `plan`."""
+    if stage == _ALL:
+        serial_loop, parallel_loop, most = plan[:3]
+        counts = plan[3:]
+        for stage in range(len(counts)):
+            threads = min(most, abs(counts[stage]))
+            loop = serial_loop if threads <= 1 else parallel_loop
+            _launch(loop, counts[stage], threads, _ORDER[stage], plan, arguments)
     else:
-        _KERNEL(task, open_arrays(arguments))
+        _STAGES(stage, task, open_arrays(arguments))
+
+
+def _in_turn(first, *others):
+    """One function stage(number, task, arguments) of several."""
+    first = _inlined(first)
+    if not others:
+        return _inlined(lambda stage, task, arguments: first(task, arguments))
+    rest = _in_turn(*others)
+
+    @_inlined
+    def choose(stage, task, arguments):
+        if stage == 0:
+            first(task, arguments)
+        else:
+            rest(stage - 1, task, arguments)
+
+    return choose
 
 
 @jit
@@ -164,7 +188,7 @@ def _share(callback, tasks, address, part, parts):
     first = count * part // parts
     stop = count * (part + 1) // parts
     for i in range(first, stop):
-        call_address(callback, i if tasks > 0 else first + stop - 1 - i, address)
+        call_address(callback, i if tasks > 0 else ~(first + stop - 1 - i), address)
 
 
 def _serial_loop(callback, tasks, address, threads):
@@ -213,31 +237,33 @@ def _parallel_loop_address() -> int:
     return _loop_address(_parallel_loop)
 
 
-def compile_serial_loop() -> None:
-    """Compile what a call on several threads does not need, and the same on one thread would."""
-    _loop_address(_serial_loop)
+def kernel(*stages: FunctionType) -> Callable[..., None]:
+    """Compile stages, `stage(i, arguments)`; return a function that runs each for every i in turn.
 
-
-def kernel(task: FunctionType) -> Callable[..., None]:
-    """Compile `task(i, arguments)`; return a function that runs it for every i below `tasks`.
-
-    That function takes the largest number of threads and the number of tasks, then the arguments.
-    With `backwards`, a thread does the same tasks in the opposite order, to meet first what it left
-    in its cache. One thread touches no thread pool, which is what makes it safe in a forked child.
+    That function takes the largest number of threads and how many tasks each stage has, then the
+    arguments. Where the number is negative, the tasks are ~i, and a thread does its own in the
+    opposite order: on the way back it meets first what it left in its cache. One thread touches no
+    thread pool, which is what makes it safe in a forked child.
     """
     # numba puts the cache beside the file that it takes the code to be from.
-    code = _entry.__code__.replace(
-        co_filename=task.__code__.co_filename, co_firstlineno=task.__code__.co_firstlineno
-    )
-    entry = FunctionType(code, {**globals(), "_KERNEL": _inlined(task)}, task.__name__)
-    entry.__module__ = task.__module__
+    last = stages[-1].__code__
+    code = _entry.__code__.replace(co_filename=last.co_filename, co_firstlineno=last.co_firstlineno)
+    name = "".join(stage.__name__ for stage in stages)
+    different = list(dict.fromkeys(stages))
+    own = {"_STAGES": _in_turn(*different), "_ORDER": tuple(map(different.index, stages))}
+    entry = FunctionType(code, globals() | own, name)
+    entry.__module__ = stages[-1].__module__
     entry = once(entry)
 
-    def launch(threads: int, tasks: int, *arguments: Any, backwards: bool = False) -> None:
-        threads = min(threads, tasks, numba.config.NUMBA_NUM_THREADS)
-        loop = _loop_address(_serial_loop) if threads == 1 else _parallel_loop_address()
-        with _one_launch() if threads > 1 else _FREE:
-            entry(loop, -tasks if backwards else tasks, threads, arguments)
+    def launch(threads: int, counts: tuple[int, ...], *arguments: Any) -> None:
+        serial = _loop_address(_serial_loop)
+        if threads == 1:
+            entry(_ALL, 0, (serial, serial, 1, *counts), arguments)
+            return
+        parallel = _parallel_loop_address()
+        threads = min(threads, numba.config.NUMBA_NUM_THREADS)
+        with _one_launch():
+            entry(_ALL, 0, (serial, parallel, threads, *counts), arguments)
 
     return launch
 
@@ -249,21 +275,28 @@ class _Unlocked:
         self.__array_interface__ = {**array.__array_interface__, "data": data}
 
 
-def flat(array: Array | None, like: Array) -> Array:
-    """`array` in one dimension; None becomes an empty array of the dtype of `like`.
-
-    So that no argument asks for a compilation of its own: neither None nor a read-only array, which
-    numba takes for a type apart. Floats of 16 bits become integers.
-    """
-    if array is None:
-        return _nothing(like.dtype)
+def _as_plain(array: Array) -> Array:
     if array.itemsize == 2:
         array = as_bits(array)
-    if not array.flags.writeable:
-        array = np.asarray(_Unlocked(array))
-    return array.ravel()
+    return (array if array.flags.writeable else np.asarray(_Unlocked(array))).ravel()
 
 
 @lru_cache
 def _nothing(dtype: np.dtype[Any]) -> Array:
-    return flat(np.empty(0, dtype), np.empty(0, dtype))
+    return _as_plain(np.empty(0, dtype))
+
+
+def flat(like: Array, *arrays: Array | None) -> tuple[Array, ...]:
+    """Arrays in one dimension; None becomes an empty array of the dtype of `like`.
+
+    So that no argument asks for a compilation of its own: neither None nor a read-only array, which
+    numba takes for a type apart. Floats of 16 bits become integers.
+    """
+    # All in one expression for the usual kind: this is a good part of a short call.
+    nothing = _nothing(like.dtype)
+    return tuple([
+        nothing if a is None
+        else a.ravel() if a.itemsize > 2 and a.flags.writeable
+        else _as_plain(a)
+        for a in arrays
+    ])  # fmt: skip

@@ -92,7 +92,6 @@ def _units_of(task, sizes):
     return b0, min(B, b0 + images), g0, min(G, g0 + groups), slot
 
 
-@kernel
 def _normalize(task, arguments):
     x, residual, weight, bias, eps, activation, y, outputs, sizes = arguments
     _, R, G, K, S, _, _ = sizes
@@ -118,10 +117,10 @@ def _normalize(task, arguments):
                 _transform(x, residual, activation, a, groups * K, S, S, terms, y, z)
 
 
-@kernel
 def _measure_parts(task, arguments):
-    x, parts, sizes = arguments
-    R, G, run, height, length = sizes
+    x, _, _, _, _, _, _, _, parts, _, cut, _ = arguments
+    R, G, K, S, height, length = cut
+    run = K * S
     part = task % parts.shape[1]
     unit = task // parts.shape[1]
     top, left, h, w = part_of(part, R, run, height, length)
@@ -132,9 +131,25 @@ def _measure_parts(task, arguments):
     unit_moments(x, start, h, G * run, w, 1, True, pivot, mean, M2)
 
 
-@kernel
+def _merge_parts(task, arguments):
+    _, _, _, _, eps, _, _, outputs, parts, stats, cut, _ = arguments
+    R, _, K, S, height, length = cut
+    merge_moments(parts, R, K * S, height, length, eps, outputs, stats)
+    for values in stats:
+        spread(values, parts.shape[2], K)
+
+
+def _apply_parts(task, arguments):
+    x, residual, weight, bias, _, activation, y, _, _, stats, _, sizes = arguments
+    _transform_part(~task, x, residual, weight, bias, activation, y, stats, sizes)
+
+
 def _apply(task, arguments):
-    x, residual, weight, bias, activation, y, stats, sizes = arguments
+    _transform_part(~task, *arguments)
+
+
+@jit
+def _transform_part(task, x, residual, weight, bias, activation, y, stats, sizes):
     N, R, C, S, height, length = sizes
     mean, rstd = stats
     top, left, h, w = part_of(task, N * C, S, height, length)
@@ -167,9 +182,8 @@ def _write_grad_x(grad_y, x, start, rows, stride, width, mean, scale, terms, fro
                 grad_x[i] = element_gradient(grad_y[i], x[i] - mean, scale, centre, slope, rest)
 
 
-@kernel
 def _backward(task, arguments):
-    grad_y, x, saved, weight, grad_x, totals, sizes = arguments
+    grad_y, x, saved, weight, grad_x, sizes, totals, _ = arguments
     _, R, G, K, S, _, _ = sizes
     mean, rstd = saved
     b0, b1, g0, g1, slot = _units_of(task, sizes)
@@ -202,11 +216,12 @@ def _backward(task, arguments):
                 _write_grad_x(grad_y, x, a, 1, 0, S, mean[i], scale, terms, False, grad_x)
 
 
-@kernel
-def _backward_parts(task, arguments):
-    """Over a part of some channels: their sums, or grad_x, or both where that needs no sums."""
-    grad_y, x, saved, weight, frozen, parts, merged, grad_x, sizes = arguments
-    R, C, S, channels, height, length = sizes
+def _sweep_parts(task, arguments):
+    """Over a part of some channels: their sums; on the way back grad_x, or at once without sums."""
+    grad_y, x, saved, weight, frozen, grad_x, parts, sizes, _, _ = arguments
+    R, C, _, S, channels, height, length = sizes
+    summing = task >= 0
+    task = task if summing else ~task
     mean, rstd = saved
     count = parts.shape[0]
     top, left, h, w = part_of(task % count, R, S, height, length)
@@ -215,14 +230,27 @@ def _backward_parts(task, arguments):
         c = q % C
         m = mean[q]
         a = ((q // C * R + top) * C + c) * S + left
-        if parts.size:
+        if summing:
             sums = block_gradient_sums(grad_y, x, a, h, C * S, w, m)
             for i in range(3):
                 parts[task % count, i, q] = sums[i]
-        if grad_x.size:
+        if grad_x.size and (frozen or not summing):
             scale = scale_of(np.float64(rstd[q]), weight, c)
-            terms = merged[0, q], merged[1, q], merged[2, q]
+            terms = parts[0, 0, q], parts[0, 1, q], parts[0, 2, q]
             _write_grad_x(grad_y, x, a, h, C * S, w, m, scale, terms, frozen, grad_x)
+
+
+def _merge_sums(task, arguments):
+    _, _, saved, weight, frozen, _, parts, sizes, totals, _ = arguments
+    R, C, K, S, _, _, _ = sizes
+    merge_gradients(parts, C, K, R * K * S, saved[1], weight, frozen, totals)
+
+
+_normalize_whole = kernel(_normalize)
+_normalize_parts = kernel(_measure_parts, _merge_parts, _apply_parts)
+_apply_whole = kernel(_apply)
+_backward_whole = kernel(_backward, store_totals)
+_backward_in_parts = kernel(_sweep_parts, _merge_sums, _sweep_parts, store_totals)
 
 
 def _units(x: Array, mean: Array) -> tuple[int, ...]:
@@ -295,39 +323,28 @@ def normalize(
                 x, None, residual, *parameters, eps, True, function, y, None, outputs, G, threads
             )
         return
-    x, residual, y = (flat(array, x) for array in (x, residual, y))
-    weight, bias, *outputs = (flat(array, mean) for array in (weight, bias, *outputs))
-    outputs = tuple(outputs)
-    if size := _task_size(units, x.itemsize):
-        tasks = ceil_div(B, size[0]) * ceil_div(G, size[1])
-        sizes = *units, *size
-        _normalize(threads, tasks, x, residual, weight, bias, eps, function, y, outputs, sizes)
+    size = _task_size(units, x.itemsize)
+    x, residual, y = flat(x, x, residual, y)
+    weight, bias, *outputs = flat(mean, weight, bias, *outputs)
+    arguments = x, residual, weight, bias, eps, function, y, tuple(outputs)
+    if size:
+        counts = (ceil_div(B, size[0]) * ceil_div(G, size[1]),)
+        _normalize_whole(threads, counts, *arguments, (*units, *size))
         return
-    height, length, count = _part_size(R, K * S)
-    parts = np.empty((2, count, B * G))
-    _measure_parts(threads, B * G * count, x, parts, (R, G, K * S, height, length))
-    stats = merge_moments(parts, R, K * S, height, length, eps, outputs)
-    if y.size:
-        stats = per_channel(K, *stats)
-        _sweep(x, residual, weight, bias, function, y, stats, units, threads)
+    height, length, parts = _part_size(R, K * S)
+    sizes, tasks = _apply_size(units)
+    counts = B * G * parts, 1, -tasks if y.size else 0
+    stats = np.empty(B * G * K), np.empty(B * G * K)
+    scratch = np.empty((2, parts, B * G)), stats
+    cut = R, G, K, S, height, length
+    _normalize_parts(threads, counts, *arguments, *scratch, cut, sizes)
 
 
-def _sweep(
-    x: Array,
-    residual: Array,
-    weight: Array,
-    bias: Array,
-    function: int,
-    y: Array,
-    stats: tuple[Array, ...],
-    units: tuple[int, ...],
-    threads: int,
-) -> None:
+def _apply_size(units: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+    """What `_transform_part` has to know of sizes, and the number of tasks."""
     B, R, G, K, S = units
     height, length, tasks = _part_size(B * R * G * K, S)
-    sizes = B * R, R, G * K, S, height, length
-    arguments = x, residual, weight, bias, function, y, stats, sizes
-    _apply(threads, tasks, *arguments, backwards=True)
+    return (B * R, R, G * K, S, height, length), tasks
 
 
 def apply(
@@ -349,9 +366,11 @@ def apply(
         channels_last.apply(x, residual, *parameters, activation, y, mean, rstd, threads)
         return
     function = address(activation, mean.dtype)
-    x, residual, y = (flat(array, x) for array in (x, residual, y))
-    weight, bias = flat(weight, mean), flat(bias, mean)
-    _sweep(x, residual, weight, bias, function, y, in_full(K, mean, rstd), units, threads)
+    sizes, tasks = _apply_size(units)
+    x, residual, y = flat(x, x, residual, y)
+    weight, bias = flat(mean, weight, bias)
+    stats = in_full(K, mean, rstd)
+    _apply_whole(threads, (-tasks,), x, residual, weight, bias, function, y, stats, sizes)
 
 
 def moments(x: Array, mean: Array, var: Array, threads: int) -> None:
@@ -416,29 +435,20 @@ def _differentiate(
             rows.backward_groups(grad_y, x, mean, rstd, weight, None, grad_x, *wide, G, threads)
         _gather(S, wide, gradients)
         return
-    grad_y, x, grad_x = (flat(array, x) for array in (grad_y, x, grad_x))
-    saved = per_channel(K, flat(mean, mean), flat(rstd, mean))
-    weight = flat(weight, mean)
-    inputs = grad_y, x, saved, weight
     size = _task_size(units, 2 * x.itemsize)
+    grad_y, x, grad_x = flat(x, grad_y, x, grad_x)
+    weight, mean, rstd, *gradients = flat(mean, weight, mean, rstd, *gradients)
+    inputs = grad_y, x, per_channel(K, mean, rstd), weight
     if size and not frozen:
         slots = ceil_div(B, size[0])
-        totals = np.zeros((slots, 2, C))
-        tasks = slots * ceil_div(G, size[1])
-        _backward(threads, tasks, *inputs, grad_x, totals, (*units, *size))
-    else:
-        height, length, count = _part_size(R, S)
-        channels = max(1, PIECE // (R * S))
-        tasks = ceil_div(B * C, channels) * count
-        sizes = R, C, S, channels, height, length
-        parts = np.empty((count, 3, B * C))
-        totals = np.zeros((1, 2, C))
-        early, late = (grad_x, grad_x[:0]) if frozen else (grad_x[:0], grad_x)
-        _backward_parts(threads, tasks, *inputs, frozen, parts, np.empty((3, B * C)), early, sizes)
-        merge_gradients(parts, C, K, R * K * S, saved[1], weight, frozen, totals)
-        if late.size:
-            sums, parts = parts[0], np.empty((count, 3, 0))
-            _backward_parts(
-                threads, tasks, *inputs, frozen, parts, sums, late, sizes, backwards=True
-            )
-    store_totals(totals, *gradients)
+        counts = slots * ceil_div(G, size[1]), 1
+        rest = grad_x, (*units, *size), np.zeros((slots, 2, C)), tuple(gradients)
+        _backward_whole(threads, counts, *inputs, *rest)
+        return
+    height, length, count = _part_size(R, S)
+    channels = max(1, PIECE // (R * S))
+    tasks = ceil_div(B * C, channels) * count
+    counts = tasks, 1, 0 if frozen or not grad_x.size else -tasks, 1
+    sizes = R, C, K, S, channels, height, length
+    scratch = np.empty((count, 3, B * C)), sizes, np.zeros((1, 2, C))
+    _backward_in_parts(threads, counts, *inputs, frozen, grad_x, *scratch, tuple(gradients))

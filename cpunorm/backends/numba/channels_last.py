@@ -106,7 +106,6 @@ def _strip_of(task, sizes):
     return n0, min(N, n0 + images), c0, min(strip, C - c0), slot
 
 
-@kernel
 def _normalize(task, arguments):
     x, residual, weight, bias, eps, activation, y, outputs, sizes = arguments
     _, S, C, K, _, _ = sizes
@@ -142,9 +141,8 @@ def _part_of(task, sizes):
     return n, part, start, min(height, S - part * height), c0, min(strip, C - c0)
 
 
-@kernel
 def _measure_parts(task, arguments):
-    x, parts, sizes = arguments
+    x, _, _, _, _, _, _, _, parts, _, sizes = arguments
     _, _, C, K, _, _ = sizes
     n, part, start, h, c0, width = _part_of(task, sizes)
     lanes = lanes_of(h, width, C)
@@ -159,9 +157,25 @@ def _measure_parts(task, arguments):
         parts[1, part, unit + g] = M2[g]
 
 
-@kernel
+def _merge_parts(task, arguments):
+    _, _, _, _, eps, _, _, outputs, parts, stats, sizes = arguments
+    _, S, _, K, height, _ = sizes
+    merge_moments(parts, S, K, height, K, eps, outputs, stats)
+    for values in stats:
+        spread(values, parts.shape[2], K)
+
+
+def _apply_parts(task, arguments):
+    x, residual, weight, bias, _, activation, y, _, _, stats, sizes = arguments
+    _transform_part(~task, x, residual, weight, bias, activation, y, stats, sizes)
+
+
 def _apply(task, arguments):
-    x, residual, weight, bias, activation, y, stats, sizes = arguments
+    _transform_part(task, *arguments)
+
+
+@jit
+def _transform_part(task, x, residual, weight, bias, activation, y, stats, sizes):
     _, _, C, _, _, _ = sizes
     mean, rstd = stats
     n, _, start, h, c0, width = _part_of(task, sizes)
@@ -222,9 +236,8 @@ def _write_grad_x(grad_y, x, start, rows, C, width, lanes, terms, frozen, grad_x
                 )
 
 
-@kernel
 def _backward(task, arguments):
-    grad_y, x, saved, weight, grad_x, totals, sizes = arguments
+    grad_y, x, saved, weight, grad_x, sizes, totals, _ = arguments
     _, S, C, K, _, _ = sizes
     mean, rstd = saved
     n0, n1, c0, width, slot = _strip_of(task, sizes)
@@ -244,10 +257,11 @@ def _backward(task, arguments):
             _write_grad_x(grad_y, x, start, S, C, width, lanes, terms, False, grad_x)
 
 
-@kernel
-def _backward_parts(task, arguments):
-    """Over a part: the sums of its columns, or grad_x, or both where that needs no sums."""
-    grad_y, x, saved, weight, frozen, parts, merged, grad_x, sizes = arguments
+def _sweep_part(task, arguments):
+    """Over a part: the sums of its columns; on the way back grad_x, or at once without sums."""
+    grad_y, x, saved, weight, frozen, grad_x, parts, sizes, _, _ = arguments
+    summing = task >= 0
+    task = task if summing else ~task
     _, _, C, _, _, _ = sizes
     mean, rstd = saved
     n, part, start, h, c0, width = _part_of(task, sizes)
@@ -255,15 +269,28 @@ def _backward_parts(task, arguments):
     first = n * C + c0
     terms = np.empty((5, lanes * width), x.dtype)
     _set_means(terms, mean, first, width, lanes)
-    if parts.size:
+    if summing:
         sums = np.empty((3, width))
         _sum_columns(grad_y, x, start, h, C, width, lanes, terms[0], sums)
         for i in range(3):
             for c in range(width):
                 parts[part, i, first + c] = sums[i, c]
-    if grad_x.size:
-        _set_gradient_terms(terms, rstd, first, weight, c0, merged, first, width, lanes)
+    if grad_x.size and (frozen or not summing):
+        _set_gradient_terms(terms, rstd, first, weight, c0, parts[0], first, width, lanes)
         _write_grad_x(grad_y, x, start, h, C, width, lanes, terms, frozen, grad_x)
+
+
+def _merge_sums(task, arguments):
+    _, _, saved, weight, frozen, _, parts, sizes, totals, _ = arguments
+    _, S, C, K, _, _ = sizes
+    merge_gradients(parts, C, K, S * K, saved[1], weight, frozen, totals)
+
+
+_normalize_whole = kernel(_normalize)
+_normalize_parts = kernel(_measure_parts, _merge_parts, _apply_parts)
+_apply_whole = kernel(_apply)
+_backward_whole = kernel(_backward, store_totals)
+_backward_in_parts = kernel(_sweep_part, _merge_sums, _sweep_part, store_totals)
 
 
 def _sizes(x: Array, mean: Array) -> tuple[int, ...]:
@@ -329,23 +356,18 @@ def normalize(
         )
         return
     size = _task_size(sizes, x.itemsize)
-    x, residual, y = (flat(array, x) for array in (x, residual, y))
-    weight, bias, *outputs = (flat(array, mean) for array in (weight, bias, *outputs))
-    outputs = tuple(outputs)
+    x, residual, y = flat(x, x, residual, y)
+    weight, bias, *outputs = flat(mean, weight, bias, *outputs)
+    arguments = x, residual, weight, bias, eps, function, y, tuple(outputs)
     if size:
-        tasks = ceil_div(N, size[0]) * ceil_div(C, size[1])
-        cut = *sizes, *size
-        _normalize(threads, tasks, x, residual, weight, bias, eps, function, y, outputs, cut)
+        counts = (ceil_div(N, size[0]) * ceil_div(C, size[1]),)
+        _normalize_whole(threads, counts, *arguments, (*sizes, *size))
         return
     height, strip, tasks = _part_size(sizes)
-    cut = *sizes, height, strip
+    counts = tasks, 1, -tasks if y.size else 0
     parts = np.empty((2, ceil_div(S, height), N * C // K))
-    _measure_parts(threads, tasks, x, parts, cut)
-    stats = merge_moments(parts, S, K, height, K, eps, outputs)
-    if y.size:
-        stats = per_channel(K, *stats)
-        arguments = x, residual, weight, bias, function, y, stats, cut
-        _apply(threads, tasks, *arguments, backwards=True)
+    stats = np.empty(N * C), np.empty(N * C)
+    _normalize_parts(threads, counts, *arguments, parts, stats, (*sizes, height, strip))
 
 
 def apply(
@@ -364,10 +386,10 @@ def apply(
     height, strip, tasks = _part_size(sizes)
     cut = *sizes, height, strip
     function = address(activation, mean.dtype)
-    x, residual, y = (flat(array, x) for array in (x, residual, y))
-    weight, bias = flat(weight, mean), flat(bias, mean)
+    x, residual, y = flat(x, x, residual, y)
+    weight, bias = flat(mean, weight, bias)
     stats = in_full(K, mean, rstd)
-    _apply(threads, tasks, x, residual, weight, bias, function, y, stats, cut)
+    _apply_whole(threads, (tasks,), x, residual, weight, bias, function, y, stats, cut)
 
 
 def moments(x: Array, mean: Array, var: Array, threads: int) -> None:
@@ -426,24 +448,17 @@ def _differentiate(
         )
         return
     size = _task_size(sizes, 2 * x.itemsize)
-    grad_y, x, grad_x = (flat(array, x) for array in (grad_y, x, grad_x))
-    saved = per_channel(K, flat(mean, mean), flat(rstd, mean))
-    weight = flat(weight, mean)
-    inputs = grad_y, x, saved, weight
+    grad_y, x, grad_x = flat(x, grad_y, x, grad_x)
+    weight, mean, rstd, *gradients = flat(mean, weight, mean, rstd, *gradients)
+    inputs = grad_y, x, per_channel(K, mean, rstd), weight
     if size and not frozen:
         slots = ceil_div(N, size[0])
-        totals = np.zeros((slots, 2, C))
-        tasks = slots * ceil_div(C, size[1])
-        _backward(threads, tasks, *inputs, grad_x, totals, (*sizes, *size))
-    else:
-        height, strip, tasks = _part_size(sizes)
-        cut = *sizes, height, strip
-        parts = np.empty((ceil_div(S, height), 3, N * C))
-        totals = np.zeros((1, 2, C))
-        early, late = (grad_x, grad_x[:0]) if frozen else (grad_x[:0], grad_x)
-        _backward_parts(threads, tasks, *inputs, frozen, parts, np.empty((3, N * C)), early, cut)
-        merge_gradients(parts, C, K, S * K, saved[1], weight, frozen, totals)
-        if late.size:
-            sums, parts = parts[0], np.empty((parts.shape[0], 3, 0))
-            _backward_parts(threads, tasks, *inputs, frozen, parts, sums, late, cut, backwards=True)
-    store_totals(totals, *gradients)
+        counts = slots * ceil_div(C, size[1]), 1
+        rest = grad_x, (*sizes, *size), np.zeros((slots, 2, C)), tuple(gradients)
+        _backward_whole(threads, counts, *inputs, *rest)
+        return
+    height, strip, tasks = _part_size(sizes)
+    counts = tasks, 1, 0 if frozen or not grad_x.size else -tasks, 1
+    parts = np.empty((ceil_div(S, height), 3, N * C))
+    rest = frozen, grad_x, parts, (*sizes, height, strip), np.zeros((1, 2, C)), tuple(gradients)
+    _backward_in_parts(threads, counts, *inputs, *rest)

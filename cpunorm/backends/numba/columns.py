@@ -55,7 +55,6 @@ def _strip(task, sizes):
     return n0, min(N, n0 + images), s0, min(strip, S - s0)
 
 
-@kernel
 def _normalize(task, arguments):
     x, addend, parameters, eps, center, y, total, outputs, sizes = arguments
     _, D, S, _, _ = sizes
@@ -129,9 +128,8 @@ def _sum_parameters(grad_y, x, start, D, S, width, terms, totals, slot, wanted):
             totals[slot, 1, r] += plain
 
 
-@kernel
 def _backward(task, arguments):
-    grad_y, x, saved, parameters, grad_total, grad_x, totals, wanted, sizes = arguments
+    grad_y, x, saved, parameters, grad_total, grad_x, wanted, sizes, totals, _ = arguments
     _, D, S, _, _ = sizes
     mean, rstd = saved
     weight, row_weight, weighted = parameters
@@ -157,6 +155,10 @@ def _backward(task, arguments):
         if grad_x.size:
             _write_grad_x(grad_y, x, start, D, S, width, terms, weight, grad_total, grad_x)
         _sum_parameters(grad_y, x, start, D, S, width, terms, totals, task, wanted)
+
+
+_normalize_whole = kernel(_normalize)
+_backward_whole = kernel(_backward, store_totals)
 
 
 def _task_size(N: int, D: int, S: int, itemsize: int) -> tuple[int, int]:
@@ -191,11 +193,11 @@ def normalize(
     images, strip = _task_size(N, D, S, x.itemsize)
     tasks = ceil_div(N, images) * ceil_div(S, strip)
     center = mean is not None
-    parameters = flat(weight, rstd), flat(bias, rstd)
-    outputs = tuple(flat(array, rstd) for array in (mean, None, rstd))
-    x, addend, y, total = (flat(array, x) for array in (x, residual, y, total))
-    sizes = N, D, S, images, strip
-    _normalize(threads, tasks, x, addend, parameters, eps, center, y, total, outputs, sizes)
+    parameters = flat(rstd, weight, bias)
+    outputs = flat(rstd, mean, None, rstd)
+    x, addend, y, total = flat(x, x, residual, y, total)
+    rest = eps, center, y, total, outputs, (N, D, S, images, strip)
+    _normalize_whole(threads, (tasks,), x, addend, parameters, *rest)
 
 
 def backward(
@@ -224,14 +226,12 @@ def backward(
     images, strip = _task_size(N, D, S, 2 * x.itemsize)
     tasks = ceil_div(N, images) * ceil_div(S, strip)
     totals = np.zeros((tasks, 2, D))
-    saved = flat(mean, rstd), flat(rstd, rstd)
-    weights = flat(weight, rstd)
+    saved = flat(rstd, mean, rstd)
+    (weights,) = flat(rstd, weight)
+    gradients = flat(rstd, grad_weight, grad_bias)
     row_weight = np.ones(1, rstd.dtype) if weight is None else weights
     parameters = weights, row_weight, int(weight is not None)
     wanted = grad_weight is not None, grad_bias is not None
-    grad_y, x, grad_total, grad_x = (flat(array, x) for array in arrays)
-    _backward(
-        threads, tasks, grad_y, x, saved, parameters, grad_total, grad_x, totals, wanted,
-        (N, D, S, images, strip),
-    )  # fmt: skip
-    store_totals(totals, grad_weight, grad_bias)
+    grad_y, x, grad_total, grad_x = flat(x, *arrays)
+    rest = grad_total, grad_x, wanted, (N, D, S, images, strip), totals, gradients
+    _backward_whole(threads, (tasks, 1), grad_y, x, saved, parameters, *rest)

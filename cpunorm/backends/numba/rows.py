@@ -22,6 +22,7 @@ from .sweeps import (
     SLAB,
     TASKS,
     add,
+    add_slots,
     at,
     ceil_div,
     copy_for,
@@ -79,7 +80,6 @@ def _transform(x, residual, parameters, activation, stats, row, y, z, block, siz
             finish(z, residual, activation, start, rows * n, rows * n, rows * n, y)
 
 
-@kernel
 def _normalize(task, arguments):
     x, addend, residual, parameters, eps, center, activation, y, total, outputs, sizes = arguments
     M, D, G, height = sizes
@@ -105,9 +105,8 @@ def _normalize(task, arguments):
             )
 
 
-@kernel
 def _measure_parts(task, arguments):
-    x, addend, center, total, parts, D = arguments
+    x, addend, _, _, center, _, total, _, parts, _, D = arguments
     part = task % parts.shape[1]
     row = task // parts.shape[1]
     start = row * D + part * PIECE
@@ -121,16 +120,24 @@ def _measure_parts(task, arguments):
     unit_moments(source, start, 1, 0, width, 1, center, pivot, mean, M2)
 
 
-@kernel
+def _merge_parts(task, arguments):
+    _, _, _, eps, _, _, _, outputs, parts, stats, D = arguments
+    merge_moments(parts, 1, D, 1, PIECE, eps, outputs, stats)
+
+
 def _transform_parts(task, arguments):
-    x, parameters, stats, y, D = arguments
-    across = (D + PIECE - 1) // PIECE
-    row = task // across
-    left = task % across * PIECE
+    x, _, parameters, _, _, y, total, _, parts, stats, D = arguments
+    row = ~task // parts.shape[1]
+    left = ~task % parts.shape[1] * PIECE
+    source = total if total.size else x
     none = np.empty(0, x.dtype)
-    z = copy_for(x, none, 0, y, BLOCK)
+    z = copy_for(source, none, 0, y, BLOCK)
     block = row, left, 1, min(PIECE, D - left)
-    _transform(x, none, parameters, 0, stats, row, y, z, block, (D, 1))
+    _transform(source, none, parameters, 0, stats, row, y, z, block, (D, 1))
+
+
+_normalize_whole = kernel(_normalize)
+_normalize_parts = kernel(_measure_parts, _merge_parts, _transform_parts)
 
 
 @jit_sum
@@ -255,9 +262,8 @@ def _flush(sums, totals, slot, left):
             sums[i, j] = 0
 
 
-@kernel
 def _backward(task, arguments):
-    grad_y, x, saved, parameters, grad_total, grad_x, totals, sizes = arguments
+    grad_y, x, saved, parameters, grad_total, grad_x, sizes, totals, _ = arguments
     M, D, G, height = sizes
     mean, rstd = saved
     tall = max(1, min(4, SLAB // (16 * D)), min(BLOCK // D // 4 * 4, SHORT_SUM * G))
@@ -279,35 +285,43 @@ def _backward(task, arguments):
             pending = 0
 
 
-@kernel
 def _sum_parts(task, arguments):
-    grad_y, x, mean, parameters, parts, D = arguments
-    part = task % parts.shape[1]
-    row = task // parts.shape[1]
+    grad_y, x, saved, parameters, _, _, parts, _, totals, _ = arguments
+    D = totals.shape[2]
+    part = task % parts.shape[0]
+    row = task // parts.shape[0]
     sums = np.empty((3, 1))
     block = row, part * PIECE, 1, min(PIECE, D - part * PIECE)
-    _sum_rows(grad_y, x, mean, parameters, block, (D, 1), sums)
+    _sum_rows(grad_y, x, saved[0], parameters, block, (D, 1), sums)
     for i in range(3):
-        parts[i, part, row] = sums[i, 0]
+        parts[part, i, row] = sums[i, 0]
 
 
-@kernel
-def _backward_parts(task, arguments):
-    grad_y, x, saved, parameters, grad_total, sums, grad_x, totals = arguments
+def _merge_sums(task, arguments):
+    _, _, saved, _, _, _, parts, terms, totals, _ = arguments
     mean, rstd = saved
-    M = rstd.size
+    add_slots(parts)
+    for i in range(3):
+        for row in range(rstd.size):
+            terms[i, row] = parts[0, i, row]
+    row_terms(terms, mean, rstd, np.intp(0), rstd.size, totals.shape[2])
+
+
+def _backward_parts(task, arguments):
+    grad_y, x, saved, parameters, grad_total, grad_x, _, terms, totals, _ = arguments
     D = totals.shape[2]
     left = task * PIECE
     width = min(PIECE, D - left)
-    block = 0, left, M, width
-    terms = np.empty((4, M))
-    terms[:3] = sums
-    row_terms(terms, mean, rstd, np.intp(0), M, D)
+    block = 0, left, saved[1].size, width
     if grad_x.size:
         _write_grad_x(grad_y, x, saved, parameters, grad_total, block, (D, 1), terms, grad_x)
     short_sums = np.zeros((2, width), x.dtype)
     _sum_parameters(grad_y, x, saved, block, (D, 1), terms, short_sums)
     _flush(short_sums, totals, np.intp(0), left)
+
+
+_backward_whole = kernel(_backward, store_totals)
+_backward_in_parts = kernel(_sum_parts, _merge_sums, _backward_parts, store_totals)
 
 
 @lru_cache
@@ -320,12 +334,13 @@ def _parameters(weight: Array | None, bias: Array | None, like: Array) -> tuple[
 
     An absent one is BLOCK constants, read again and again: the loops have no case for it.
     """
-    return (
-        _constants(1, like.dtype) if weight is None else flat(weight, like),
-        int(weight is not None),
-        _constants(0, like.dtype) if bias is None else flat(bias, like),
-        int(bias is not None),
+    weighted, biased = weight is not None, bias is not None
+    weight, bias = flat(
+        like,
+        weight if weighted else _constants(1, like.dtype),
+        bias if biased else _constants(0, like.dtype),
     )
+    return weight, int(weighted), bias, int(biased)
 
 
 def _are_huge(M: int, D: int) -> bool:
@@ -355,24 +370,22 @@ def normalize_groups(
     M, D = x.shape
     statistic = outputs[2] if outputs[0] is None else outputs[0]
     parameters = _parameters(weight, bias, statistic)
-    x, addend, residual, y, total = (flat(array, x) for array in (x, addend, residual, y, total))
-    outputs = tuple(flat(array, statistic) for array in outputs)
-    if G == 1 and not (activation or residual.size) and _are_huge(M, D):
-        parts = np.empty((2, ceil_div(D, PIECE), M))
-        tasks = M * parts.shape[1]
-        _measure_parts(threads, tasks, x, addend, center, total, parts, D)
-        stats = merge_moments(parts, 1, D, 1, PIECE, eps, outputs)
-        source = total if total.size else x
-        if y.size:
-            _transform_parts(threads, tasks, source, parameters, stats, y, D, backwards=True)
+    huge = G == 1 and not activation and residual is None and _are_huge(M, D)
+    x, addend, residual, y, total = flat(x, x, addend, residual, y, total)
+    outputs = flat(statistic, *outputs)
+    if huge:
+        across = ceil_div(D, PIECE)
+        tasks = M * across
+        counts = tasks, 1, -tasks if y.size else 0
+        scratch = np.empty((2, across, M)), (np.empty(M), np.empty(M))
+        arguments = x, addend, parameters, eps, center, y, total, outputs, *scratch, D
+        _normalize_parts(threads, counts, *arguments)
         return
     height = max(1, PIECE // D)
-    sizes = M, D, G, height
-    tasks = ceil_div(M, height)
+    counts = (ceil_div(M, height),)
     source = x, addend, residual
-    _normalize(
-        threads, tasks, *source, parameters, eps, center, activation, y, total, outputs, sizes
-    )
+    rest = eps, center, activation, y, total, outputs, (M, D, G, height)
+    _normalize_whole(threads, counts, *source, parameters, *rest)
 
 
 def backward_groups(
@@ -391,22 +404,22 @@ def backward_groups(
     """Gradients of `normalize_groups`; grad_weight and grad_bias are (G·D,)."""
     M, D = x.shape
     parameters = _parameters(weight, None, rstd)
-    saved = flat(mean, rstd), flat(rstd, rstd)
-    grad_y, x, grad_total, grad_x = (flat(array, x) for array in (grad_y, x, grad_total, grad_x))
-    inputs = grad_y, x, saved, parameters, grad_total
+    saved = flat(rstd, mean, rstd)
+    gradients = flat(rstd, grad_weight, grad_bias)
+    grad_y, x, grad_total, grad_x = flat(x, grad_y, x, grad_total, grad_x)
+    arguments = grad_y, x, saved, parameters, grad_total, grad_x
     if G == 1 and _are_huge(M, D):
-        parts = np.empty((3, ceil_div(D, PIECE), M))
-        totals = np.zeros((1, 2, D))
-        _sum_parts(threads, M * parts.shape[1], grad_y, x, saved[0], parameters, parts, D)
-        sums = parts.sum(axis=1)
-        _backward_parts(threads, parts.shape[1], *inputs, sums, grad_x, totals)
+        across = ceil_div(D, PIECE)
+        counts = M * across, 1, across, 1
+        scratch = np.empty((across, 3, M)), np.empty((4, M)), np.zeros((1, 2, D))
+        _backward_in_parts(threads, counts, *arguments, *scratch, gradients)
     else:
         rows = min(GATHERING_ROWS, ceil_div(M, TASKS))
         height = max(rows, PIECE // D, ceil_div(M, GATHERING_TASKS))
         tasks = ceil_div(M, height)
         totals = np.zeros((tasks, 2, G * D))
-        _backward(threads, tasks, *inputs, grad_x, totals, (M, D, G, height))
-    store_totals(totals, grad_weight, grad_bias)
+        sizes = M, D, G, height
+        _backward_whole(threads, (tasks, 1), *arguments, sizes, totals, gradients)
 
 
 def normalize(

@@ -20,7 +20,7 @@ last sum is what the mean lost by being rounded; slope and rest make up for it.
 
 import numpy as np
 
-from ._jit import Array, flat, jit, jit_sum, once, sweep
+from ._jit import Array, jit, jit_sum, sweep
 from .activations import RELU, activate
 
 BLOCK = 4096  # elements that are swept several times from L1
@@ -241,15 +241,16 @@ def part_of(part, rows, width, height, length):
     return top, left, min(height, rows - top), min(length, width - left)
 
 
-@once
-def merge_moments(parts, rows, width, height, length, eps, outputs):
+@jit
+def merge_moments(parts, rows, width, height, length, eps, outputs, stats):
     """Merge parts[:, part, unit], (mean, M2) of each part of a block, by Chan's formula.
 
-    Return mean and rstd.
+    `stats` take mean and rstd.
     """
+    mean, M2 = stats
     units = parts.shape[2]
-    mean = np.zeros(units)
-    M2 = np.zeros(units)
+    mean[:units] = 0.0
+    M2[:units] = 0.0
     seen = np.intp(0)
     for part in range(parts.shape[1]):
         _, _, h, w = part_of(part, rows, width, height, length)
@@ -260,7 +261,6 @@ def merge_moments(parts, rows, width, height, length, eps, outputs):
             M2[i] += parts[1, part, i] + d * d * seen * share
         seen += h * w
     settle(mean, M2, units, seen, eps, outputs, np.intp(0))
-    return mean, M2
 
 
 @jit
@@ -497,7 +497,7 @@ def add_slots(slots):
                 slots[0, i, j] += slots[slot, i, j]
 
 
-@once
+@jit
 def merge_gradients(parts, C, K, count, rstd, weight, frozen, totals):
     """`channel_terms` for every image, of sums that are given in parts, (parts, 3, B·C)."""
     add_slots(parts)
@@ -506,20 +506,19 @@ def merge_gradients(parts, C, K, count, rstd, weight, frozen, totals):
         channel_terms(parts[0], first, C, K, count, rstd, weight, zero, frozen, totals, zero)
 
 
-@once
-def _store(totals, grad_weight, grad_bias):
-    add_slots(totals)
+def store_totals(task, arguments):
+    """A stage: add up totals[slot, (weight, bias), channel] over the slots, in their order.
+
+    The arguments end with the totals and (grad_weight, grad_bias).
+    """
+    totals = arguments[-2]
+    grad_weight, grad_bias = arguments[-1]
+    if grad_weight.size or grad_bias.size:
+        add_slots(totals)
     for j in range(grad_weight.size):
         grad_weight[j] = totals[0, 0, j]
     for j in range(grad_bias.size):
         grad_bias[j] = totals[0, 1, j]
-
-
-def store_totals(totals: Array, grad_weight: Array | None, grad_bias: Array | None) -> None:
-    """Add up totals[slot, (weight, bias), channel] over the slots, in their order."""
-    wanted = [array for array in (grad_weight, grad_bias) if array is not None]
-    if wanted:
-        _store(totals, flat(grad_weight, wanted[0]), flat(grad_bias, wanted[0]))
 
 
 def per_channel(K: int, *statistics: Array) -> tuple[Array, ...]:
