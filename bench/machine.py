@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cpunorm._dispatch import config
-from cpunorm.backends.cython.caches import cache_bytes
+from cpunorm.backends.caches import cache_bytes
 
 from .results import PEERS
 

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cpunorm.backends.cython.caches import cache_bytes
+from cpunorm.backends.caches import cache_bytes
 
 from . import marks, peers
 from .machine import machine

@@ -14,8 +14,8 @@ import os
 import platform
 from types import SimpleNamespace
 
+from ..caches import slab_bytes, stream_bytes
 from . import verbs
-from .caches import slab_bytes, stream_bytes
 
 # Of each level, what it adds to the one before; Linux and NumPy spell these features alike.
 _FEATURES = {

@@ -24,6 +24,7 @@ from numba.core.compiler import Compiler
 from numba.extending import intrinsic
 
 from .halves import as_bits, open_arrays
+from .streams import fence
 
 Array = np.ndarray[Any, Any]
 
@@ -162,6 +163,7 @@ def _entry(stage, task, plan, arguments):
             _launch(loop, counts[stage], threads, _ORDER[stage], plan, arguments)
     else:
         _STAGES(stage, task, open_arrays(arguments))
+        fence()
 
 
 def _in_turn(first, *others):

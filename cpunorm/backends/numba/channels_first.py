@@ -20,16 +20,18 @@ import numpy as np
 from . import channels_last, rows
 from ._jit import Array, flat, jit, kernel, sweep
 from .activations import address
+from .streams import room
 from .sweeps import (
     BLOCK,
     PIECE,
     SLAB,
+    STREAM_BACKWARD,
+    STREAM_FORWARD,
     TASKS,
     at,
     block_gradient_sums,
     ceil_div,
     channel_terms,
-    copy_for,
     element_gradient,
     finish,
     in_full,
@@ -42,7 +44,9 @@ from .sweeps import (
     settle,
     spread,
     store_totals,
+    stream_block,
     unit_moments,
+    way_of,
 )
 
 SHORT = 32
@@ -62,7 +66,7 @@ def _affine(x, start, rows, stride, width, terms, channel, out, first, step):
 
 
 @jit
-def _transform(x, residual, activation, start, rows, stride, width, terms, y, z):
+def _transform(x, residual, activation, start, rows, stride, width, terms, y, z, streaming):
     """Write a block of y, a row for each channel."""
     zero = np.intp(0)
     if not z.size:
@@ -76,9 +80,9 @@ def _transform(x, residual, activation, start, rows, stride, width, terms, y, z)
             first = start + top * stride + left
             _affine(x, first, h, stride, n, terms, top, z, zero, n)
             if n == stride:
-                finish(z, residual, activation, first, h * n, h * n, h * n, y)
+                finish(z, streaming, residual, activation, first, h * n, h * n, h * n, y)
             else:
-                finish(z, residual, activation, first, h * n, stride, n, y)
+                finish(z, streaming, residual, activation, first, h * n, stride, n, y)
 
 
 @jit
@@ -93,7 +97,7 @@ def _units_of(task, sizes):
 
 
 def _normalize(task, arguments):
-    x, residual, weight, bias, eps, activation, y, outputs, sizes = arguments
+    x, residual, weight, bias, eps, activation, y, large, outputs, sizes = arguments
     _, R, G, K, S, _, _ = sizes
     b0, b1, g0, g1, _ = _units_of(task, sizes)
     groups = g1 - g0
@@ -102,7 +106,8 @@ def _normalize(task, arguments):
     mean = np.empty(groups * K)
     M2 = np.empty(groups * K)
     terms = np.empty((3, groups * K), x.dtype)
-    z = copy_for(x, residual, activation, y, BLOCK)
+    indirect, streaming = way_of(x, residual, activation, y, large)
+    z = room(x, indirect)
     for b in range(b0, b1):
         start = b * R * stride + g0 * K * S
         unit_moments(x, start, R, stride, K * S, groups, True, pivot, mean, M2)
@@ -114,11 +119,11 @@ def _normalize(task, arguments):
             # Backwards, to meet first what was read last.
             for r in range(R - 1, -1, -1):
                 a = start + r * stride
-                _transform(x, residual, activation, a, groups * K, S, S, terms, y, z)
+                _transform(x, residual, activation, a, groups * K, S, S, terms, y, z, streaming)
 
 
 def _measure_parts(task, arguments):
-    x, _, _, _, _, _, _, _, parts, _, cut, _ = arguments
+    x, _, _, _, _, _, _, _, _, parts, _, cut, _ = arguments
     R, G, K, S, height, length = cut
     run = K * S
     part = task % parts.shape[1]
@@ -132,7 +137,7 @@ def _measure_parts(task, arguments):
 
 
 def _merge_parts(task, arguments):
-    _, _, _, _, eps, _, _, outputs, parts, stats, cut, _ = arguments
+    _, _, _, _, eps, _, _, _, outputs, parts, stats, cut, _ = arguments
     R, _, K, S, height, length = cut
     merge_moments(parts, R, K * S, height, length, eps, outputs, stats)
     for values in stats:
@@ -140,8 +145,8 @@ def _merge_parts(task, arguments):
 
 
 def _apply_parts(task, arguments):
-    x, residual, weight, bias, _, activation, y, _, _, stats, _, sizes = arguments
-    _transform_part(~task, x, residual, weight, bias, activation, y, stats, sizes)
+    x, residual, weight, bias, _, activation, y, large, _, _, stats, _, sizes = arguments
+    _transform_part(~task, x, residual, weight, bias, activation, y, large, stats, sizes)
 
 
 def _apply(task, arguments):
@@ -149,47 +154,70 @@ def _apply(task, arguments):
 
 
 @jit
-def _transform_part(task, x, residual, weight, bias, activation, y, stats, sizes):
+def _transform_part(task, x, residual, weight, bias, activation, y, large, stats, sizes):
     N, R, C, S, height, length = sizes
     mean, rstd = stats
     top, left, h, w = part_of(task, N * C, S, height, length)
     terms = np.empty((3, h), x.dtype)
-    z = copy_for(x, residual, activation, y, BLOCK)
+    indirect, streaming = way_of(x, residual, activation, y, large)
+    z = room(x, indirect)
     for n in range(top // C, (top + h - 1) // C + 1):
         first = max(top, n * C)
         channels = min(top + h, n * C + C) - first
         c = first - n * C
         set_terms(terms, channels, mean, rstd, n // R * C + c, weight, bias, c)
-        _transform(x, residual, activation, first * S + left, channels, S, w, terms, y, z)
+        _transform(
+            x, residual, activation, first * S + left, channels, S, w, terms, y, z, streaming
+        )
 
 
 @sweep
-def _write_grad_x(grad_y, x, start, rows, stride, width, mean, scale, terms, frozen, grad_x):
-    """grad_x of one channel over one block."""
+def _grad_x(grad_y, x, start, rows, stride, width, mean, scale, terms, frozen, out, first, step):
+    """out = grad_x of one channel over one block."""
     number = x.dtype.type
     centre = number(terms[0])
     slope = number(terms[1])
     rest = number(terms[2])
     for r in range(rows):
         a = start + r * stride
+        o = first + r * step
         if frozen:
             # x plays no part, so that its NaN and Inf do not.
             for j in range(width):
-                grad_x[at(a + j)] = scale * grad_y[at(a + j)]
+                out[at(o + j)] = scale * grad_y[at(a + j)]
         else:
             for j in range(width):
                 i = at(a + j)
-                grad_x[i] = element_gradient(grad_y[i], x[i] - mean, scale, centre, slope, rest)
+                d = x[i] - mean
+                out[at(o + j)] = element_gradient(grad_y[i], d, scale, centre, slope, rest)
+
+
+@jit
+def _write_grad_x(grad_y, x, start, rows, stride, width, mean, scale, terms, frozen, grad_x, z):
+    factors = mean, scale, terms, frozen
+    if not z.size:
+        _grad_x(grad_y, x, start, rows, stride, width, *factors, grad_x, start, stride)
+        return
+    zero = np.intp(0)
+    tall = max(1, BLOCK // width)
+    for top in range(0, rows, tall):
+        h = min(tall, rows - top)
+        for left in range(0, width, BLOCK):
+            n = min(BLOCK, width - left)
+            a = start + top * stride + left
+            _grad_x(grad_y, x, a, h, stride, n, *factors, z, zero, n)
+            stream_block(z, a, h * n, stride, n, grad_x)
 
 
 def _backward(task, arguments):
-    grad_y, x, saved, weight, grad_x, sizes, totals, _ = arguments
+    grad_y, x, saved, weight, grad_x, large, sizes, totals, _ = arguments
     _, R, G, K, S, _, _ = sizes
     mean, rstd = saved
     b0, b1, g0, g1, slot = _units_of(task, sizes)
     stride = G * K * S
     channels = (g1 - g0) * K
     sums = np.empty((3, channels))
+    z = room(x, large)
     for b in range(b0, b1):
         start = b * R * stride + g0 * K * S
         first = b * G * K + g0 * K
@@ -213,16 +241,17 @@ def _backward(task, arguments):
                 i = first + c
                 scale = scale_of(np.float64(rstd[i]), weight, g0 * K + c)
                 terms = sums[0, c], sums[1, c], sums[2, c]
-                _write_grad_x(grad_y, x, a, 1, 0, S, mean[i], scale, terms, False, grad_x)
+                _write_grad_x(grad_y, x, a, 1, 0, S, mean[i], scale, terms, False, grad_x, z)
 
 
 def _sweep_parts(task, arguments):
     """Over a part of some channels: their sums; on the way back grad_x, or at once without sums."""
-    grad_y, x, saved, weight, frozen, grad_x, parts, sizes, _, _ = arguments
+    grad_y, x, saved, weight, frozen, grad_x, large, parts, sizes, _, _ = arguments
     R, C, _, S, channels, height, length = sizes
     summing = task >= 0
     task = task if summing else ~task
     mean, rstd = saved
+    z = room(x, large)
     count = parts.shape[0]
     top, left, h, w = part_of(task % count, R, S, height, length)
     first = task // count * channels
@@ -237,11 +266,11 @@ def _sweep_parts(task, arguments):
         if grad_x.size and (frozen or not summing):
             scale = scale_of(np.float64(rstd[q]), weight, c)
             terms = parts[0, 0, q], parts[0, 1, q], parts[0, 2, q]
-            _write_grad_x(grad_y, x, a, h, C * S, w, m, scale, terms, frozen, grad_x)
+            _write_grad_x(grad_y, x, a, h, C * S, w, m, scale, terms, frozen, grad_x, z)
 
 
 def _merge_sums(task, arguments):
-    _, _, saved, weight, frozen, _, parts, sizes, totals, _ = arguments
+    _, _, saved, weight, frozen, _, _, parts, sizes, totals, _ = arguments
     R, C, K, S, _, _, _ = sizes
     merge_gradients(parts, C, K, R * K * S, saved[1], weight, frozen, totals)
 
@@ -324,9 +353,10 @@ def normalize(
             )
         return
     size = _task_size(units, x.itemsize)
+    large = x.nbytes >= STREAM_FORWARD
     x, residual, y = flat(x, x, residual, y)
     weight, bias, *outputs = flat(mean, weight, bias, *outputs)
-    arguments = x, residual, weight, bias, eps, function, y, tuple(outputs)
+    arguments = x, residual, weight, bias, eps, function, y, large, tuple(outputs)
     if size:
         counts = (ceil_div(B, size[0]) * ceil_div(G, size[1]),)
         _normalize_whole(threads, counts, *arguments, (*units, *size))
@@ -367,10 +397,11 @@ def apply(
         return
     function = address(activation, mean.dtype)
     sizes, tasks = _apply_size(units)
+    large = x.nbytes >= STREAM_FORWARD
     x, residual, y = flat(x, x, residual, y)
     weight, bias = flat(mean, weight, bias)
     stats = in_full(K, mean, rstd)
-    _apply_whole(threads, (-tasks,), x, residual, weight, bias, function, y, stats, sizes)
+    _apply_whole(threads, (-tasks,), x, residual, weight, bias, function, y, large, stats, sizes)
 
 
 def moments(x: Array, mean: Array, var: Array, threads: int) -> None:
@@ -436,13 +467,14 @@ def _differentiate(
         _gather(S, wide, gradients)
         return
     size = _task_size(units, 2 * x.itemsize)
+    large = x.nbytes >= STREAM_BACKWARD
     grad_y, x, grad_x = flat(x, grad_y, x, grad_x)
     weight, mean, rstd, *gradients = flat(mean, weight, mean, rstd, *gradients)
     inputs = grad_y, x, per_channel(K, mean, rstd), weight
     if size and not frozen:
         slots = ceil_div(B, size[0])
         counts = slots * ceil_div(G, size[1]), 1
-        rest = grad_x, (*units, *size), np.zeros((slots, 2, C)), tuple(gradients)
+        rest = grad_x, large, (*units, *size), np.zeros((slots, 2, C)), tuple(gradients)
         _backward_whole(threads, counts, *inputs, *rest)
         return
     height, length, count = _part_size(R, S)
@@ -451,4 +483,4 @@ def _differentiate(
     counts = tasks, 1, 0 if frozen or not grad_x.size else -tasks, 1
     sizes = R, C, K, S, channels, height, length
     scratch = np.empty((count, 3, B * C)), sizes, np.zeros((1, 2, C))
-    _backward_in_parts(threads, counts, *inputs, frozen, grad_x, *scratch, tuple(gradients))
+    _backward_in_parts(threads, counts, *inputs, frozen, grad_x, large, *scratch, tuple(gradients))

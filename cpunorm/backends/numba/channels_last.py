@@ -15,17 +15,19 @@ import numpy as np
 from . import rows
 from ._jit import Array, flat, jit, kernel, sweep
 from .activations import address
+from .streams import room
 from .sweeps import (
     BLOCK,
     PIECE,
     SLAB,
+    STREAM_BACKWARD,
+    STREAM_FORWARD,
     TASKS,
     at,
     ceil_div,
     channel_terms,
     column_gradient_sums,
     column_moments,
-    copy_for,
     element_gradient,
     finish,
     in_full,
@@ -38,42 +40,48 @@ from .sweeps import (
     settle,
     spread,
     store_totals,
+    stream_block,
     unfold,
+    way_of,
 )
 
 NARROW, BROAD = 64, 1024  # channels of a strip
 
 
 @sweep
-def _affine(x, start, count, stride, width, terms, out, first, step):
-    """out = (x - mean)·scale + shift, with terms for each column."""
+def _affine(x, start, count, stride, width, terms, left, out, first, step):
+    """out = (x - mean)·scale + shift, with terms for each column from `left`."""
     for r in range((count + width - 1) // width):
         a = start + r * stride
         o = first + r * step
         for j in range(min(width, count - r * width)):
-            out[at(o + j)] = (x[at(a + j)] - terms[0, j]) * terms[1, j] + terms[2, j]
+            c = at(left + j)
+            out[at(o + j)] = (x[at(a + j)] - terms[0, c]) * terms[1, c] + terms[2, c]
 
 
 @jit
-def _transform(x, residual, activation, start, rows, C, width, lanes, terms, y, z):
+def _transform(x, residual, activation, start, rows, C, width, lanes, terms, y, z, streaming):
     """Write a block of y; `terms` has room for the lanes."""
     for i in range(3):
         unfold(terms[i], width, lanes)
     wide = lanes * width
     step = lanes * C
     count = rows * width
+    zero = np.intp(0)
     if not z.size:
-        _affine(x, start, count, step, wide, terms, y, start, step)
+        _affine(x, start, count, step, wide, terms, zero, y, start, step)
         return
     tall = max(1, BLOCK // wide)
     for top in range(0, (count + wide - 1) // wide, tall):
-        n = min(tall * wide, count - top * wide)
-        a = start + top * step
-        _affine(x, a, n, step, wide, terms, z, np.intp(0), wide)
-        if wide == step:
-            finish(z, residual, activation, a, n, n, n, y)
-        else:
-            finish(z, residual, activation, a, n, step, wide, y)
+        for left in range(0, wide, BLOCK):
+            w = min(BLOCK, wide - left)
+            n = min(tall * w, count - top * wide - left)
+            a = start + top * step + left
+            _affine(x, a, n, step, w, terms, left, z, zero, w)
+            if w == step:
+                finish(z, streaming, residual, activation, a, n, n, n, y)
+            else:
+                finish(z, streaming, residual, activation, a, n, step, w, y)
 
 
 @jit
@@ -107,7 +115,7 @@ def _strip_of(task, sizes):
 
 
 def _normalize(task, arguments):
-    x, residual, weight, bias, eps, activation, y, outputs, sizes = arguments
+    x, residual, weight, bias, eps, activation, y, large, outputs, sizes = arguments
     _, S, C, K, _, _ = sizes
     n0, n1, c0, width, _ = _strip_of(task, sizes)
     lanes = lanes_of(S, width, C)
@@ -115,7 +123,8 @@ def _normalize(task, arguments):
     mean = np.empty(width)
     M2 = np.empty(width)
     terms = np.empty((3, wide), x.dtype)
-    z = copy_for(x, residual, activation, y, max(BLOCK, wide))
+    indirect, streaming = way_of(x, residual, activation, y, large)
+    z = room(x, indirect)
     for n in range(n0, n1):
         start = n * S * C + c0
         column_moments(x, start, S, C, width, lanes, True, terms, mean, M2)
@@ -125,7 +134,7 @@ def _normalize(task, arguments):
             spread(mean, width // K, K)
             spread(M2, width // K, K)
             set_terms(terms, width, mean, M2, np.intp(0), weight, bias, c0)
-            _transform(x, residual, activation, start, S, C, width, lanes, terms, y, z)
+            _transform(x, residual, activation, start, S, C, width, lanes, terms, y, z, streaming)
 
 
 @jit
@@ -142,7 +151,7 @@ def _part_of(task, sizes):
 
 
 def _measure_parts(task, arguments):
-    x, _, _, _, _, _, _, _, parts, _, sizes = arguments
+    x, _, _, _, _, _, _, _, _, parts, _, sizes = arguments
     _, _, C, K, _, _ = sizes
     n, part, start, h, c0, width = _part_of(task, sizes)
     lanes = lanes_of(h, width, C)
@@ -158,7 +167,7 @@ def _measure_parts(task, arguments):
 
 
 def _merge_parts(task, arguments):
-    _, _, _, _, eps, _, _, outputs, parts, stats, sizes = arguments
+    _, _, _, _, eps, _, _, _, outputs, parts, stats, sizes = arguments
     _, S, _, K, height, _ = sizes
     merge_moments(parts, S, K, height, K, eps, outputs, stats)
     for values in stats:
@@ -166,8 +175,8 @@ def _merge_parts(task, arguments):
 
 
 def _apply_parts(task, arguments):
-    x, residual, weight, bias, _, activation, y, _, _, stats, sizes = arguments
-    _transform_part(~task, x, residual, weight, bias, activation, y, stats, sizes)
+    x, residual, weight, bias, _, activation, y, large, _, _, stats, sizes = arguments
+    _transform_part(~task, x, residual, weight, bias, activation, y, large, stats, sizes)
 
 
 def _apply(task, arguments):
@@ -175,15 +184,16 @@ def _apply(task, arguments):
 
 
 @jit
-def _transform_part(task, x, residual, weight, bias, activation, y, stats, sizes):
+def _transform_part(task, x, residual, weight, bias, activation, y, large, stats, sizes):
     _, _, C, _, _, _ = sizes
     mean, rstd = stats
     n, _, start, h, c0, width = _part_of(task, sizes)
     lanes = lanes_of(h, width, C)
     terms = np.empty((3, lanes * width), x.dtype)
-    z = copy_for(x, residual, activation, y, max(BLOCK, lanes * width))
+    indirect, streaming = way_of(x, residual, activation, y, large)
+    z = room(x, indirect)
     set_terms(terms, width, mean, rstd, n * C + c0, weight, bias, c0)
-    _transform(x, residual, activation, start, h, C, width, lanes, terms, y, z)
+    _transform(x, residual, activation, start, h, C, width, lanes, terms, y, z, streaming)
 
 
 @jit
@@ -217,33 +227,54 @@ def _set_gradient_terms(terms, rstd, first, weight, channel, merged, place, widt
 
 
 @sweep
-def _write_grad_x(grad_y, x, start, rows, C, width, lanes, terms, frozen, grad_x):
-    wide = lanes * width
-    count = rows * width
-    for r in range((count + wide - 1) // wide):
-        a = start + r * lanes * C
-        n = min(wide, count - r * wide)
+def _grad_x(grad_y, x, start, count, stride, width, terms, left, frozen, out, first, step):
+    """out = grad_x, with terms for each column from `left`."""
+    for r in range((count + width - 1) // width):
+        a = start + r * stride
+        o = first + r * step
+        n = min(width, count - r * width)
         if frozen:
             # x plays no part, so that its NaN and Inf do not.
             for j in range(n):
-                grad_x[at(a + j)] = terms[1, j] * grad_y[at(a + j)]
+                out[at(o + j)] = terms[1, at(left + j)] * grad_y[at(a + j)]
         else:
             for j in range(n):
                 i = at(a + j)
-                d = x[i] - terms[0, j]
-                grad_x[i] = element_gradient(
-                    grad_y[i], d, terms[1, j], terms[2, j], terms[3, j], terms[4, j]
+                c = at(left + j)
+                d = x[i] - terms[0, c]
+                out[at(o + j)] = element_gradient(
+                    grad_y[i], d, terms[1, c], terms[2, c], terms[3, c], terms[4, c]
                 )
 
 
+@jit
+def _write_grad_x(grad_y, x, start, rows, C, width, lanes, terms, frozen, grad_x, z):
+    wide = lanes * width
+    step = lanes * C
+    count = rows * width
+    zero = np.intp(0)
+    if not z.size:
+        _grad_x(grad_y, x, start, count, step, wide, terms, zero, frozen, grad_x, start, step)
+        return
+    tall = max(1, BLOCK // wide)
+    for top in range(0, (count + wide - 1) // wide, tall):
+        for left in range(0, wide, BLOCK):
+            w = min(BLOCK, wide - left)
+            n = min(tall * w, count - top * wide - left)
+            a = start + top * step + left
+            _grad_x(grad_y, x, a, n, step, w, terms, left, frozen, z, zero, w)
+            stream_block(z, a, n, step, w, grad_x)
+
+
 def _backward(task, arguments):
-    grad_y, x, saved, weight, grad_x, sizes, totals, _ = arguments
+    grad_y, x, saved, weight, grad_x, large, sizes, totals, _ = arguments
     _, S, C, K, _, _ = sizes
     mean, rstd = saved
     n0, n1, c0, width, slot = _strip_of(task, sizes)
     lanes = lanes_of(S, width, C)
     terms = np.empty((5, lanes * width), x.dtype)
     sums = np.empty((3, width))
+    z = room(x, large)
     zero = np.intp(0)
     for n in range(n0, n1):
         start = n * S * C + c0
@@ -254,12 +285,12 @@ def _backward(task, arguments):
         channel_terms(sums, zero, width, K, S * K, scales, weight, c0, False, totals, slot)
         if grad_x.size:
             _set_gradient_terms(terms, rstd, first, weight, c0, sums, zero, width, lanes)
-            _write_grad_x(grad_y, x, start, S, C, width, lanes, terms, False, grad_x)
+            _write_grad_x(grad_y, x, start, S, C, width, lanes, terms, False, grad_x, z)
 
 
 def _sweep_part(task, arguments):
     """Over a part: the sums of its columns; on the way back grad_x, or at once without sums."""
-    grad_y, x, saved, weight, frozen, grad_x, parts, sizes, _, _ = arguments
+    grad_y, x, saved, weight, frozen, grad_x, large, parts, sizes, _, _ = arguments
     summing = task >= 0
     task = task if summing else ~task
     _, _, C, _, _, _ = sizes
@@ -277,11 +308,12 @@ def _sweep_part(task, arguments):
                 parts[part, i, first + c] = sums[i, c]
     if grad_x.size and (frozen or not summing):
         _set_gradient_terms(terms, rstd, first, weight, c0, parts[0], first, width, lanes)
-        _write_grad_x(grad_y, x, start, h, C, width, lanes, terms, frozen, grad_x)
+        z = room(x, large)
+        _write_grad_x(grad_y, x, start, h, C, width, lanes, terms, frozen, grad_x, z)
 
 
 def _merge_sums(task, arguments):
-    _, _, saved, weight, frozen, _, parts, sizes, totals, _ = arguments
+    _, _, saved, weight, frozen, _, _, parts, sizes, totals, _ = arguments
     _, S, C, K, _, _ = sizes
     merge_gradients(parts, C, K, S * K, saved[1], weight, frozen, totals)
 
@@ -356,9 +388,10 @@ def normalize(
         )
         return
     size = _task_size(sizes, x.itemsize)
+    large = x.nbytes >= STREAM_FORWARD
     x, residual, y = flat(x, x, residual, y)
     weight, bias, *outputs = flat(mean, weight, bias, *outputs)
-    arguments = x, residual, weight, bias, eps, function, y, tuple(outputs)
+    arguments = x, residual, weight, bias, eps, function, y, large, tuple(outputs)
     if size:
         counts = (ceil_div(N, size[0]) * ceil_div(C, size[1]),)
         _normalize_whole(threads, counts, *arguments, (*sizes, *size))
@@ -386,10 +419,11 @@ def apply(
     height, strip, tasks = _part_size(sizes)
     cut = *sizes, height, strip
     function = address(activation, mean.dtype)
+    large = x.nbytes >= STREAM_FORWARD
     x, residual, y = flat(x, x, residual, y)
     weight, bias = flat(mean, weight, bias)
     stats = in_full(K, mean, rstd)
-    _apply_whole(threads, (tasks,), x, residual, weight, bias, function, y, stats, cut)
+    _apply_whole(threads, (tasks,), x, residual, weight, bias, function, y, large, stats, cut)
 
 
 def moments(x: Array, mean: Array, var: Array, threads: int) -> None:
@@ -448,17 +482,18 @@ def _differentiate(
         )
         return
     size = _task_size(sizes, 2 * x.itemsize)
+    large = x.nbytes >= STREAM_BACKWARD
     grad_y, x, grad_x = flat(x, grad_y, x, grad_x)
     weight, mean, rstd, *gradients = flat(mean, weight, mean, rstd, *gradients)
     inputs = grad_y, x, per_channel(K, mean, rstd), weight
     if size and not frozen:
         slots = ceil_div(N, size[0])
         counts = slots * ceil_div(C, size[1]), 1
-        rest = grad_x, (*sizes, *size), np.zeros((slots, 2, C)), tuple(gradients)
+        rest = grad_x, large, (*sizes, *size), np.zeros((slots, 2, C)), tuple(gradients)
         _backward_whole(threads, counts, *inputs, *rest)
         return
     height, strip, tasks = _part_size(sizes)
     counts = tasks, 1, 0 if frozen or not grad_x.size else -tasks, 1
     parts = np.empty((ceil_div(S, height), 3, N * C))
-    rest = frozen, grad_x, parts, (*sizes, height, strip), np.zeros((1, 2, C)), tuple(gradients)
-    _backward_in_parts(threads, counts, *inputs, *rest)
+    rest = parts, (*sizes, height, strip), np.zeros((1, 2, C)), tuple(gradients)
+    _backward_in_parts(threads, counts, *inputs, frozen, grad_x, large, *rest)

@@ -9,10 +9,13 @@ import numpy as np
 
 from . import rows
 from ._jit import Array, flat, jit, jit_sum, kernel, sweep
+from .streams import room
 from .sweeps import (
     BLOCK,
     PIECE,
     SLAB,
+    STREAM_BACKWARD,
+    STREAM_FORWARD,
     TASKS,
     add,
     at,
@@ -22,9 +25,10 @@ from .sweeps import (
     element_gradient,
     finish,
     row_terms,
-    same_memory,
     settle,
     store_totals,
+    stream_block,
+    way_of,
 )
 
 NARROW, BROAD = 128, 1024  # columns of a strip
@@ -48,7 +52,7 @@ def _affine(x, start, height, stride, width, terms, parameters, row, out, first,
 @jit
 def _strip(task, sizes):
     """(first image, last image + 1, first column, columns) of a task."""
-    N, _, S, images, strip = sizes
+    N, _, S, images, strip, _ = sizes
     across = (S + strip - 1) // strip
     s0 = task % across * strip
     n0 = task // across * images
@@ -57,56 +61,73 @@ def _strip(task, sizes):
 
 def _normalize(task, arguments):
     x, addend, parameters, eps, center, y, total, outputs, sizes = arguments
-    _, D, S, _, _ = sizes
+    _, D, S, _, _, large = sizes
     n0, n1, s0, width = _strip(task, sizes)
     mean = np.empty(width)
     M2 = np.empty(width)
     terms = np.empty((3, width), x.dtype)
     source = total if total.size else x
-    direct = not same_memory(source, y)
-    z = np.empty(0 if direct and not total.size else BLOCK, x.dtype)
+    indirect, streaming = way_of(source, addend[:0], 0, y, large)
+    z = room(x, indirect)
+    added = room(x, total.size > 0)
     tall = max(1, BLOCK // width)
     zero = np.intp(0)
     for n in range(n0, n1):
         start = n * D * S + s0
         if total.size:
-            add(x, addend, start, D, S, width, z, total)
+            add(x, addend, start, D, S, width, added, total)
         column_moments(source, start, D, S, width, 1, center, terms, mean, M2)
         settle(mean, M2, width, D, eps, outputs, n * S + s0)
         for j in range(width):
             terms[0, j] = mean[j]
             terms[1, j] = M2[j]
             terms[2, j] = (terms[0, j] - mean[j]) * M2[j]
-        if direct:
+        if not z.size:
             _affine(source, start, D, S, width, terms, parameters, zero, y, start, S)
             continue
         for top in range(0, D, tall):
             h = min(tall, D - top)
             a = start + top * S
             _affine(source, a, h, S, width, terms, parameters, top, z, zero, width)
-            finish(z, z[:0], 0, a, h * width, S, width, y)
+            finish(z, streaming, z[:0], 0, a, h * width, S, width, y)
 
 
 @sweep
-def _write_grad_x(grad_y, x, start, D, S, width, terms, weight, grad_total, grad_x):
-    for r in range(D):
+def _grad_x(grad_y, x, start, height, S, width, terms, weight, row, grad_total, out, first, step):
+    """out = grad_x, rows from `row`, with terms for each column."""
+    for r in range(height):
         a = start + r * S
-        w = weight[r] if weight.size else x.dtype.type(1)
+        o = first + r * step
+        w = weight[at(row + r)] if weight.size else x.dtype.type(1)
         if grad_total.size:
             for j in range(width):
                 i = at(a + j)
                 g = grad_y[i] * w
                 d = x[i] - terms[0, j]
                 own = element_gradient(g, d, terms[1, j], terms[2, j], terms[3, j], terms[4, j])
-                grad_x[i] = own + grad_total[i]
+                out[at(o + j)] = own + grad_total[i]
         else:
             for j in range(width):
                 i = at(a + j)
                 g = grad_y[i] * w
                 d = x[i] - terms[0, j]
-                grad_x[i] = element_gradient(
+                out[at(o + j)] = element_gradient(
                     g, d, terms[1, j], terms[2, j], terms[3, j], terms[4, j]
                 )
+
+
+@jit
+def _write_grad_x(grad_y, x, start, D, S, width, terms, weight, grad_total, grad_x, z):
+    zero = np.intp(0)
+    if not z.size:
+        _grad_x(grad_y, x, start, D, S, width, terms, weight, zero, grad_total, grad_x, start, S)
+        return
+    tall = max(1, BLOCK // width)
+    for top in range(0, D, tall):
+        h = min(tall, D - top)
+        a = start + top * S
+        _grad_x(grad_y, x, a, h, S, width, terms, weight, top, grad_total, z, zero, width)
+        stream_block(z, a, h * width, S, width, grad_x)
 
 
 @jit_sum
@@ -130,8 +151,9 @@ def _sum_parameters(grad_y, x, start, D, S, width, terms, totals, slot, wanted):
 
 def _backward(task, arguments):
     grad_y, x, saved, parameters, grad_total, grad_x, wanted, sizes, totals, _ = arguments
-    _, D, S, _, _ = sizes
+    _, D, S, _, _, large = sizes
     mean, rstd = saved
+    z = room(x, large)
     weight, row_weight, weighted = parameters
     n0, n1, s0, width = _strip(task, sizes)
     g = np.empty(width, x.dtype)
@@ -153,7 +175,7 @@ def _backward(task, arguments):
             for j in range(width):
                 terms[2 + i, j] = sums[i, j]
         if grad_x.size:
-            _write_grad_x(grad_y, x, start, D, S, width, terms, weight, grad_total, grad_x)
+            _write_grad_x(grad_y, x, start, D, S, width, terms, weight, grad_total, grad_x, z)
         _sum_parameters(grad_y, x, start, D, S, width, terms, totals, task, wanted)
 
 
@@ -195,8 +217,9 @@ def normalize(
     center = mean is not None
     parameters = flat(rstd, weight, bias)
     outputs = flat(rstd, mean, None, rstd)
+    large = x.nbytes >= STREAM_FORWARD
     x, addend, y, total = flat(x, x, residual, y, total)
-    rest = eps, center, y, total, outputs, (N, D, S, images, strip)
+    rest = eps, center, y, total, outputs, (N, D, S, images, strip, large)
     _normalize_whole(threads, (tasks,), x, addend, parameters, *rest)
 
 
@@ -232,6 +255,8 @@ def backward(
     row_weight = np.ones(1, rstd.dtype) if weight is None else weights
     parameters = weights, row_weight, int(weight is not None)
     wanted = grad_weight is not None, grad_bias is not None
+    large = x.nbytes >= STREAM_BACKWARD
     grad_y, x, grad_total, grad_x = flat(x, *arrays)
-    rest = grad_total, grad_x, wanted, (N, D, S, images, strip), totals, gradients
+    sizes = N, D, S, images, strip, large
+    rest = grad_total, grad_x, wanted, sizes, totals, gradients
     _backward_whole(threads, (tasks, 1), grad_y, x, saved, parameters, *rest)

@@ -15,24 +15,28 @@ from typing import Any
 import numpy as np
 
 from ._jit import Array, flat, jit, jit_sum, kernel, sweep
+from .streams import room
 from .sweeps import (
     BLOCK,
     PIECE,
     SHORT_SUM,
     SLAB,
+    STREAM_BACKWARD,
+    STREAM_FORWARD,
     TASKS,
     add,
     add_slots,
     at,
     ceil_div,
-    copy_for,
     element_gradient,
     finish,
     merge_moments,
     row_terms,
     settle,
     store_totals,
+    stream_block,
     unit_moments,
+    way_of,
 )
 
 # Every backward task has parameter gradients of its own: with more tasks, or of fewer rows, adding
@@ -64,55 +68,56 @@ def _affine(x, start, rows, left, width, stats, row, parameters, group, sizes, o
 
 
 @jit
-def _transform(x, residual, parameters, activation, stats, row, y, z, block, sizes):
-    """Write a block of y: columns of one row, or whole rows, so that it has no gaps."""
+def _transform(x, residual, parameters, activation, stats, row, y, z, streaming, block, sizes):
+    """Write a block of y, columns of one row or whole rows: in pieces without gaps."""
     top, left, rows, width = block
     D, G = sizes
-    group = top % G
-    for a in range(left, left + width, BLOCK):
-        start = top * D + a
-        n = min(BLOCK, left + width - a)
-        if not z.size:
-            _affine(x, start, rows, a, n, stats, row, parameters, group, sizes, y, start, D)
-        else:
-            zero = np.intp(0)
-            _affine(x, start, rows, a, n, stats, row, parameters, group, sizes, z, zero, n)
-            finish(z, residual, activation, start, rows * n, rows * n, rows * n, y)
+    tall = max(1, BLOCK // width) if z.size else rows
+    for r in range(0, rows, tall):
+        h = min(tall, rows - r)
+        group = (top + r) % G
+        for a in range(left, left + width, BLOCK):
+            start = (top + r) * D + a
+            n = min(BLOCK, left + width - a)
+            if not z.size:
+                _affine(x, start, h, a, n, stats, row + r, parameters, group, sizes, y, start, D)
+            else:
+                zero = np.intp(0)
+                _affine(x, start, h, a, n, stats, row + r, parameters, group, sizes, z, zero, n)
+                finish(z, streaming, residual, activation, start, h * n, h * n, h * n, y)
 
 
 def _normalize(task, arguments):
     x, addend, residual, parameters, eps, center, activation, y, total, outputs, sizes = arguments
-    M, D, G, height = sizes
-    tall = max(1, BLOCK // D)
-    pivot = np.empty(tall, x.dtype)
-    mean = np.empty(tall)
-    M2 = np.empty(tall)
+    M, D, G, height, large = sizes
+    top = task * height
+    rows = min(height, M - top)
+    pivot = np.empty(rows, x.dtype)
+    mean = np.empty(rows)
+    M2 = np.empty(rows)
     source = total if total.size else x
-    z = copy_for(source, residual, activation, y, BLOCK)
-    added = np.empty(BLOCK if total.size else 0, x.dtype)
-    stop = min(M, (task + 1) * height)
-    for top in range(task * height, stop, tall):
-        rows = min(tall, stop - top)
-        if total.size:
-            add(x, addend, top * D, 1, 0, rows * D, added, total)
-        unit_moments(source, top * D, 1, 0, D, rows, center, pivot, mean, M2)
-        settle(mean, M2, rows, D, eps, outputs, top)
-        if y.size:
-            stats = mean, M2
-            block = top, 0, rows, D
-            _transform(
-                source, residual, parameters, activation, stats, np.intp(0), y, z, block, (D, G)
-            )
+    if total.size:
+        add(x, addend, top * D, 1, 0, rows * D, room(x, True), total)
+    unit_moments(source, top * D, 1, 0, D, rows, center, pivot, mean, M2)
+    settle(mean, M2, rows, D, eps, outputs, top)
+    if y.size:
+        indirect, streaming = way_of(source, residual, activation, y, large)
+        z = room(x, indirect)
+        block = top, 0, rows, D
+        _transform(
+            source, residual, parameters, activation, (mean, M2), np.intp(0), y, z, streaming,
+            block, (D, G),
+        )  # fmt: skip
 
 
 def _measure_parts(task, arguments):
-    x, addend, _, _, center, _, total, _, parts, _, D = arguments
+    x, addend, _, _, center, _, total, _, parts, _, (D, _) = arguments
     part = task % parts.shape[1]
     row = task // parts.shape[1]
     start = row * D + part * PIECE
     width = min(PIECE, D - part * PIECE)
     if total.size:
-        add(x, addend, start, 1, 0, width, np.empty(BLOCK, x.dtype), total)
+        add(x, addend, start, 1, 0, width, room(x, True), total)
     source = total if total.size else x
     pivot = np.empty(1, x.dtype)
     mean = parts[0, part, row : row + 1]
@@ -121,19 +126,20 @@ def _measure_parts(task, arguments):
 
 
 def _merge_parts(task, arguments):
-    _, _, _, eps, _, _, _, outputs, parts, stats, D = arguments
+    _, _, _, eps, _, _, _, outputs, parts, stats, (D, _) = arguments
     merge_moments(parts, 1, D, 1, PIECE, eps, outputs, stats)
 
 
 def _transform_parts(task, arguments):
-    x, _, parameters, _, _, y, total, _, parts, stats, D = arguments
+    x, _, parameters, _, _, y, total, _, parts, stats, (D, large) = arguments
     row = ~task // parts.shape[1]
     left = ~task % parts.shape[1] * PIECE
     source = total if total.size else x
     none = np.empty(0, x.dtype)
-    z = copy_for(source, none, 0, y, BLOCK)
+    indirect, streaming = way_of(source, none, 0, y, large)
+    z = room(x, indirect)
     block = row, left, 1, min(PIECE, D - left)
-    _transform(source, none, parameters, 0, stats, row, y, z, block, (D, 1))
+    _transform(source, none, parameters, 0, stats, row, y, z, streaming, block, (D, 1))
 
 
 _normalize_whole = kernel(_normalize)
@@ -171,7 +177,8 @@ def _sum_rows(grad_y, x, mean, parameters, block, sizes, sums):
 
 
 @sweep
-def _write_grad_x(grad_y, x, saved, parameters, grad_total, block, sizes, terms, grad_x):
+def _grad_x(grad_y, x, saved, parameters, grad_total, block, sizes, terms, term, out, first, step):
+    """out = grad_x of a block, no wider than BLOCK, with terms[:, term] for its first row."""
     mean, rstd = saved
     weight, weighted, _, _ = parameters
     top, left, rows, width = block
@@ -181,25 +188,44 @@ def _write_grad_x(grad_y, x, saved, parameters, grad_total, block, sizes, terms,
     for r in range(rows):
         m = mean[at(top + r)] if mean.size else number(0)
         s = rstd[at(top + r)]
-        centre = number(terms[0, r])
-        slope = number(terms[1, r])
-        rest = number(terms[2, r])
-        for a in range(left, left + width, BLOCK):
-            start = (top + r) * D + a
-            w = (group * D + a) * weighted
-            n = min(BLOCK, left + width - a)
-            if grad_total.size:
-                for j in range(n):
-                    i = at(start + j)
-                    g = grad_y[i] * weight[at(w + j)]
-                    own = element_gradient(g, x[i] - m, s, centre, slope, rest)
-                    grad_x[i] = own + grad_total[i]
-            else:
-                for j in range(n):
-                    i = at(start + j)
-                    g = grad_y[i] * weight[at(w + j)]
-                    grad_x[i] = element_gradient(g, x[i] - m, s, centre, slope, rest)
+        centre = number(terms[0, at(term + r)])
+        slope = number(terms[1, at(term + r)])
+        rest = number(terms[2, at(term + r)])
+        start = (top + r) * D + left
+        o = first + r * step
+        w = (group * D + left) * weighted
+        if grad_total.size:
+            for j in range(width):
+                i = at(start + j)
+                g = grad_y[i] * weight[at(w + j)]
+                own = element_gradient(g, x[i] - m, s, centre, slope, rest)
+                out[at(o + j)] = own + grad_total[i]
+        else:
+            for j in range(width):
+                i = at(start + j)
+                g = grad_y[i] * weight[at(w + j)]
+                out[at(o + j)] = element_gradient(g, x[i] - m, s, centre, slope, rest)
         group = group + 1 if group + 1 < G else 0
+
+
+@jit
+def _write_grad_x(grad_y, x, saved, parameters, grad_total, block, sizes, terms, grad_x, z):
+    top, left, rows, width = block
+    D, _ = sizes
+    # As many rows at a time as fit z, if that is one; then whole rows, without gaps.
+    tall = max(1, BLOCK // width) if z.size else rows
+    for r in range(0, rows, tall):
+        h = min(tall, rows - r)
+        for a in range(left, left + width, BLOCK):
+            n = min(BLOCK, left + width - a)
+            part = top + r, a, h, n
+            start = (top + r) * D + a
+            inputs = grad_y, x, saved, parameters, grad_total, part, sizes, terms, r
+            if z.size:
+                _grad_x(*inputs, z, np.intp(0), n)
+                stream_block(z, start, h * n, D, n, grad_x)
+            else:
+                _grad_x(*inputs, grad_x, start, D)
 
 
 @jit
@@ -264,8 +290,9 @@ def _flush(sums, totals, slot, left):
 
 def _backward(task, arguments):
     grad_y, x, saved, parameters, grad_total, grad_x, sizes, totals, _ = arguments
-    M, D, G, height = sizes
+    M, D, G, height, large = sizes
     mean, rstd = saved
+    z = room(x, large)
     tall = max(1, min(4, SLAB // (16 * D)), min(BLOCK // D // 4 * 4, SHORT_SUM * G))
     terms = np.empty((4, tall))
     sums = np.zeros((2, G * D), x.dtype)
@@ -277,7 +304,7 @@ def _backward(task, arguments):
         _sum_rows(grad_y, x, mean, parameters, block, (D, G), terms)
         row_terms(terms, mean, rstd, top, rows, D)
         if grad_x.size:
-            _write_grad_x(grad_y, x, saved, parameters, grad_total, block, (D, G), terms, grad_x)
+            _write_grad_x(grad_y, x, saved, parameters, grad_total, block, (D, G), terms, grad_x, z)
         _sum_parameters(grad_y, x, saved, block, (D, G), terms, sums)
         pending += rows
         if pending >= SHORT_SUM * G or top + rows == stop:
@@ -286,7 +313,7 @@ def _backward(task, arguments):
 
 
 def _sum_parts(task, arguments):
-    grad_y, x, saved, parameters, _, _, parts, _, totals, _ = arguments
+    grad_y, x, saved, parameters, _, _, _, parts, _, totals, _ = arguments
     D = totals.shape[2]
     part = task % parts.shape[0]
     row = task // parts.shape[0]
@@ -298,7 +325,7 @@ def _sum_parts(task, arguments):
 
 
 def _merge_sums(task, arguments):
-    _, _, saved, _, _, _, parts, terms, totals, _ = arguments
+    _, _, saved, _, _, _, _, parts, terms, totals, _ = arguments
     mean, rstd = saved
     add_slots(parts)
     for i in range(3):
@@ -308,13 +335,14 @@ def _merge_sums(task, arguments):
 
 
 def _backward_parts(task, arguments):
-    grad_y, x, saved, parameters, grad_total, grad_x, _, terms, totals, _ = arguments
+    grad_y, x, saved, parameters, grad_total, grad_x, large, _, terms, totals, _ = arguments
     D = totals.shape[2]
     left = task * PIECE
     width = min(PIECE, D - left)
     block = 0, left, saved[1].size, width
     if grad_x.size:
-        _write_grad_x(grad_y, x, saved, parameters, grad_total, block, (D, 1), terms, grad_x)
+        z = room(x, large)
+        _write_grad_x(grad_y, x, saved, parameters, grad_total, block, (D, 1), terms, grad_x, z)
     short_sums = np.zeros((2, width), x.dtype)
     _sum_parameters(grad_y, x, saved, block, (D, 1), terms, short_sums)
     _flush(short_sums, totals, np.intp(0), left)
@@ -370,6 +398,7 @@ def normalize_groups(
     M, D = x.shape
     statistic = outputs[2] if outputs[0] is None else outputs[0]
     parameters = _parameters(weight, bias, statistic)
+    large = x.nbytes >= STREAM_FORWARD
     huge = G == 1 and not activation and residual is None and _are_huge(M, D)
     x, addend, residual, y, total = flat(x, x, addend, residual, y, total)
     outputs = flat(statistic, *outputs)
@@ -378,13 +407,13 @@ def normalize_groups(
         tasks = M * across
         counts = tasks, 1, -tasks if y.size else 0
         scratch = np.empty((2, across, M)), (np.empty(M), np.empty(M))
-        arguments = x, addend, parameters, eps, center, y, total, outputs, *scratch, D
+        arguments = x, addend, parameters, eps, center, y, total, outputs, *scratch, (D, large)
         _normalize_parts(threads, counts, *arguments)
         return
     height = max(1, PIECE // D)
     counts = (ceil_div(M, height),)
     source = x, addend, residual
-    rest = eps, center, activation, y, total, outputs, (M, D, G, height)
+    rest = eps, center, activation, y, total, outputs, (M, D, G, height, large)
     _normalize_whole(threads, counts, *source, parameters, *rest)
 
 
@@ -407,18 +436,19 @@ def backward_groups(
     saved = flat(rstd, mean, rstd)
     gradients = flat(rstd, grad_weight, grad_bias)
     grad_y, x, grad_total, grad_x = flat(x, grad_y, x, grad_total, grad_x)
+    large = x.nbytes >= STREAM_BACKWARD
     arguments = grad_y, x, saved, parameters, grad_total, grad_x
     if G == 1 and _are_huge(M, D):
         across = ceil_div(D, PIECE)
         counts = M * across, 1, across, 1
         scratch = np.empty((across, 3, M)), np.empty((4, M)), np.zeros((1, 2, D))
-        _backward_in_parts(threads, counts, *arguments, *scratch, gradients)
+        _backward_in_parts(threads, counts, *arguments, large, *scratch, gradients)
     else:
         rows = min(GATHERING_ROWS, ceil_div(M, TASKS))
         height = max(rows, PIECE // D, ceil_div(M, GATHERING_TASKS))
         tasks = ceil_div(M, height)
         totals = np.zeros((tasks, 2, G * D))
-        sizes = M, D, G, height
+        sizes = M, D, G, height, large
         _backward_whole(threads, (tasks, 1), *arguments, sizes, totals, gradients)
 
 

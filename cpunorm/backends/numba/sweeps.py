@@ -20,10 +20,11 @@ last sum is what the mean lost by being rounded; slope and rest make up for it.
 
 import numpy as np
 
+from ..caches import stream_bytes
 from ._jit import Array, jit, jit_sum, sweep
 from .activations import RELU, activate
+from .streams import BLOCK, LINE, store_lines
 
-BLOCK = 4096  # elements that are swept several times from L1
 PIECE = 16384  # elements of the least task worth a thread
 SLAB = 512 * 1024  # bytes that stay in L2 between two sweeps
 TASKS = 8  # enough to keep the threads busy; where there would be fewer, statistics are cut
@@ -33,6 +34,10 @@ FIRST = 8  # rows whose mean is the first pivot of a column
 
 # An index of this type cannot be negative: numba's test for that would keep the loops scalar.
 at = np.uintp
+
+
+# Bytes of x from which on results go past the caches.
+STREAM_FORWARD, STREAM_BACKWARD = stream_bytes()
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -45,10 +50,14 @@ def same_memory(a, b):
 
 
 @jit
-def copy_for(x, residual, activation, y, count):
-    """Room in L1 for what `finish` takes; none where the output can be written at once."""
-    direct = not (residual.size or activation or same_memory(x, y))
-    return np.empty(0 if direct else count, x.dtype)
+def way_of(x, residual, activation, y, large):
+    """Whether y is put together in L1, for `finish`, and whether it goes past the caches then.
+
+    What takes the place of an input stays in the cache with it.
+    """
+    in_place = same_memory(x, y)
+    streaming = large and not (in_place or same_memory(residual, y))
+    return bool(residual.size or activation or in_place or streaming), streaming
 
 
 @jit
@@ -312,7 +321,25 @@ def add(x, residual, start, rows, stride, width, z, total):
 
 
 @jit
-def finish(z, residual, activation, start, count, stride, width, y):
+def stream(z, first, count, y, start):
+    """Store a stretch of z, which is in L1, past the caches: its whole lines at least."""
+    size = z.itemsize
+    head = min(count, -(np.intp(y.ctypes.data) + start * size) % LINE // size)
+    for j in range(head):
+        y[at(start + j)] = z[at(first + j)]
+    for j in range(head + store_lines(z, first + head, y, start + head, count - head), count):
+        y[at(start + j)] = z[at(first + j)]
+
+
+@jit
+def stream_block(z, start, count, stride, width, y):
+    """The same of a block of y, without gaps in z."""
+    for r in range((count + width - 1) // width):
+        stream(z, r * width, min(width, count - r * width), y, start + r * stride)
+
+
+@jit
+def finish(z, streaming, residual, activation, start, count, stride, width, y):
     """Write a block of the output from `z`, a copy of it without gaps in L1.
 
     What stands after the affine step is done there; and a y that is x itself is written this way,
@@ -328,6 +355,12 @@ def finish(z, residual, activation, start, count, stride, width, y):
     if activation > RELU:
         activate(activation, z, count)
     floor = z.dtype.type(0.0 if activation == RELU else -np.inf)
+    if streaming:
+        if activation == RELU:
+            for j in range(count):
+                z[at(j)] = floor if z[at(j)] < floor else z[at(j)]
+        stream_block(z, start, count, stride, width, y)
+        return
     for r in range(rows):
         a = start + r * stride
         b = r * width
