@@ -25,8 +25,6 @@ from .sweeps import (
     BLOCK,
     PIECE,
     SLAB,
-    STREAM_BACKWARD,
-    STREAM_FORWARD,
     TASKS,
     at,
     block_gradient_sums,
@@ -35,6 +33,7 @@ from .sweeps import (
     element_gradient,
     finish,
     in_full,
+    is_large,
     merge_gradients,
     merge_moments,
     part_of,
@@ -353,7 +352,7 @@ def normalize(
             )
         return
     size = _task_size(units, x.itemsize)
-    large = x.nbytes >= STREAM_FORWARD
+    large = is_large(x)
     x, residual, y = flat(x, x, residual, y)
     weight, bias, *outputs = flat(mean, weight, bias, *outputs)
     arguments = x, residual, weight, bias, eps, function, y, large, tuple(outputs)
@@ -397,7 +396,7 @@ def apply(
         return
     function = address(activation, mean.dtype)
     sizes, tasks = _apply_size(units)
-    large = x.nbytes >= STREAM_FORWARD
+    large = is_large(x)
     x, residual, y = flat(x, x, residual, y)
     weight, bias = flat(mean, weight, bias)
     stats = in_full(K, mean, rstd)
@@ -467,7 +466,7 @@ def _differentiate(
         _gather(S, wide, gradients)
         return
     size = _task_size(units, 2 * x.itemsize)
-    large = x.nbytes >= STREAM_BACKWARD
+    large = is_large(x, backward=True)
     grad_y, x, grad_x = flat(x, grad_y, x, grad_x)
     weight, mean, rstd, *gradients = flat(mean, weight, mean, rstd, *gradients)
     inputs = grad_y, x, per_channel(K, mean, rstd), weight

@@ -20,8 +20,6 @@ from .sweeps import (
     BLOCK,
     PIECE,
     SLAB,
-    STREAM_BACKWARD,
-    STREAM_FORWARD,
     TASKS,
     at,
     ceil_div,
@@ -31,6 +29,7 @@ from .sweeps import (
     element_gradient,
     finish,
     in_full,
+    is_large,
     lanes_of,
     merge_gradients,
     merge_moments,
@@ -388,7 +387,7 @@ def normalize(
         )
         return
     size = _task_size(sizes, x.itemsize)
-    large = x.nbytes >= STREAM_FORWARD
+    large = is_large(x)
     x, residual, y = flat(x, x, residual, y)
     weight, bias, *outputs = flat(mean, weight, bias, *outputs)
     arguments = x, residual, weight, bias, eps, function, y, large, tuple(outputs)
@@ -419,7 +418,7 @@ def apply(
     height, strip, tasks = _part_size(sizes)
     cut = *sizes, height, strip
     function = address(activation, mean.dtype)
-    large = x.nbytes >= STREAM_FORWARD
+    large = is_large(x)
     x, residual, y = flat(x, x, residual, y)
     weight, bias = flat(mean, weight, bias)
     stats = in_full(K, mean, rstd)
@@ -482,7 +481,7 @@ def _differentiate(
         )
         return
     size = _task_size(sizes, 2 * x.itemsize)
-    large = x.nbytes >= STREAM_BACKWARD
+    large = is_large(x, backward=True)
     grad_y, x, grad_x = flat(x, grad_y, x, grad_x)
     weight, mean, rstd, *gradients = flat(mean, weight, mean, rstd, *gradients)
     inputs = grad_y, x, per_channel(K, mean, rstd), weight

@@ -14,8 +14,6 @@ from .sweeps import (
     BLOCK,
     PIECE,
     SLAB,
-    STREAM_BACKWARD,
-    STREAM_FORWARD,
     TASKS,
     add,
     at,
@@ -24,6 +22,7 @@ from .sweeps import (
     column_moments,
     element_gradient,
     finish,
+    is_large,
     row_terms,
     settle,
     store_totals,
@@ -67,7 +66,8 @@ def _normalize(task, arguments):
     M2 = np.empty(width)
     terms = np.empty((3, width), x.dtype)
     source = total if total.size else x
-    indirect, streaming = way_of(source, addend[:0], 0, y, large)
+    none = room(x, False)
+    indirect, streaming = way_of(source, none, 0, y, large)
     z = room(x, indirect)
     added = room(x, total.size > 0)
     tall = max(1, BLOCK // width)
@@ -89,7 +89,7 @@ def _normalize(task, arguments):
             h = min(tall, D - top)
             a = start + top * S
             _affine(source, a, h, S, width, terms, parameters, top, z, zero, width)
-            finish(z, streaming, z[:0], 0, a, h * width, S, width, y)
+            finish(z, streaming, none, 0, a, h * width, S, width, y)
 
 
 @sweep
@@ -217,7 +217,7 @@ def normalize(
     center = mean is not None
     parameters = flat(rstd, weight, bias)
     outputs = flat(rstd, mean, None, rstd)
-    large = x.nbytes >= STREAM_FORWARD
+    large = is_large(x)
     x, addend, y, total = flat(x, x, residual, y, total)
     rest = eps, center, y, total, outputs, (N, D, S, images, strip, large)
     _normalize_whole(threads, (tasks,), x, addend, parameters, *rest)
@@ -255,7 +255,7 @@ def backward(
     row_weight = np.ones(1, rstd.dtype) if weight is None else weights
     parameters = weights, row_weight, int(weight is not None)
     wanted = grad_weight is not None, grad_bias is not None
-    large = x.nbytes >= STREAM_BACKWARD
+    large = is_large(x, backward=True)
     grad_y, x, grad_total, grad_x = flat(x, *arrays)
     sizes = N, D, S, images, strip, large
     rest = grad_total, grad_x, wanted, sizes, totals, gradients

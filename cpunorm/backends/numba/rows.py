@@ -21,8 +21,6 @@ from .sweeps import (
     PIECE,
     SHORT_SUM,
     SLAB,
-    STREAM_BACKWARD,
-    STREAM_FORWARD,
     TASKS,
     add,
     add_slots,
@@ -30,6 +28,7 @@ from .sweeps import (
     ceil_div,
     element_gradient,
     finish,
+    is_large,
     merge_moments,
     row_terms,
     settle,
@@ -135,7 +134,7 @@ def _transform_parts(task, arguments):
     row = ~task // parts.shape[1]
     left = ~task % parts.shape[1] * PIECE
     source = total if total.size else x
-    none = np.empty(0, x.dtype)
+    none = room(x, False)
     indirect, streaming = way_of(source, none, 0, y, large)
     z = room(x, indirect)
     block = row, left, 1, min(PIECE, D - left)
@@ -398,7 +397,7 @@ def normalize_groups(
     M, D = x.shape
     statistic = outputs[2] if outputs[0] is None else outputs[0]
     parameters = _parameters(weight, bias, statistic)
-    large = x.nbytes >= STREAM_FORWARD
+    large = is_large(x)
     huge = G == 1 and not activation and residual is None and _are_huge(M, D)
     x, addend, residual, y, total = flat(x, x, addend, residual, y, total)
     outputs = flat(statistic, *outputs)
@@ -436,7 +435,7 @@ def backward_groups(
     saved = flat(rstd, mean, rstd)
     gradients = flat(rstd, grad_weight, grad_bias)
     grad_y, x, grad_total, grad_x = flat(x, grad_y, x, grad_total, grad_x)
-    large = x.nbytes >= STREAM_BACKWARD
+    large = is_large(x, backward=True)
     arguments = grad_y, x, saved, parameters, grad_total, grad_x
     if G == 1 and _are_huge(M, D):
         across = ceil_div(D, PIECE)

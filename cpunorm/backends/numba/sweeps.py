@@ -36,12 +36,17 @@ FIRST = 8  # rows whose mean is the first pivot of a column
 at = np.uintp
 
 
-# Bytes of x from which on results go past the caches.
-STREAM_FORWARD, STREAM_BACKWARD = stream_bytes()
+# Bytes of x from which on a result goes past the caches, forward and backward.
+STREAM = stream_bytes()
 
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def is_large(x: Array, backward: bool = False) -> bool:
+    """Whether a result of the size of x is for memory; if it can be stored past the caches."""
+    return x.itemsize > 2 and x.nbytes >= STREAM[backward]
 
 
 @jit
