@@ -43,6 +43,7 @@ from .sweeps import (
     settle,
     spread,
     store_totals,
+    stream,
     stream_block,
     unit_moments,
     way_of,
@@ -171,41 +172,53 @@ def _transform_part(task, x, residual, weight, bias, activation, y, large, stats
 
 
 @sweep
-def _grad_x(grad_y, x, start, rows, stride, width, mean, scale, terms, frozen, out, first, step):
-    """out = grad_x of one channel over one block."""
+def _grad_x(grad_y, x, start, rows, stride, width, given, first, terms, frozen, out, place, step):
+    """out = grad_x, a row for each channel, or where `apart` is 0 all of one channel."""
+    mean, rstd, weight = given
+    unit, channel, term, apart = first
     number = x.dtype.type
-    centre = number(terms[0])
-    slope = number(terms[1])
-    rest = number(terms[2])
     for r in range(rows):
         a = start + r * stride
-        o = first + r * step
+        o = place + r * step
+        i = r * apart
+        m = mean[at(unit + i)]
+        scale = scale_of(np.float64(rstd[at(unit + i)]), weight, channel + i)
+        centre = number(terms[0, at(term + i)])
+        slope = number(terms[1, at(term + i)])
+        rest = number(terms[2, at(term + i)])
         if frozen:
             # x plays no part, so that its NaN and Inf do not.
             for j in range(width):
                 out[at(o + j)] = scale * grad_y[at(a + j)]
         else:
             for j in range(width):
-                i = at(a + j)
-                d = x[i] - mean
-                out[at(o + j)] = element_gradient(grad_y[i], d, scale, centre, slope, rest)
+                d = x[at(a + j)] - m
+                out[at(o + j)] = element_gradient(grad_y[at(a + j)], d, scale, centre, slope, rest)
 
 
 @jit
-def _write_grad_x(grad_y, x, start, rows, stride, width, mean, scale, terms, frozen, grad_x, z):
-    factors = mean, scale, terms, frozen
+def _write_grad_x(grad_y, x, start, rows, stride, width, given, first, terms, frozen, grad_x, z):
     if not z.size:
-        _grad_x(grad_y, x, start, rows, stride, width, *factors, grad_x, start, stride)
+        _grad_x(
+            grad_y, x, start, rows, stride, width, given, first, terms, frozen, grad_x, start,
+            stride,
+        )  # fmt: skip
         return
+    unit, channel, term, apart = first
     zero = np.intp(0)
     tall = max(1, BLOCK // width)
     for top in range(0, rows, tall):
         h = min(tall, rows - top)
+        i = top * apart
+        here = unit + i, channel + i, term + i, apart
         for left in range(0, width, BLOCK):
             n = min(BLOCK, width - left)
             a = start + top * stride + left
-            _grad_x(grad_y, x, a, h, stride, n, *factors, z, zero, n)
-            stream_block(z, a, h * n, stride, n, grad_x)
+            _grad_x(grad_y, x, a, h, stride, n, given, here, terms, frozen, z, zero, n)
+            if n == stride:
+                stream(z, zero, h * n, grad_x, a)
+            else:
+                stream_block(z, a, h * n, stride, n, grad_x)
 
 
 def _backward(task, arguments):
@@ -234,13 +247,11 @@ def _backward(task, arguments):
         )
         if not grad_x.size:
             continue
+        given = mean, rstd, weight
+        here = first, g0 * K, np.intp(0), np.intp(1)
         for r in range(R - 1, -1, -1):
-            for c in range(channels):
-                a = start + r * stride + c * S
-                i = first + c
-                scale = scale_of(np.float64(rstd[i]), weight, g0 * K + c)
-                terms = sums[0, c], sums[1, c], sums[2, c]
-                _write_grad_x(grad_y, x, a, 1, 0, S, mean[i], scale, terms, False, grad_x, z)
+            a = start + r * stride
+            _write_grad_x(grad_y, x, a, channels, S, S, given, here, sums, False, grad_x, z)
 
 
 def _sweep_parts(task, arguments):
@@ -250,6 +261,8 @@ def _sweep_parts(task, arguments):
     summing = task >= 0
     task = task if summing else ~task
     mean, rstd = saved
+    given = mean, rstd, weight
+    merged = parts[0]
     z = room(x, large)
     count = parts.shape[0]
     top, left, h, w = part_of(task % count, R, S, height, length)
@@ -263,9 +276,8 @@ def _sweep_parts(task, arguments):
             for i in range(3):
                 parts[task % count, i, q] = sums[i]
         if grad_x.size and (frozen or not summing):
-            scale = scale_of(np.float64(rstd[q]), weight, c)
-            terms = parts[0, 0, q], parts[0, 1, q], parts[0, 2, q]
-            _write_grad_x(grad_y, x, a, h, C * S, w, m, scale, terms, frozen, grad_x, z)
+            here = q, c, q, np.intp(0)
+            _write_grad_x(grad_y, x, a, h, C * S, w, given, here, merged, frozen, grad_x, z)
 
 
 def _merge_sums(task, arguments):
