@@ -18,9 +18,9 @@ from .stretches cimport Stretches, backward_stretches, normalize_stretches
 from .strips cimport Images, apply_images, backward_images, images_of, normalize_images
 from .sweeps cimport (
     LANES, UNITS, affine, at, backward_affine, combine_channels, element, merge_moments, own_lines,
-    plane_backward_sums, plane_moments, real, repeat_each, rstd_of, share, stream_fence,
+    plane_backward_sums, plane_moments, real, repeat_each, settle, share, stream_fence,
     stretch_moments, stretches_backward_sums, sum_parts, take_statistics, team, team_barrier,
-    variance, worth_dealing,
+    worth_dealing,
 )
 
 cdef enum:
@@ -140,21 +140,10 @@ cdef inline Py_ssize_t measure_chunk(const Units* u, Py_ssize_t unit, Py_ssize_t
 
 
 cdef inline void finish(const Units* u, Py_ssize_t unit, Py_ssize_t count, const double* mu,
-                        double* m2, double* r) noexcept nogil:
-    """The statistics of `count` units; m2 becomes the variance."""
-    cdef:
-        real* mean = <real*> u.call.mean + unit
-        real* var = <real*> u.call.var + unit
-        real* rstd = at(<real*> u.call.rstd, unit)
-        double eps = u.call.eps
-        Py_ssize_t n = u.planes * u.call.S, k
-    for k in range(count):
-        m2[k] = variance(m2[k], n)
-        mean[k], var[k] = <real> mu[k], <real> m2[k]
-    if rstd is not NULL:
-        for k in range(count):
-            r[k] = rstd_of(m2[k], eps)
-            rstd[k] = <real> r[k]
+                        const double* m2, double* r) noexcept nogil:
+    """The statistics of `count` units."""
+    settle(mu, m2, count, u.planes * u.call.S, u.call.eps, r, <real*> u.call.mean + unit,
+           <real*> u.call.var + unit, at(<real*> u.call.rstd, unit))
 
 
 cdef inline void transform_planes(

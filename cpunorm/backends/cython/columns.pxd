@@ -9,8 +9,8 @@ from libc.string cimport memset
 
 from .call cimport Call
 from .sweeps cimport (
-    add, affine_strip, at, backward_strip, column_backward_sums, column_moments, column_squares,
-    element, finish_backward, finish_columns, real, share, stream_fence, sum_parts, team,
+    add, affine_strip, at, backward_strip, centre, column_backward_sums, column_moments,
+    column_squares, element, finish_backward, real, settle, share, stream_fence, sum_parts, team,
     team_barrier,
 )
 
@@ -56,6 +56,7 @@ cdef inline void _normalize_strip(const Columns* columns, Py_ssize_t n, Py_ssize
     cdef:
         double mu[WIDEST]
         double m2[WIDEST]
+        double r[WIDEST]
         real pivot[WIDEST]
         real scale[WIDEST]
         real shift[WIDEST]
@@ -74,8 +75,9 @@ cdef inline void _normalize_strip(const Columns* columns, Py_ssize_t n, Py_ssize
         memset(mu, 0, width * sizeof(double))
         memset(m2, 0, width * sizeof(double))
         column_squares(x, D, S, width, m2)
-    finish_columns(mu, m2, width, D, call.eps, at(<real*> call.mean, statistic),
-                   <real*> call.rstd + statistic, pivot, scale, shift)
+    settle(mu, m2, width, D, call.eps, r, at(<real*> call.mean, statistic), <real*> NULL,
+           <real*> call.rstd + statistic)
+    centre(mu, r, width, pivot, scale, shift)
     affine_strip(x, <element*> call.y + here, D, S, width, pivot, scale, shift,
                  <const real*> call.weight, <const real*> call.bias, call.streaming,
                  _ahead(columns, n, s, width))

@@ -17,9 +17,9 @@ from libc.string cimport memset
 
 from .sweeps cimport (
     BACKWARD_ROWS, BACKWARD_SHORT, BLOCK, LANES, PAIR, SHORT_VECTORS, UNITS, add, affine_along, at,
-    backward_affine_along, backward_short, element, flush_reals, merge_moments, normalize_short,
-    own_lines, real, rstd_of, share, stream_fence, stretch_backward_sums, stretch_moments,
-    stretch_squares, sum_parts, team, team_barrier, variance,
+    backward_affine_along, backward_short, centre, element, flush_reals, merge_moments,
+    normalize_short, own_lines, real, settle, share, stream_fence, stretch_backward_sums,
+    stretch_moments, stretch_squares, sum_parts, team, team_barrier,
 )
 
 cdef enum:
@@ -65,15 +65,30 @@ cdef struct Stretches:
     real* sums
 
 
-cdef inline void _finish(const Stretches* s, Py_ssize_t m, double mu, double m2,
-                         double* r) noexcept nogil:
-    cdef double v = variance(m2, s.D)
-    r[0] = rstd_of(v, s.eps)
-    s.rstd[m] = <real> r[0]
-    if s.mean is not NULL:
-        s.mean[m] = <real> mu
-    if s.var is not NULL:
-        s.var[m] = <real> v
+cdef struct Terms:
+    real pivot[UNITS]
+    real scale[UNITS]
+    real shift[UNITS]
+
+
+cdef inline void _finish(const Stretches* s, Py_ssize_t m, Py_ssize_t count, Py_ssize_t step,
+                         const double* mu, const double* m2, Terms* terms) noexcept nogil:
+    """The statistics of every `step`-th of `count` stretches, and the terms of their transform."""
+    cdef:
+        double r[UNITS]
+        real apart[3][UNITS]
+        Py_ssize_t k
+    if step == 1:
+        settle(mu, m2, count, s.D, s.eps, r, at(s.mean, m), at(s.var, m), s.rstd + m)
+    else:
+        settle(mu, m2, count, s.D, s.eps, r, apart[0], apart[1], apart[2])
+        for k in range(count):
+            s.rstd[m + k * step] = apart[2][k]
+            if s.mean is not NULL:
+                s.mean[m + k * step] = apart[0][k]
+            if s.var is not NULL:
+                s.var[m + k * step] = apart[1][k]
+    centre(mu, r, count, terms.pivot, terms.scale, terms.shift)
 
 
 cdef inline void _measure(const Stretches* s, Py_ssize_t start, Py_ssize_t count, Py_ssize_t n,
@@ -94,12 +109,13 @@ cdef inline void _measure(const Stretches* s, Py_ssize_t start, Py_ssize_t count
 
 
 cdef inline void _transform(const Stretches* s, Py_ssize_t m, Py_ssize_t start, Py_ssize_t count,
-                            Py_ssize_t n, const double* mu, const double* r) noexcept nogil:
-    """`count` stretches, a period apart, or from `start` on n elements of one."""
+                            Py_ssize_t n, const Terms* terms, Py_ssize_t k) noexcept nogil:
+    """`count` stretches, a period apart, or from `start` on n elements of one; with the terms from
+    the k-th on."""
     cdef Py_ssize_t here = m * s.D + start, along = (m % s.period) * s.D + start
     affine_along((s.x if s.total is NULL else s.total) + here, at(s.weight, along),
-                 at(s.bias, along), at(s.residual, here), s.y + here, count, n, s.period * s.D, mu,
-                 r, s.activation, s.streaming,
+                 at(s.bias, along), at(s.residual, here), s.y + here, count, n, s.period * s.D,
+                 terms.pivot + k, terms.scale + k, terms.shift + k, s.activation, s.streaming,
                  count * n if s.period == 1 and m + count < s.M else 0)
 
 
@@ -111,17 +127,16 @@ cdef inline void _normalize_whole(void* work, int member, int members) noexcept 
         Py_ssize_t some = max(1, min(<Py_ssize_t> UNITS, BLOCK // (2 * s.D))), count, k
         double mu[UNITS]
         double m2[UNITS]
-        double r[UNITS]
+        Terms terms
     while m < last:
         count = min(some, last - m)
         _measure(s, m * s.D, count, s.D, s.D, mu, m2)
-        for k in range(count):
-            _finish(s, m + k, mu[k], m2[k], r + k)
+        _finish(s, m, count, 1, mu, m2, &terms)
         if s.period == 1:
-            _transform(s, m, 0, count, s.D, mu, r)
+            _transform(s, m, 0, count, s.D, &terms, 0)
         else:
             for k in range(count):
-                _transform(s, m + k, 0, 1, s.D, mu + k, r + k)
+                _transform(s, m + k, 0, 1, s.D, &terms, k)
         m += count
     if s.streaming:
         stream_fence()
@@ -131,20 +146,19 @@ cdef inline void _normalize_periods(void* work, int member, int members) noexcep
     """Of some periods, which stay in the cache, the stretches that share parameters."""
     cdef:
         const Stretches* s = <const Stretches*> work
-        Py_ssize_t repeats = s.M // s.period, k, m, task
+        Py_ssize_t repeats = s.M // s.period, m, task
         Py_ssize_t some = min(<Py_ssize_t> UNITS, max(<Py_ssize_t> FEW_PERIODS,
                                                       BLOCK // (2 * s.period * s.D)))
         Py_ssize_t tasks = (repeats + some - 1) // some * s.period, count
         double mu[UNITS]
         double m2[UNITS]
-        double r[UNITS]
+        Terms terms
     for task in range(share(tasks, member, members), share(tasks, member + 1, members)):
         m = task // s.period * some * s.period + task % s.period
         count = min(some, repeats - task // s.period * some)
         _measure(s, m * s.D, count, s.D, s.period * s.D, mu, m2)
-        for k in range(count):
-            _finish(s, m + k * s.period, mu[k], m2[k], r + k)
-        _transform(s, m, 0, count, s.D, mu, r)
+        _finish(s, m, count, s.period, mu, m2, &terms)
+        _transform(s, m, 0, count, s.D, &terms, 0)
     if s.streaming:
         stream_fence()
 
@@ -175,7 +189,8 @@ cdef inline void _normalize_pieces(void* work, int member, int members) noexcept
         Py_ssize_t last = share(pieces, member + 1, members), m, p
         double* piece_mu
         double* piece_m2
-        double mu, m2, r
+        double mu, m2
+        Terms terms
     for m in range(s.M):
         # By turns, so that nobody has to wait before the next stretch.
         piece_mu = s.wide + (m % 2) * 2 * PIECES
@@ -191,10 +206,10 @@ cdef inline void _normalize_pieces(void* work, int member, int members) noexcept
                               piece_m2[p])
             else:
                 m2 += piece_m2[p]
-        _finish(s, m, mu, m2, &r)
+        _finish(s, m, 1, 1, &mu, &m2, &terms)
         # Backwards, to meet what the first sweep left in the cache.
         for p in range(last - 1, first - 1, -1):
-            _transform(s, m, p * s.piece, 1, min(s.piece, s.D - p * s.piece), &mu, &r)
+            _transform(s, m, p * s.piece, 1, min(s.piece, s.D - p * s.piece), &terms, 0)
     if s.streaming:
         stream_fence()
 

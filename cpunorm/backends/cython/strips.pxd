@@ -21,8 +21,8 @@ from .call cimport Call
 from .sweeps cimport (
     FEW_CHANNELS, LANES, TOGETHER, UNITS, affine_block, at, backward_block, backward_group,
     column_backward_sums, column_moments, combine_channels, element, evenness, fold_moments,
-    fold_sums, merge_columns, own_lines, plane_moments, real, repeat_each, rstd_of, set_columns,
-    share, stream_fence, stretch_moments, sum_parts, take_statistics, team, team_barrier, variance,
+    fold_sums, merge_columns, own_lines, plane_moments, real, repeat_each, set_columns, settle,
+    share, stream_fence, stretch_moments, sum_parts, take_statistics, team, team_barrier,
     worth_dealing,
 )
 
@@ -227,29 +227,20 @@ cdef inline void _finish(const Images* im, Py_ssize_t image, Py_ssize_t first, P
     """The statistics of some groups, from the moments of their cells, and the terms of the
     transform."""
     cdef:
-        Py_ssize_t in_group = im.cells // im.groups, count, i, start
+        Py_ssize_t in_group = im.cells // im.groups, count, start
         Py_ssize_t n = im.rows * im.inner * im.per_cell
         double mu[COLUMNS]
         double v[COLUMNS]
         double r[COLUMNS]
-        double eps = im.call.eps
-        real* call_mean
-        real* call_var
-        real* call_rstd
+        const Call* call = im.call
     _merge(im, first * in_group, last * in_group, mean, m2)
     while first < last:
         count = min(last - first, <Py_ssize_t> COLUMNS)
         fold_moments(n, mean + first * in_group, m2 + first * in_group, 1, count, in_group, mu, v)
         start = image * im.groups + first
-        call_mean, call_var = <real*> im.call.mean + start, <real*> im.call.var + start
-        for i in range(count):
-            v[i] = variance(v[i], n * in_group)
-            call_mean[i], call_var[i] = <real> mu[i], <real> v[i]
-        if im.call.y is not NULL:
-            call_rstd = <real*> im.call.rstd + start
-            for i in range(count):
-                r[i] = rstd_of(v[i], eps)
-                call_rstd[i] = <real> r[i]
+        settle(mu, v, count, n * in_group, call.eps, r, <real*> call.mean + start,
+               <real*> call.var + start, at(<real*> call.rstd, start))
+        if call.y is not NULL:
             _set_terms(im, first, count, mu, r, terms)
         first += count
 

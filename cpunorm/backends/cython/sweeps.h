@@ -25,7 +25,7 @@
 #define COLUMN_ROWS 64      /* rows summed before the sums go to float64 */
 #define BACKWARD_ROWS 16    /* the same, where sums may nearly cancel */
 #define BACKWARD_VECTORS 16 /* and along a stretch */
-#define FEW_SUMS 3          /* across vectors, that are found faster one by one than LANES at once */
+#define FEW_SUMS (LANES / 2) /* across vectors, that are found faster one by one than LANES at once */
 #define FEW_CHANNELS 1024   /* of a group whose sums stay in L1 */
 #define FEW_VECTORS 16      /* of a stretch so short that LANES of them are measured together */
 #if VECTOR_BYTES == 64
@@ -34,6 +34,7 @@
 #define SHORT_VECTORS 1
 #endif
 #define BACKWARD_SHORT 4    /* the same in the backward pass */
+#define ALIGNED_VECTORS 8   /* of a stretch from which on its stores are aligned */
 #define SHORT_PLANE 256     /* bytes of reals of a plane of which several are summed before that */
 #define ROUGH_VECTORS 8     /* vectors that a first guess of a mean is made from */
 #define TOGETHER 4          /* rows that share the loads of what runs along them */
@@ -179,8 +180,15 @@ SWEEP void activate(real *y, ptrdiff_t n, int activation)
         }                                                                               \
     }
 
-/* Writes VALUE(i, left) to n elements of y, plainly or past the caches. Plainly, a whole vector is the last one
- * where there is one: it is computed first, since y may be what it is computed from. */
+/* Elements before those that are stored line by line: a store across two lines takes twice the time, which is much
+ * where all is in the caches. */
+ALWAYS ptrdiff_t head_of(const element *y, ptrdiff_t n)
+{
+    return n >= ALIGNED_VECTORS * LANES ? until_aligned(y) : 0;
+}
+
+/* Writes VALUE(i, left) to n elements of y, plainly or past the caches. Plainly, both ends are whole
+ * vectors where there is one: they are computed first, since y may be what it is computed from. */
 #define WRITE(y, n, streaming, VALUE)                                                   \
     if (streaming) {                                                                    \
         const ptrdiff_t head = MIN(n, until_aligned(y));                                \
@@ -192,9 +200,18 @@ SWEEP void activate(real *y, ptrdiff_t n, int activation)
         if (i < (n))                                                                    \
             store((y) + i, VALUE(i, (n) - i), (n) - i);                                 \
     } else if ((n) >= LANES) {                                                          \
+        const ptrdiff_t head = head_of(y, n);                                           \
+        const vec first = head ? VALUE(0, LANES) : splat(0);                            \
         const vec last = VALUE((n) - LANES, LANES);                                     \
-        for (ptrdiff_t i = 0; i + LANES < (n); i += LANES)                              \
+        ptrdiff_t i = head;                                                             \
+        for (; i + 2 * LANES < (n); i += 2 * LANES) {                                   \
+            const vec one = VALUE(i, LANES), two = VALUE(i + LANES, LANES);             \
+            store_two((y) + i, one, two);                                               \
+        }                                                                               \
+        if (i + LANES < (n))                                                            \
             store((y) + i, VALUE(i, LANES), LANES);                                     \
+        if (head)                                                                       \
+            store(y, first, LANES);                                                     \
         store((y) + (n) - LANES, last, LANES);                                          \
     } else                                                                              \
         store(y, VALUE(0, n), n);
@@ -326,6 +343,35 @@ SWEEP void fold_sums(const double *restrict columns, ptrdiff_t copies, ptrdiff_t
     }
 }
 
+/* Of n statistics over `count` values each, from their m2: 1 / sqrt(variance + eps), and what is wanted of them as
+ * reals. */
+EXACT_SWEEP void settle(const double *restrict mu, const double *restrict m2, ptrdiff_t n, double count, double eps,
+                        double *restrict r, real *restrict mean, real *restrict var, real *restrict rstd)
+{
+    for (ptrdiff_t i = 0; i < n; i++) {
+        /* Rounding can leave m2 a hair below zero; a NaN must pass. */
+        const double v = m2[i] < 0 ? 0 : m2[i] / count;
+        r[i] = 1 / sqrt(v + eps);
+        if (var)
+            var[i] = v;
+    }
+    for (ptrdiff_t i = 0; mean && i < n; i++)
+        mean[i] = mu[i];
+    for (ptrdiff_t i = 0; rstd && i < n; i++)
+        rstd[i] = r[i];
+}
+
+/* What a transform is made from, of n statistics: y = (x - pivot) * scale + shift. */
+EXACT_SWEEP void centre(const double *restrict mean, const double *restrict rstd, ptrdiff_t n, real *restrict pivot,
+                        real *restrict scale, real *restrict shift)
+{
+    for (ptrdiff_t i = 0; i < n; i++) {
+        const real p = mean[i];
+        pivot[i] = p, scale[i] = rstd[i];
+        shift[i] = (p - mean[i]) * rstd[i];
+    }
+}
+
 ALWAYS void add_one(vec t, vec *sum, vec *squares)
 {
     *sum += t;
@@ -399,10 +445,9 @@ ALWAYS void merge_block(double done, double *mean, double *m2, ptrdiff_t count, 
 }
 
 /* Whether the mean is more than a quarter of the deviation from the pivot of these sums. */
-ALWAYS int far_off(ptrdiff_t count, vec sum, vec squares)
+ALWAYS int far_off(ptrdiff_t count, real sum, real squares)
 {
-    const real total = lanes_sum(sum);
-    return 17 * total * total > lanes_sum(squares) * count;
+    return 17 * sum * sum > squares * count;
 }
 
 /* The sums over the lanes of some of LANES vectors; the others are not read, or cleared. */
@@ -418,33 +463,45 @@ ALWAYS void some_lanes_sums(vec *v, ptrdiff_t count, real *sums)
     store_real(sums, lanes_sums(v), LANES);
 }
 
-/* Mean and m2 of up to LANES stretches of at most FEW_VECTORS vectors. They stay in L1, so the pivot is the
- * mean but for its rounding. */
-ALWAYS void few_moments(const element *x, ptrdiff_t units, ptrdiff_t n, ptrdiff_t stride, double *mean, double *m2,
-                        ptrdiff_t to_y)
+/* Mean and m2 of up to LANES stretches of at most a BLOCK, whose sums across lanes are found together. Of those of
+ * few vectors the pivot is the mean but for its rounding. */
+ALWAYS void block_moments(const int few, const element *x, ptrdiff_t units, ptrdiff_t n, ptrdiff_t stride, double *mean,
+                          double *m2, ptrdiff_t to_y)
 {
+    const ptrdiff_t some = few ? n : ROUGH_VECTORS * LANES;
     vec sum[SOME_LANES], squares[SOME_LANES];
     real pivot[SOME_LANES], totals[SOME_LANES], m2s[SOME_LANES];
-    const real inverse = (real)1 / n;
+    const real inverse = (real)1 / some;
     for (ptrdiff_t u = 0; u < units; u++) {
         const real first = load_one(x + u * stride);
         vec total = {0};
-        FOR_VECTORS(i, left, n, total += load_any(x + u * stride, i, left, first) - first;)
+        FOR_VECTORS(i, left, some, total += load_any(x + u * stride, i, left, first) - first;)
         pivot[u] = first, sum[u] = total;
     }
     some_lanes_sums(sum, units, totals);
     for (ptrdiff_t u = 0; u < units; u++) {
-        const real p = pivot[u] += totals[u] * inverse;
+        const element *const here = x + u * stride;
         vec total = {0}, square = {0};
-        FOR_VECTORS(i, left, n, {
-            prefetch_to_write(x + u * stride + i + to_y);
-            add_one(load_any(x + u * stride, i, left, p) - p, &total, &square);
-        })
+        const real p = pivot[u] += totals[u] * inverse;
+        if (few)
+            FOR_VECTORS(i, left, n, {
+                prefetch_to_write(here + i + to_y);
+                add_one(load_any(here, i, left, p) - p, &total, &square);
+            })
+        else
+            add_stretch(here, n, p, here + to_y, 1, &total, &square);
         sum[u] = total, squares[u] = square;
     }
     some_lanes_sums(sum, units, totals);
     some_lanes_sums(squares, units, m2s);
     for (ptrdiff_t u = 0; u < units; u++) {
+        if (!few && far_off(n, totals[u], m2s[u])) {
+            const element *const here = x + u * stride;
+            vec total = {0}, square = {0};
+            pivot[u] += totals[u] / n;
+            add_stretch(here, n, pivot[u], here, 0, &total, &square);
+            totals[u] = lanes_sum(total), m2s[u] = lanes_sum(square);
+        }
         const double rest = (double)totals[u] / n;
         mean[u] = pivot[u] + rest;
         m2[u] = m2s[u] - rest * totals[u];
@@ -462,9 +519,12 @@ SWEEP void stretch_moments(const element *x, ptrdiff_t units, ptrdiff_t n, ptrdi
                            double *m2, const element *y)
 {
     const ptrdiff_t to_y = y ? y - x : 0;
-    if (n <= FEW_VECTORS * LANES) {
+    if (n <= BLOCK) {
         for (ptrdiff_t u = 0; u < units; u += LANES)
-            few_moments(x + u * stride, MIN(LANES, units - u), n, stride, mean + u, m2 + u, to_y);
+            if (n <= FEW_VECTORS * LANES)
+                block_moments(1, x + u * stride, MIN(LANES, units - u), n, stride, mean + u, m2 + u, to_y);
+            else
+                block_moments(0, x + u * stride, MIN(LANES, units - u), n, stride, mean + u, m2 + u, to_y);
         return;
     }
     for (ptrdiff_t u = 0; u < units; u++, x += stride) {
@@ -473,7 +533,7 @@ SWEEP void stretch_moments(const element *x, ptrdiff_t units, ptrdiff_t n, ptrdi
             const ptrdiff_t count = MIN(BLOCK, n - i);
             vec sum = {0}, squares = {0};
             add_stretch(x + i, count, pivot, x + i + to_y, 1, &sum, &squares);
-            if (i == 0 && far_off(count, sum, squares)) {
+            if (i == 0 && far_off(count, lanes_sum(sum), lanes_sum(squares))) {
                 pivot += lanes_sum(sum) / count;
                 sum = squares = splat(0);
                 add_stretch(x, count, pivot, x, 0, &sum, &squares);
@@ -509,7 +569,7 @@ SWEEP void plane_moments(const element *x, ptrdiff_t planes, ptrdiff_t stride, p
         if (count < BLOCK && p < planes)
             continue;
         for (ptrdiff_t u = 0; u < units; u++) {
-            if (done == 0 && far_off(count, sum[u], squares[u])) {
+            if (done == 0 && far_off(count, lanes_sum(sum[u]), lanes_sum(squares[u]))) {
                 pivot[u] += lanes_sum(sum[u]) / count;
                 sum[u] = squares[u] = splat(0);
                 for (ptrdiff_t k = 0; k == 0 || k < p; k++)
@@ -783,49 +843,114 @@ SWEEP void affine(const element *x, const element *residual, element *y, ptrdiff
 #undef ADDED
 }
 
-/* The same for `rows` rows, `stride` apart, with weight and bias running along each; what lies `ahead`, 0 if
- * nothing does, is wanted next. */
-SWEEP void affine_along(const element *x, const real *weight, const real *bias, const element *residual,
-                        element *y, ptrdiff_t rows, ptrdiff_t n, ptrdiff_t stride, const double *mean,
-                        const double *rstd, int activation, int streaming, ptrdiff_t ahead)
+/* (x - pivot) * scale + shift, then * w + b where there are weights and a bias. */
+ALWAYS vec along(const int weighted, const int biased, vec x, vec pivot, vec scale, vec shift, vec w, vec b)
 {
-    const vec floor = floor_of(activation);
-#define X_HAT(i, left) ((load(x + (i), left, 0) - pivot) * r + s)
-#define NEXT(i) prefetch(x + (i) + ahead)
-#define W(i, left) load_real(weight + (i), left, 0)
-#define B(i, left) load_real(bias + (i), left, 0)
-#define PLAIN(i, left) (NEXT(i), X_HAT(i, left))
-#define WEIGHTED(i, left) (NEXT(i), X_HAT(i, left) * W(i, left))
-#define SHIFTED(i, left) (NEXT(i), X_HAT(i, left) + B(i, left))
-#define BOTH(i, left) (NEXT(i), X_HAT(i, left) * W(i, left) + B(i, left))
-#define WITH_TAIL(i, left)                                                              \
-    at_least(X_HAT(i, left) * (weight ? W(i, left) : splat(1)) + (bias ? B(i, left) : splat(0)) \
-             + (residual ? load(residual + (i), left, 0) : splat(0)), floor)
-    for (ptrdiff_t row = 0; row < rows; row++, x += stride, y += stride) {
-        const real pivot = mean[row], r = rstd[row], s = (pivot - mean[row]) * rstd[row];
-        if (residual || activation) {
-            WRITE_ACTIVATED(y, n, activation, streaming, start, WITH_TAIL)
-            if (residual)
-                residual += stride;
-        } else if (weight && bias) {
-            WRITE(y, n, streaming, BOTH)
-        } else if (weight) {
-            WRITE(y, n, streaming, WEIGHTED)
-        } else if (bias) {
-            WRITE(y, n, streaming, SHIFTED)
-        } else {
-            WRITE(y, n, streaming, PLAIN)
+    const vec x_hat = fused(x - pivot, scale, shift);
+    return weighted && biased ? fused(x_hat, w, b) : weighted ? x_hat * w : biased ? x_hat + b : x_hat;
+}
+
+/* Some rows, which share the loads of what runs along them. */
+ALWAYS void affine_rows_along(const int rows, const int weighted, const int biased, const element *x,
+                              const real *weight, const real *bias, element *y, ptrdiff_t n, ptrdiff_t stride,
+                              const real *pivot, const real *scale, const real *shift, ptrdiff_t ahead)
+{
+    const ptrdiff_t head = head_of(y, n);
+    vec first[PAIR], last[PAIR], p[PAIR], a[PAIR], s[PAIR];
+    for (int k = 0; k < rows; k++)
+        p[k] = splat(pivot[k]), a[k] = splat(scale[k]), s[k] = splat(shift[k]);
+#define PARAMETERS(w, b, i, left)                                                       \
+    const vec w = weighted ? load_real(weight + (i), left, 0) : splat(1);               \
+    const vec b = biased ? load_real(bias + (i), left, 0) : splat(0);
+#define VALUE(k, i, left, w, b)                                                         \
+    (prefetch(x + (k) * stride + (i) + ahead),                                          \
+     along(weighted, biased, load(x + (k) * stride + (i), left, 0), p[k], a[k], s[k], w, b))
+    if (n < LANES) {
+        PARAMETERS(w, b, 0, n)
+        for (int k = 0; k < rows; k++)
+            store(y + k * stride, VALUE(k, 0, n, w, b), n);
+        return;
+    }
+    {
+        PARAMETERS(w, b, 0, LANES)
+        PARAMETERS(last_w, last_b, n - LANES, LANES)
+        for (int k = 0; k < rows; k++) {
+            first[k] = head ? VALUE(k, 0, LANES, w, b) : splat(0);
+            last[k] = VALUE(k, n - LANES, LANES, last_w, last_b);
         }
     }
-#undef X_HAT
-#undef NEXT
+    ptrdiff_t i = head;
+    for (; i + 2 * LANES < n; i += 2 * LANES) {
+        PARAMETERS(w, b, i, LANES)
+        PARAMETERS(next_w, next_b, i + LANES, LANES)
+        for (int k = 0; k < rows; k++) {
+            const vec one = VALUE(k, i, LANES, w, b), two = VALUE(k, i + LANES, LANES, next_w, next_b);
+            store_two(y + k * stride + i, one, two);
+        }
+    }
+    if (i + LANES < n) {
+        PARAMETERS(w, b, i, LANES)
+        for (int k = 0; k < rows; k++)
+            store(y + k * stride + i, VALUE(k, i, LANES, w, b), LANES);
+    }
+    for (int k = 0; k < rows; k++) {
+        if (head)
+            store(y + k * stride, first[k], LANES);
+        store(y + k * stride + n - LANES, last[k], LANES);
+    }
+#undef PARAMETERS
+#undef VALUE
+}
+
+/* The same for `rows` rows, `stride` apart, with a pivot, a scale and a shift each, and weight and bias running
+ * along: y = activation(((x - pivot) * scale + shift) * weight + bias + residual). What lies `ahead`, 0 if nothing
+ * does, is wanted next. */
+SWEEP void affine_along(const element *x, const real *weight, const real *bias, const element *residual,
+                        element *y, ptrdiff_t rows, ptrdiff_t n, ptrdiff_t stride, const real *pivot,
+                        const real *scale, const real *shift, int activation, int streaming, ptrdiff_t ahead)
+{
+    const vec floor = floor_of(activation);
+#define W(i, left) (weight ? load_real(weight + (i), left, 0) : splat(1))
+#define B(i, left) (bias ? load_real(bias + (i), left, 0) : splat(0))
+#define VALUE(i, left)                                                                  \
+    (prefetch(x + (i) + ahead),                                                         \
+     along(1, 1, load(x + (i), left, 0), p, a, s, W(i, left), B(i, left)))
+#define WITH_TAIL(i, left) \
+    at_least(VALUE(i, left) + (residual ? load(residual + (i), left, 0) : splat(0)), floor)
+#define ROWS(rows)                                                                      \
+    {                                                                                   \
+        if (weight && bias)                                                             \
+            affine_rows_along(rows, 1, 1, x, weight, bias, y, n, stride, pivot, scale, shift, ahead); \
+        else if (weight)                                                                \
+            affine_rows_along(rows, 1, 0, x, weight, bias, y, n, stride, pivot, scale, shift, ahead); \
+        else if (bias)                                                                  \
+            affine_rows_along(rows, 0, 1, x, weight, bias, y, n, stride, pivot, scale, shift, ahead); \
+        else                                                                            \
+            affine_rows_along(rows, 0, 0, x, weight, bias, y, n, stride, pivot, scale, shift, ahead); \
+    }
+    while (rows > 0) {
+        const vec p = splat(*pivot), a = splat(*scale), s = splat(*shift);
+        ptrdiff_t done = 1;
+        if (residual || activation) {
+            WRITE_ACTIVATED(y, n, activation, streaming, start, WITH_TAIL)
+        } else if (streaming) {
+            WRITE(y, n, 1, VALUE)
+        } else if (rows >= PAIR) {
+            ROWS(PAIR)
+            done = PAIR;
+        } else {
+            ROWS(1)
+        }
+        x += done * stride, y += done * stride, rows -= done;
+        pivot += done, scale += done, shift += done;
+        if (residual)
+            residual += stride;
+    }
 #undef W
 #undef B
-#undef PLAIN
-#undef WEIGHTED
-#undef SHIFTED
-#undef BOTH
+#undef VALUE
 #undef WITH_TAIL
+#undef ROWS
 }
 
 /* grad_x = rstd * (grad_y * weight + b * (x - mean) + c) for planes side by side or `stride` apart; no x:
@@ -1352,24 +1477,6 @@ SWEEP void set_columns(ptrdiff_t K, const double *mean, const double *rstd, cons
         set_groups(1, mean, rstd, weight, bias, groups, pivot, scale, shift);
     else
         set_groups(K, mean, rstd, weight, bias, groups, pivot, scale, shift);
-}
-
-/* Mean, which may be NULL, and rstd of n columns of `rows` values; pivot, scale and shift of affine_strip. */
-EXACT_SWEEP void finish_columns(const double *mu, const double *m2, ptrdiff_t n, ptrdiff_t rows, double eps,
-                                real *restrict mean, real *restrict rstd, real *restrict pivot,
-                                real *restrict scale, real *restrict shift)
-{
-    const double inverse = 1.0 / rows;
-    for (ptrdiff_t i = 0; i < n; i++) {
-        /* Rounding can leave m2 a hair below zero; a NaN must pass. */
-        const double r = 1 / sqrt((m2[i] < 0 ? 0 : m2[i] * inverse) + eps);
-        const real p = mu[i];
-        pivot[i] = p, scale[i] = r;
-        shift[i] = (p - mu[i]) * r;
-    }
-    memcpy(rstd, scale, n * sizeof(real));
-    if (mean)
-        memcpy(mean, pivot, n * sizeof(real));
 }
 
 /* shift, b and c of backward_strip, from the sums of column_backward_sums. */

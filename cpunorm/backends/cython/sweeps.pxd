@@ -37,6 +37,11 @@ cdef extern from "sweeps.h" nogil:
     void fold_sums(const double* columns, Py_ssize_t copies, Py_ssize_t channels, Py_ssize_t inner,
                    double* sums) noexcept
 
+    void settle(const double* mu, const double* m2, Py_ssize_t n, double count, double eps,
+                double* r, real* mean, real* var, real* rstd) noexcept
+    void centre(const double* mean, const double* rstd, Py_ssize_t n, real* pivot, real* scale,
+                real* shift) noexcept
+
     void stretch_moments(const element* x, Py_ssize_t units, Py_ssize_t n, Py_ssize_t stride,
                          double* mean, double* m2, const element* y) noexcept
     void plane_moments(const element* x, Py_ssize_t planes, Py_ssize_t stride, Py_ssize_t units,
@@ -61,8 +66,8 @@ cdef extern from "sweeps.h" nogil:
                 Py_ssize_t ahead) noexcept
     void affine_along(const element* x, const real* weight, const real* bias,
                       const element* residual, element* y, Py_ssize_t rows, Py_ssize_t n,
-                      Py_ssize_t stride, const double* mean, const double* rstd, int activation,
-                      int streaming, Py_ssize_t ahead) noexcept
+                      Py_ssize_t stride, const real* pivot, const real* scale, const real* shift,
+                      int activation, int streaming, Py_ssize_t ahead) noexcept
     void backward_affine(const element* grad_y, const element* x, element* grad_x,
                          Py_ssize_t planes, Py_ssize_t stride, Py_ssize_t n, const real* mean,
                          const real* rstd, const real* b, const real* c,
@@ -96,9 +101,6 @@ cdef extern from "sweeps.h" nogil:
     void set_columns(Py_ssize_t K, const double* mean, const double* rstd, const real* weight,
                      const real* bias, Py_ssize_t groups, real* pivot, real* scale,
                      real* shift) noexcept
-    void finish_columns(const double* mu, const double* m2, Py_ssize_t n, Py_ssize_t rows,
-                        double eps, real* mean, real* rstd, real* pivot, real* scale,
-                        real* shift) noexcept
     void finish_backward(const double* g_sum, const double* gx_sum, const double* x_sum,
                          Py_ssize_t n, Py_ssize_t rows, const real* rstd, int centred,
                          real* shift, real* b, real* c) noexcept
@@ -176,11 +178,6 @@ cdef inline Py_ssize_t own_lines(Py_ssize_t count) noexcept nogil:
 
 cdef inline double rstd_of(double var, double eps) noexcept nogil:
     return 1 / sqrt(var + eps)
-
-
-cdef inline double variance(double m2, Py_ssize_t count) noexcept nogil:
-    # Rounding can leave m2 a hair below zero; a NaN must pass.
-    return 0 if m2 < 0 else m2 / count
 
 
 cdef inline void take_statistics(const Call* call, Py_ssize_t first, Py_ssize_t count, double* mean,

@@ -68,51 +68,98 @@ ALWAYS vec choose(bits_vec condition, vec yes, vec no)
 typedef uint32_t wide_bits __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint16_t packed __attribute__((vector_size(VECTOR_BYTES / 2)));
 typedef uint16_t loose_packed __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
+typedef uint16_t packed_two __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint16_t loose_packed_two __attribute__((vector_size(VECTOR_BYTES), aligned(2), may_alias));
 
-#if defined(ELEMENT_BFLOAT16) && defined(__AVX512BW__)
+#if defined(ELEMENT_BFLOAT16)
 
-/* One permutation of 16-bit words moves all of them between the upper halves and side by side. */
+/* A permutation moves words between the upper halves of 32 bits and side by side. */
 
 ALWAYS vec widen(packed h)
 {
+#if defined(__AVX512BW__)
     const __m512i order = _mm512_slli_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 16);
     return (vec)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, order, _mm512_castsi256_si512((__m256i)h));
-}
-
-/* Of NaN only quiet ones come here, as arithmetic makes them: they need no more than not to be rounded. */
-ALWAYS packed narrow(vec v)
-{
-    const __m512i u = (__m512i)v, odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-    const __m512i step = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
-    const __mmask16 number = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_ORD_Q);
-    const __m512i rounded = _mm512_mask_add_epi32(u, number, u, step);
-    const __m512i order = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 31, 29, 27, 25, 23, 21, 19, 17,
-                                           15, 13, 11, 9, 7, 5, 3, 1);
-    return (packed)_mm512_castsi512_si256(_mm512_permutexvar_epi16(order, rounded));
-}
-
-#elif defined(ELEMENT_BFLOAT16)
-
-ALWAYS vec widen(packed h)
-{
-#if defined(__AVX2__)
-    return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)h), 16);
+#elif defined(__AVX2__)
+    const __m256i order = _mm256_set_epi32(0x0f0e8080, 0x0d0c8080, 0x0b0a8080, 0x09088080, 0x07068080, 0x05048080,
+                                           0x03028080, 0x01008080);
+    return (vec)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256((__m128i)h), order);
 #else
     return (vec)(__builtin_convertvector(h, wide_bits) << 16);
 #endif
 }
 
+ALWAYS packed_two upper_halves(wide_bits a, wide_bits b)
+{
+#if defined(__AVX512BW__)
+    const __m512i order = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25,
+                                           23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    return (packed_two)_mm512_permutex2var_epi16((__m512i)a, order, (__m512i)b);
+#elif defined(__AVX2__)
+    const __m256i quarters = _mm256_packus_epi32((__m256i)(a >> 16), (__m256i)(b >> 16));
+    return (packed_two)_mm256_permute4x64_epi64(quarters, 0xd8);
+#elif defined(__SSE4_1__)
+    return (packed_two)_mm_packus_epi32((__m128i)(a >> 16), (__m128i)(b >> 16));
+#else
+    const packed halves[2] = {__builtin_convertvector(a >> 16, packed), __builtin_convertvector(b >> 16, packed)};
+    packed_two both;
+    memcpy(&both, halves, sizeof both);
+    return both;
+#endif
+}
+
+/* Whether there is a NaN in either. */
+ALWAYS int any_nan(vec a, vec b)
+{
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_UNORD_Q) != 0;
+#elif defined(__AVX__)
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_UNORD_Q)) != 0;
+#elif defined(__SSE2__)
+    return _mm_movemask_ps(_mm_cmpunord_ps((__m128)a, (__m128)b)) != 0;
+#else
+    const bits_vec nan = (a != a) | (b != b);
+    int any = 0;
+    for (ptrdiff_t i = 0; i < LANES; i++)
+        any |= nan[i];
+    return any;
+#endif
+}
+
+/* To the nearest, ties to even: what the upper halves hold then. */
+ALWAYS wide_bits nearest(vec v)
+{
+    const wide_bits u = (wide_bits)v;
+    return u + (0x7fff + ((u >> 16) & 1));
+}
+
+/* The same of what may hold NaN; only quiet ones come here, as arithmetic makes them. */
+ALWAYS wide_bits number_nearest(vec v)
+{
+    return (wide_bits)choose(v == v, (vec)nearest(v), v);
+}
+
+ALWAYS packed_two narrow_two(vec a, vec b)
+{
+#if defined(__AVX512BF16__)
+    /* The instruction makes zeros of subnormal numbers, which are kept here. */
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+    const int subnormal = 0x20;
+    if (__builtin_expect(_mm512_testn_epi16_mask(both, _mm512_set1_epi16(0x7fff)) == 0, 1)
+        || !(_mm512_fpclass_ps_mask((__m512)a, subnormal) | _mm512_fpclass_ps_mask((__m512)b, subnormal)))
+        return (packed_two)both;
+#endif
+    if (__builtin_expect(any_nan(a, b), 0))
+        return upper_halves(number_nearest(a), number_nearest(b));
+    return upper_halves(nearest(a), nearest(b));
+}
+
 ALWAYS packed narrow(vec v)
 {
-    const wide_bits u = (wide_bits)v, rounded = u + 0x7fff + ((u >> 16) & 1);
-    const wide_bits bits = (wide_bits)choose(v != v, (vec)(u | 0x400000), (vec)rounded) >> 16;
-    /* Compilers know slower ways to this. */
-#if defined(__AVX2__)
-    const __m128i low = _mm256_castsi256_si128((__m256i)bits), high = _mm256_extracti128_si256((__m256i)bits, 1);
-    return (packed)_mm_packus_epi32(low, high);
-#else
-    return __builtin_convertvector(bits, packed);
-#endif
+    const packed_two both = narrow_two(v, v);
+    packed h;
+    memcpy(&h, &both, sizeof h);
+    return h;
 }
 
 #elif defined(__AVX512F__)
@@ -348,6 +395,16 @@ ALWAYS vec rounded(vec v)
 }
 
 #endif
+
+/* Two whole vectors, one after the other. */
+ALWAYS void store_two(element *p, vec a, vec b)
+{
+#if defined(ELEMENT_BFLOAT16)
+    *(loose_packed_two *)p = narrow_two(a, b);
+#else
+    store(p, a, LANES), store(p + LANES, b, LANES);
+#endif
+}
 
 /* Elements i to i + left of a stretch, in any lanes, the others `fill`. At its end a whole vector is loaded,
  * where there is one, and what belongs to the vector before is put out. */
