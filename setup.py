@@ -20,9 +20,10 @@ PACKAGE = "cpunorm.backends.cython"
 # the CPU has.
 TYPES = ("float32", "float64", "float16", "bfloat16")
 if platform.machine().lower() in ("x86_64", "amd64"):
-    LEVELS = {f"x86_64_v{n}": [f"-march=x86-64-v{n}"] for n in (2, 3, 4)}
+    LEVELS = {f"x86_64_v{n}": ([f"-march=x86-64-v{n}"], TYPES) for n in (2, 3, 4)}
+    LEVELS["x86_64_v4_bf16"] = ["-march=x86-64-v4", "-mavx512bf16"], ("bfloat16",)
 else:
-    LEVELS = {"baseline": []}
+    LEVELS = {"baseline": ([], TYPES)}
 
 # Everything to the letter but for the sweeps, whose own licence stands in sweeps.h.
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
@@ -82,9 +83,9 @@ def extensions():
     )
     for module in common:
         yield extension(module.name, module.sources[0])
-    for level, march in LEVELS.items():
-        flags = march + (GCC_V4_FLAGS if level.endswith("v4") else [])
-        for element in TYPES:
+    for level, (march, types) in LEVELS.items():
+        flags = march + (GCC_V4_FLAGS if "v4" in level else [])
+        for element in types:
             macros = [(f"ELEMENT_{element.upper()}", None)]
             name = f"{PACKAGE}.{level}.{element}.kernels"
             yield extension(name, kernels.sources[0], macros, flags)

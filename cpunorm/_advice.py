@@ -220,9 +220,14 @@ def shipped() -> Data:
     return Data.of(json.loads(path.read_text(encoding="utf-8")))
 
 
+def _vectors(isa: str | None) -> str | None:
+    """Return an instruction set without what only bfloat16 makes use of."""
+    return isa and isa.removesuffix("_bf16")
+
+
 def shipped_path(isa: str | None) -> Path:
     """Return where the data of an instruction set are, or would be."""
-    return SHIPPED / f"{isa}.json"
+    return SHIPPED / f"{_vectors(isa)}.json"
 
 
 @dataclass(frozen=True)
@@ -499,7 +504,7 @@ def _words(advice: Advice) -> Iterator[str]:
     yield from _against("Backend", best, [e for e in same if e.layout == best.layout], "backend")
     yield f"How sure: {_how_sure(best)}"
     yield f"Source: {advice.machine}. Elsewhere the order may be another."
-    here = instruction_set()
+    here = _vectors(instruction_set())
     if here and here not in advice.machine:
         yield f"This machine is another: it computes with {here}. Trust the order more than times."
 

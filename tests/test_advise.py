@@ -78,7 +78,8 @@ def test_a_guess_comes_after_what_is_known(data):
 
 
 def test_words_say_when_this_is_another_machine(data, monkeypatch):
-    for here, other in (("x86_64_v4", False), ("x86_64_v2", True), (None, False)):
+    machines = ("x86_64_v4", "x86_64_v4_bf16", "x86_64_v2", None)
+    for here, other in zip(machines, (False, False, True, False), strict=True):
         monkeypatch.setattr(_advice, "instruction_set", lambda here=here: here)
         assert ("This machine is another" in str(ask(data, SHAPE))) == other
 

@@ -19,6 +19,7 @@ from . import verbs
 
 # Of each level, what it adds to the one before; Linux and NumPy spell these features alike.
 _FEATURES = {
+    "x86_64_v4_bf16": ("AVX512BF16",),
     "x86_64_v4": ("AVX512F", "AVX512BW", "AVX512CD", "AVX512DQ", "AVX512VL"),
     "x86_64_v3": ("AVX2", "FMA3", "F16C", "BMI2"),
     "x86_64_v2": ("SSE42", "POPCNT"),
@@ -26,6 +27,9 @@ _FEATURES = {
 
 # In the order of `Element` in verbs.pxd.
 _TYPES = ("float32", "float64", "float16", "bfloat16")
+
+# What a level adds is of use to one type only; the others are those of the level before.
+_OF_ONE_TYPE = {"x86_64_v4_bf16": ("bfloat16", "x86_64_v4")}
 
 
 def _levels() -> list[str]:
@@ -45,7 +49,12 @@ def _levels() -> list[str]:
 
 def install(level: str) -> None:
     """Run the kernels of one instruction set from now on."""
-    modules = [importlib.import_module(f".{level}.{t}.kernels", __name__) for t in _TYPES]
+    only, before = _OF_ONE_TYPE.get(level, (None, None))
+    homes = [level if only in (None, t) else before for t in _TYPES]
+    modules = [
+        importlib.import_module(f".{home}.{t}.kernels", __name__)
+        for home, t in zip(homes, _TYPES, strict=True)
+    ]
     verbs.install([module.TABLE for module in modules], slab_bytes(), stream_bytes())
 
 
