@@ -5,6 +5,7 @@ runs on NumPy; `cpunorm.show_config()` says so.
 """
 
 import copy
+import glob
 import os
 import platform
 
@@ -35,6 +36,9 @@ class BuildKernels(build_ext):
     def finalize_options(self):
         super().finalize_options()
         self.parallel = self.parallel or os.cpu_count()
+        if self.editable_mode:
+            # Where it is found again: what has not changed since is not compiled again.
+            self.build_lib, self.build_temp = "build/editable", "build/temp"
 
     def build_extension(self, ext):
         # All levels of a module share one C file: keep their object files apart.
@@ -59,7 +63,7 @@ def extension(name, source, macros=(), flags=()):
     return Extension(
         name,
         [source],
-        depends=["cpunorm/backends/cython/sweeps.h", "cpunorm/backends/cython/vectors.h"],
+        depends=["setup.py", *glob.glob("cpunorm/backends/cython/*.h")],
         include_dirs=[numpy.get_include(), "cpunorm/backends/cython"],
         define_macros=[
             ("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"),

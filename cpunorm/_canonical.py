@@ -7,6 +7,7 @@ caller's shape and strides.
 """
 
 import math
+import reprlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -228,7 +229,8 @@ def integers(name: str, value: Any) -> tuple[int, ...]:
         values = (value,) if isinstance(value, (int, np.integer)) else tuple(value)
         return tuple(integer(name, v) for v in values)
     except TypeError:
-        raise TypeError(f"{name} must be an int or a sequence of ints, got {value!r}") from None
+        short = reprlib.repr(value)  # of an array, say, that took the wrong place
+        raise TypeError(f"{name} must be an int or a sequence of ints, got {short}") from None
 
 
 def resolve_convention(convention: Any, momentum: Any, eps: Any) -> tuple[Convention, Any, Any]:

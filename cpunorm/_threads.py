@@ -16,9 +16,9 @@ except ImportError:
 
 
 # Below this many bytes of x, waking a second thread costs more than it brings.
-SERIAL_BYTES = 96 * 1024
+SERIAL_BYTES = 128 * 1024
 # What a thread should have to do at the least, and how many of them any call may start.
-BYTES_PER_THREAD = 48 * 1024
+BYTES_PER_THREAD = 64 * 1024
 MOST_THREADS = 512
 
 
