@@ -8,7 +8,11 @@ import copy
 import glob
 import os
 import platform
+import shutil
+from hashlib import blake2b
+from pathlib import Path
 
+import Cython
 import numpy
 from Cython.Build import cythonize
 from setuptools import Extension, setup
@@ -32,15 +36,31 @@ GCC_V4_FLAGS = ["-mprefer-vector-width=512"]
 OPENMP = ["-fopenmp"]
 
 
+def fingerprint():
+    """Of all that the extensions are made from; times of files tell little, as pip's tools are
+    installed anew each time."""
+    sources = (f for kind in ("pyx", "pxd", "h") for f in Path("cpunorm").rglob(f"*.{kind}"))
+    digest = blake2b(digest_size=8)
+    for source in sorted((*sources, Path("setup.py"))):
+        digest.update(source.read_bytes())
+    tools = Cython.__version__, numpy.__version__, *map(os.environ.get, ("CC", "CFLAGS", "LDFLAGS"))
+    digest.update(repr(tools).encode())
+    return digest.hexdigest()
+
+
 class BuildKernels(build_ext):
     def finalize_options(self):
         super().finalize_options()
         self.parallel = self.parallel or os.cpu_count()
         if self.editable_mode:
-            # Where it is found again: what has not changed since is not compiled again.
-            self.build_lib, self.build_temp = "build/editable", "build/temp"
+            # A second editable install, with an extra say, finds here what the first has compiled.
+            self.build_lib = f"build/editable-{fingerprint()}"
+            for other in set(glob.glob("build/editable-*")) - {self.build_lib}:
+                shutil.rmtree(other)
 
     def build_extension(self, ext):
+        if self.editable_mode and os.path.exists(self.get_ext_fullpath(ext.name)):
+            return
         # All levels of a module share one C file: keep their object files apart.
         scoped = copy.copy(self)
         scoped.build_temp = os.path.join(self.build_temp, ext.name)
@@ -63,7 +83,7 @@ def extension(name, source, macros=(), flags=()):
     return Extension(
         name,
         [source],
-        depends=["setup.py", *glob.glob("cpunorm/backends/cython/*.h")],
+        depends=["cpunorm/backends/cython/sweeps.h", "cpunorm/backends/cython/vectors.h"],
         include_dirs=[numpy.get_include(), "cpunorm/backends/cython"],
         define_macros=[
             ("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"),
