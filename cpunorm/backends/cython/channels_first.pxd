@@ -93,12 +93,13 @@ cdef inline Py_ssize_t next_slab(const Units* u, Py_ssize_t unit, Py_ssize_t cou
     """How far away is what is fetched while a slab is transformed, 0 where that is nothing."""
     cdef const Call* call = u.call
     cdef Py_ssize_t length = unit_at(u, count)
+    if call.B * call.G * unit_bytes(u) < SLABS * call.slab:
+        return 0
     if u.batch:
         return length if unit + count < call.G else 0
     # What lies side by side the processor foresees, but not while it writes.
     return length if (unit + 2 * count <= call.B * call.G
-                      and length * <Py_ssize_t> sizeof(element) <= NEAR
-                      and call.B * call.G * unit_bytes(u) >= SLABS * call.slab) else 0
+                      and length * <Py_ssize_t> sizeof(element) <= NEAR) else 0
 
 
 cdef inline Chunk chunk_of(const Units* u, Py_ssize_t index) noexcept nogil:
