@@ -42,6 +42,7 @@
 #define UNITS 32            /* units measured together, at most */
 #define LONG_BYTES 4096     /* of a plane that is stored past the caches wherever it begins */
 #define LINE_BYTES 64
+#define JOINED_COLUMNS 1024 /* of rows that are stored past the caches as one stretch, at most */
 
 /* Code that is inlined in two places may be rounded in two ways, and which place runs may depend on the
  * number of threads. So there is one copy of every sweep, in which sums may be reordered and multiply-adds
@@ -1586,12 +1587,44 @@ SWEEP void backward_group(const element *grad_y, const element *x, ptrdiff_t row
             FOR_VECTORS(j, left, width, PREPARE(j, left) AT(row * (stride) + j, left))  \
     }
 
+/* Whether rows lie side by side and are stored past the caches as one stretch, since a line holds parts of two. */
+ALWAYS int worth_joining(const element *y, ptrdiff_t stride, ptrdiff_t width)
+{
+    return stride == width && LANES <= width && width <= JOINED_COLUMNS && (until_aligned(y) || width % LANES);
+}
+
+/* What is per column, with the first of it once more at its end: for vectors that reach into the next row. */
+ALWAYS void wrap_columns(const real *columns, ptrdiff_t width, real *wrapped)
+{
+    memcpy(wrapped, columns, width * sizeof(real));
+    memcpy(wrapped + width, columns, LANES * sizeof(real));
+}
+
 /* y = activation((x - pivot) * scale + shift + residual): pivot, scale and shift per column. */
 SWEEP void affine_block(const element *x, const element *residual, element *y, ptrdiff_t rows, ptrdiff_t stride,
                         ptrdiff_t width, const real *pivot, const real *scale, const real *shift,
                         int activation, int streaming, int cached)
 {
     const vec floor = floor_of(activation);
+    if (streaming && activation <= RELU && !residual && worth_joining(y, stride, width)) {
+        real p[JOINED_COLUMNS + SOME_LANES], a[JOINED_COLUMNS + SOME_LANES], b[JOINED_COLUMNS + SOME_LANES];
+        const ptrdiff_t n = rows * width, head = MIN(n, until_aligned(y));
+        ptrdiff_t i = head, j = head;
+        wrap_columns(pivot, width, p), wrap_columns(scale, width, a), wrap_columns(shift, width, b);
+#define VALUE(i, j, left)                                                               \
+    at_least((load(x + (i), left, 0) - load_real(p + (j), left, 0)) * load_real(a + (j), left, 0) \
+             + load_real(b + (j), left, 0), floor)
+        if (head)
+            store(y, VALUE(0, 0, head), head);
+        for (; i + LANES <= n; i += LANES) {
+            stream(y + i, VALUE(i, j, LANES));
+            j += j + LANES < width ? LANES : LANES - width;
+        }
+        if (i < n)
+            store(y + i, VALUE(i, j, n - i), n - i);
+#undef VALUE
+        return;
+    }
     streaming = streaming && until_aligned(y) == 0 && stride % LANES == 0;
 #define COLUMNS(j, left)                                                                \
     const vec p = load_real(pivot + j, left, 0), a = load_real(scale + j, left, 0);     \
