@@ -9,8 +9,8 @@ from libc.string cimport memset
 
 from .call cimport Call
 from .sweeps cimport (
-    add, affine_strip, at, backward_strip, centre, column_backward_sums, column_moments,
-    column_squares, element, finish_backward, real, settle, share, stream_fence, sum_parts, team,
+    add, affine_strip, at, backward_strip, column_backward_sums, column_moments, column_squares,
+    element, finish_backward, real, set_columns, settle, share, stream_fence, sum_parts, team,
     team_barrier,
 )
 
@@ -77,7 +77,7 @@ cdef inline void _normalize_strip(const Columns* columns, Py_ssize_t n, Py_ssize
         column_squares(x, D, S, width, m2)
     settle(mu, m2, width, D, call.eps, r, at(<real*> call.mean, statistic), <real*> NULL,
            <real*> call.rstd + statistic)
-    centre(mu, r, width, pivot, scale, shift)
+    set_columns(1, mu, r, <const real*> NULL, <const real*> NULL, width, pivot, scale, shift)
     affine_strip(x, <element*> call.y + here, D, S, width, pivot, scale, shift,
                  <const real*> call.weight, <const real*> call.bias, call.streaming,
                  _ahead(columns, n, s, width))

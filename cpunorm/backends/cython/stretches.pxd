@@ -17,8 +17,8 @@ from libc.string cimport memset
 
 from .sweeps cimport (
     BACKWARD_ROWS, BACKWARD_SHORT, BLOCK, LANES, PAIR, SHORT_VECTORS, UNITS, add, affine_along, at,
-    backward_affine_along, backward_short, centre, element, flush_reals, merge_moments,
-    normalize_short, own_lines, real, settle, share, stream_fence, stretch_backward_sums,
+    backward_affine_along, backward_short, element, flush_reals, merge_moments, normalize_short,
+    own_lines, real, set_columns, settle, share, stream_fence, stretch_backward_sums,
     stretch_moments, stretch_squares, sum_parts, team, team_barrier,
 )
 
@@ -88,7 +88,8 @@ cdef inline void _finish(const Stretches* s, Py_ssize_t m, Py_ssize_t count, Py_
                 s.mean[m + k * step] = apart[0][k]
             if s.var is not NULL:
                 s.var[m + k * step] = apart[1][k]
-    centre(mu, r, count, terms.pivot, terms.scale, terms.shift)
+    set_columns(1, mu, r, <const real*> NULL, <const real*> NULL, count, terms.pivot, terms.scale,
+                terms.shift)
 
 
 cdef inline void _measure(const Stretches* s, Py_ssize_t start, Py_ssize_t count, Py_ssize_t n,

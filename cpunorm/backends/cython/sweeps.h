@@ -362,17 +362,6 @@ EXACT_SWEEP void settle(const double *restrict mu, const double *restrict m2, pt
         rstd[i] = r[i];
 }
 
-/* What a transform is made from, of n statistics: y = (x - pivot) * scale + shift. */
-EXACT_SWEEP void centre(const double *restrict mean, const double *restrict rstd, ptrdiff_t n, real *restrict pivot,
-                        real *restrict scale, real *restrict shift)
-{
-    for (ptrdiff_t i = 0; i < n; i++) {
-        const real p = mean[i];
-        pivot[i] = p, scale[i] = rstd[i];
-        shift[i] = (p - mean[i]) * rstd[i];
-    }
-}
-
 ALWAYS void add_one(vec t, vec *sum, vec *squares)
 {
     *sum += t;
@@ -1470,7 +1459,7 @@ ALWAYS void set_groups(const ptrdiff_t K, const double *restrict mean, const dou
     }
 }
 
-/* pivot, scale and shift of affine_block for some groups of K channels; weight and bias may be NULL. */
+/* pivot, scale and shift of a transform for some groups of K channels; weight and bias may be NULL. */
 SWEEP void set_columns(ptrdiff_t K, const double *mean, const double *rstd, const real *weight, const real *bias,
                        ptrdiff_t groups, real *pivot, real *scale, real *shift)
 {

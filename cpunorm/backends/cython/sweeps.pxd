@@ -39,8 +39,6 @@ cdef extern from "sweeps.h" nogil:
 
     void settle(const double* mu, const double* m2, Py_ssize_t n, double count, double eps,
                 double* r, real* mean, real* var, real* rstd) noexcept
-    void centre(const double* mean, const double* rstd, Py_ssize_t n, real* pivot, real* scale,
-                real* shift) noexcept
 
     void stretch_moments(const element* x, Py_ssize_t units, Py_ssize_t n, Py_ssize_t stride,
                          double* mean, double* m2, const element* y) noexcept
