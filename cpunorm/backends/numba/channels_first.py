@@ -22,7 +22,6 @@ from ._jit import Array, flat, jit, kernel, sweep
 from .activations import address
 from .streams import room
 from .sweeps import (
-    BLOCK,
     PIECE,
     SLAB,
     TASKS,
@@ -38,6 +37,7 @@ from .sweeps import (
     merge_moments,
     part_of,
     per_channel,
+    pieces,
     scale_of,
     set_terms,
     settle,
@@ -72,17 +72,13 @@ def _transform(x, residual, activation, start, rows, stride, width, terms, y, z,
     if not z.size:
         _affine(x, start, rows, stride, width, terms, zero, y, start, stride)
         return
-    tall = max(1, BLOCK // width)
-    for top in range(0, rows, tall):
-        h = min(tall, rows - top)
-        for left in range(0, width, BLOCK):
-            n = min(BLOCK, width - left)
-            first = start + top * stride + left
-            _affine(x, first, h, stride, n, terms, top, z, zero, n)
-            if n == stride:
-                finish(z, streaming, residual, activation, first, h * n, h * n, h * n, y)
-            else:
-                finish(z, streaming, residual, activation, first, h * n, stride, n, y)
+    for top, left, h, n in pieces(rows, width):
+        first = start + top * stride + left
+        _affine(x, first, h, stride, n, terms, top, z, zero, n)
+        if n == stride:
+            finish(z, streaming, residual, activation, first, h * n, h * n, h * n, y)
+        else:
+            finish(z, streaming, residual, activation, first, h * n, stride, n, y)
 
 
 @jit
@@ -206,19 +202,15 @@ def _write_grad_x(grad_y, x, start, rows, stride, width, given, first, terms, fr
         return
     unit, channel, term, apart = first
     zero = np.intp(0)
-    tall = max(1, BLOCK // width)
-    for top in range(0, rows, tall):
-        h = min(tall, rows - top)
+    for top, left, h, n in pieces(rows, width):
         i = top * apart
         here = unit + i, channel + i, term + i, apart
-        for left in range(0, width, BLOCK):
-            n = min(BLOCK, width - left)
-            a = start + top * stride + left
-            _grad_x(grad_y, x, a, h, stride, n, given, here, terms, frozen, z, zero, n)
-            if n == stride:
-                stream(z, zero, h * n, grad_x, a)
-            else:
-                stream_block(z, a, h * n, stride, n, grad_x)
+        a = start + top * stride + left
+        _grad_x(grad_y, x, a, h, stride, n, given, here, terms, frozen, z, zero, n)
+        if n == stride:
+            stream(z, zero, h * n, grad_x, a)
+        else:
+            stream_block(z, a, h * n, stride, n, grad_x)
 
 
 def _backward(task, arguments):

@@ -17,7 +17,6 @@ from ._jit import Array, flat, jit, kernel, sweep
 from .activations import address
 from .streams import room
 from .sweeps import (
-    BLOCK,
     PIECE,
     SLAB,
     TASKS,
@@ -34,6 +33,7 @@ from .sweeps import (
     merge_gradients,
     merge_moments,
     per_channel,
+    pieces,
     scale_of,
     set_terms,
     settle,
@@ -70,17 +70,14 @@ def _transform(x, residual, activation, start, rows, C, width, lanes, terms, y, 
     if not z.size:
         _affine(x, start, count, step, wide, terms, zero, y, start, step)
         return
-    tall = max(1, BLOCK // wide)
-    for top in range(0, (count + wide - 1) // wide, tall):
-        for left in range(0, wide, BLOCK):
-            w = min(BLOCK, wide - left)
-            n = min(tall * w, count - top * wide - left)
-            a = start + top * step + left
-            _affine(x, a, n, step, w, terms, left, z, zero, w)
-            if w == step:
-                finish(z, streaming, residual, activation, a, n, n, n, y)
-            else:
-                finish(z, streaming, residual, activation, a, n, step, w, y)
+    for top, left, h, w in pieces((count + wide - 1) // wide, wide):
+        n = min(h * w, count - top * wide - left)
+        a = start + top * step + left
+        _affine(x, a, n, step, w, terms, left, z, zero, w)
+        if w == step:
+            finish(z, streaming, residual, activation, a, n, n, n, y)
+        else:
+            finish(z, streaming, residual, activation, a, n, step, w, y)
 
 
 @jit
@@ -255,14 +252,11 @@ def _write_grad_x(grad_y, x, start, rows, C, width, lanes, terms, frozen, grad_x
     if not z.size:
         _grad_x(grad_y, x, start, count, step, wide, terms, zero, frozen, grad_x, start, step)
         return
-    tall = max(1, BLOCK // wide)
-    for top in range(0, (count + wide - 1) // wide, tall):
-        for left in range(0, wide, BLOCK):
-            w = min(BLOCK, wide - left)
-            n = min(tall * w, count - top * wide - left)
-            a = start + top * step + left
-            _grad_x(grad_y, x, a, n, step, w, terms, left, frozen, z, zero, w)
-            stream_block(z, a, n, step, w, grad_x)
+    for top, left, h, w in pieces((count + wide - 1) // wide, wide):
+        n = min(h * w, count - top * wide - left)
+        a = start + top * step + left
+        _grad_x(grad_y, x, a, n, step, w, terms, left, frozen, z, zero, w)
+        stream_block(z, a, n, step, w, grad_x)
 
 
 def _backward(task, arguments):

@@ -11,7 +11,6 @@ from . import rows
 from ._jit import Array, flat, jit, jit_sum, kernel, sweep
 from .streams import room
 from .sweeps import (
-    BLOCK,
     PIECE,
     SLAB,
     TASKS,
@@ -23,6 +22,7 @@ from .sweeps import (
     element_gradient,
     finish,
     is_large,
+    pieces,
     row_terms,
     settle,
     store_totals,
@@ -70,7 +70,6 @@ def _normalize(task, arguments):
     indirect, streaming = way_of(source, none, 0, y, large)
     z = room(x, indirect)
     added = room(x, total.size > 0)
-    tall = max(1, BLOCK // width)
     zero = np.intp(0)
     for n in range(n0, n1):
         start = n * D * S + s0
@@ -85,8 +84,7 @@ def _normalize(task, arguments):
         if not z.size:
             _affine(source, start, D, S, width, terms, parameters, zero, y, start, S)
             continue
-        for top in range(0, D, tall):
-            h = min(tall, D - top)
+        for top, _, h, _ in pieces(D, width):
             a = start + top * S
             _affine(source, a, h, S, width, terms, parameters, top, z, zero, width)
             finish(z, streaming, none, 0, a, h * width, S, width, y)
@@ -122,9 +120,7 @@ def _write_grad_x(grad_y, x, start, D, S, width, terms, weight, grad_total, grad
     if not z.size:
         _grad_x(grad_y, x, start, D, S, width, terms, weight, zero, grad_total, grad_x, start, S)
         return
-    tall = max(1, BLOCK // width)
-    for top in range(0, D, tall):
-        h = min(tall, D - top)
+    for top, _, h, _ in pieces(D, width):
         a = start + top * S
         _grad_x(grad_y, x, a, h, S, width, terms, weight, top, grad_total, z, zero, width)
         stream_block(z, a, h * width, S, width, grad_x)

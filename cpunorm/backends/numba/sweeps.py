@@ -247,6 +247,15 @@ def settle(mean, M2, units, count, eps, outputs, unit):
 
 
 @jit
+def pieces(rows, width):
+    """(top, left, rows, width) of each piece of a block that there is room for in L1."""
+    tall = max(1, BLOCK // width)
+    for top in range(0, rows, tall):
+        for left in range(0, width, BLOCK):
+            yield top, left, min(tall, rows - top), min(BLOCK, width - left)
+
+
+@jit
 def part_of(part, rows, width, height, length):
     """(top, left, rows, width) of one part of a block cut into parts of height by length."""
     across = (width + length - 1) // length
