@@ -1,6 +1,8 @@
 """What every test file needs: how to call an operation and its oracle, and how close is close."""
 
-from collections.abc import Callable, Mapping
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import ml_dtypes
@@ -183,3 +185,19 @@ def read_only(array: np.ndarray) -> np.ndarray:
     copy = array.copy(order="K")
     copy.flags.writeable = False
     return copy
+
+
+# --- Commands ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def heeding_interrupts() -> Iterator[None]:
+    """What is started inside ends by Ctrl-C, even if we are a job in the background of a script.
+
+    Such a job is started with the signal ignored, and hands that on.
+    """
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -25,7 +25,7 @@ from bench.suite import OUT_OF_TIME, Suite
 from bench.suites import EXAMPLES, on, on_shape
 from bench.workers import Result
 
-from .support import AVAILABLE
+from .support import AVAILABLE, heeding_interrupts
 
 pytest.importorskip("pytest_benchmark")
 pytest.importorskip("rich")
@@ -95,14 +95,7 @@ def test_a_run(tmp_path):
 def test_an_interrupted_run_goes_on(tmp_path):
     file, journal = tmp_path / "results.json", tmp_path / "results.json.journal"
     arguments = [*TINY, "--shape", "5,7", "--blocks", "20", "--json", str(file)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bench", *arguments],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    process = started(*arguments)
     while not journal.exists() or journal.read_text().count("\n") < 3:
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.05)
@@ -181,15 +174,16 @@ def test_a_damaged_journal(tmp_path, line):
 
 def started(*arguments):
     """Start the command in a group of its own, as a terminal does."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "bench", *map(str, arguments)],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    with heeding_interrupts():
+        return subprocess.Popen(
+            [sys.executable, "-m", "bench", *map(str, arguments)],
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
 
 
 @pytest.mark.parametrize("seconds", [0.3, 1.0, 2.0])

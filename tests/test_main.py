@@ -14,6 +14,8 @@ import pytest
 from cpunorm import _dispatch
 from cpunorm._demo import checks, cli, neighbours, report, timing
 
+from .support import heeding_interrupts
+
 QUICK = ("--backend", "numpy", "--repeat", "1", "--shape", "2,4,5,6")
 
 
@@ -136,12 +138,8 @@ def test_a_backend_that_cannot_be_loaded_is_left_out_and_named(monkeypatch, caps
 
 
 def test_interrupt_exits_with_130():
-    # A job in the background of a script is started with the signal ignored.
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
+    with heeding_interrupts():
         process = start("--backend", "numpy", "--repeat", "1000")
-    finally:
-        signal.signal(signal.SIGINT, before)
     with process:
         process.stdout.readline()
         time.sleep(0.5)
