@@ -28,6 +28,7 @@ cdef enum:
     RUN = 1 << 12           # bytes of a slab that should lie side by side
     SMALL = 1 << 14         # bytes of a slab of groups that stay in L1,
     NEAR = 1 << 15          # and of one so near that the next may be fetched meanwhile
+    MANY = 1 << 9           # units of a slab of groups in backward
     SLABS = 4               # slabs of a tensor that L2 does not hold
     PARTS = 32              # at most, of the images in backward
     SHORT = 8               # elements of a plane that is too short,
@@ -41,7 +42,8 @@ cdef struct Units:
     Py_ssize_t planes_per_chunk, pieces     # one of the two is 1; pieces of a plane
     Py_ssize_t chunks                       # of a unit
     bint batch
-    Py_ssize_t some, slabs                  # units in a slab, slabs of an image
+    Py_ssize_t some, images                 # units of an image in a slab, images in one
+    Py_ssize_t slabs                        # of an image
     # Scratch; of the whole team where units are cut, else a part for each member.
     double* scratch
     Py_ssize_t size
@@ -61,7 +63,7 @@ cdef inline Py_ssize_t unit_bytes(const Units* u) noexcept nogil:
     return u.planes * u.call.S * sizeof(element)
 
 
-cdef inline Units units_of(const Call* call) noexcept nogil:
+cdef inline Units units_of(const Call* call, bint backward) noexcept nogil:
     cdef:
         Units u
         Py_ssize_t tasks = 8 * call.threads
@@ -76,10 +78,16 @@ cdef inline Units units_of(const Call* call) noexcept nogil:
     u.chunks = (u.planes + u.planes_per_chunk - 1) // u.planes_per_chunk * u.pieces
     if u.batch:
         u.some = min(RUN // (call.S * <Py_ssize_t> sizeof(element)), call.slab // unit_bytes(&u))
+    elif backward and u.chunks == 1:
+        # Of two arrays, runs so short as those that stay in L1 cost more than L2 does.
+        u.some = min(call.slab // 2 // unit_bytes(&u), <Py_ssize_t> MANY)
     else:
         u.some = SMALL // unit_bytes(&u)
-    u.some = max(1, min(min(u.some, <Py_ssize_t> UNITS),
-                        (call.B * call.G + tasks - 1) // tasks))
+    if not backward or u.batch:
+        u.some = min(u.some, <Py_ssize_t> UNITS)
+    u.some = max(1, min(u.some, (call.B * call.G + tasks - 1) // tasks))
+    u.images = max(1, u.some // call.G)
+    u.some = min(u.some, call.G)
     u.slabs = (call.G + u.some - 1) // u.some
     return u
 
@@ -283,7 +291,7 @@ cdef inline int _normalize_short(const Units* u) noexcept nogil:
 
 cdef inline int normalize(const Call* call) noexcept nogil:
     cdef:
-        Units u = units_of(call)
+        Units u = units_of(call, False)
         Images images
     if u.batch and short_planes(call, 2 * call.N):
         images = images_of(call, 1, call.N, call.S)
@@ -334,7 +342,7 @@ cdef inline void _apply(void* work, int member, int members) noexcept nogil:
 
 cdef inline int apply(const Call* call) noexcept nogil:
     cdef:
-        Units u = units_of(call)
+        Units u = units_of(call, False)
         Images images
         Py_ssize_t units = call.B * call.G
     if call.B == 1 and u.K == 1 and short_planes(call, 16 * call.N):
@@ -432,32 +440,42 @@ cdef inline void combine(const Units* u, Py_ssize_t unit, Py_ssize_t count, cons
                      <const real*> u.call.rstd + unit, at(grad_weight, c), at(grad_bias, c), b, c_)
 
 
-cdef inline void backward_slab(const Units* u, Py_ssize_t unit, Py_ssize_t count, double* sums,
-                               double* grad_weight, double* grad_bias) noexcept nogil:
+cdef inline void backward_slab(const Units* u, Py_ssize_t unit, Py_ssize_t count,
+                               Py_ssize_t images, double* sums, double* grad_weight,
+                               double* grad_bias) noexcept nogil:
+    """`count` units of each of some images."""
     cdef:
-        real b[UNITS]
-        real c[UNITS]
-        Py_ssize_t q
-    memset(sums, 0, 3 * width_of(u, count) * sizeof(double))
-    first_sweep(u, unit, count, 0, u.chunks, sums, 1)
-    combine(u, unit, count, sums, grad_weight, grad_bias, b, c)
-    if not u.frozen and u.call.grad_x is not NULL:
+        real b[MANY]
+        real c[MANY]
+        Py_ssize_t G = u.call.G, image, q
+    for image in range(images):
+        memset(sums, 0, 3 * width_of(u, count) * sizeof(double))
+        first_sweep(u, unit + image * G, count, 0, u.chunks, sums, 1)
+        combine(u, unit + image * G, count, sums, grad_weight, grad_bias, b + image * count,
+                c + image * count)
+    if u.frozen or u.call.grad_x is NULL:
+        return
+    for image in range(images - 1, -1, -1):
         for q in range(u.chunks - 1, -1, -1):
-            differentiate_chunk(u, unit, count, q, b, c)
+            differentiate_chunk(u, unit + image * G, count, q, b + image * count,
+                                c + image * count)
 
 
 cdef inline void _backward_dealt(void* work, int member, int members) noexcept nogil:
-    """A task is one slab of each of a part of the images."""
+    """A task is the units of one slab in a part of the images."""
     cdef:
         const Units* u = <const Units*> work
         const Call* call = u.call
         double* sums = u.scratch + member * u.size
-        Py_ssize_t tasks = u.parts * u.slabs, C = call.C, task, part, g, image
+        Py_ssize_t tasks = u.parts * u.slabs, C = call.C, task, part, g, image, last
     for task in range(share(tasks, member, members), share(tasks, member + 1, members)):
         part, g = task // u.slabs, task % u.slabs * u.some
-        for image in range(call.B * part // u.parts, call.B * (part + 1) // u.parts):
-            backward_slab(u, image * call.G + g, min(u.some, call.G - g), sums,
-                          at(u.sums, 2 * part * C), at(u.sums, (2 * part + 1) * C))
+        image, last = call.B * part // u.parts, call.B * (part + 1) // u.parts
+        while image < last:
+            backward_slab(u, image * call.G + g, min(u.some, call.G - g),
+                          min(u.images, last - image), sums, at(u.sums, 2 * part * C),
+                          at(u.sums, (2 * part + 1) * C))
+            image += u.images
     if call.streaming:
         stream_fence()
     if u.sums is not NULL:
@@ -534,7 +552,7 @@ cdef inline int _backward_short(const Units* u) noexcept nogil:
 
 cdef inline int _backward(const Call* call, bint frozen) noexcept nogil:
     cdef:
-        Units u = units_of(call)
+        Units u = units_of(call, True)
         Images images
         Py_ssize_t doubles
         bint dealt

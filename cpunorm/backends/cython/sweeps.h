@@ -40,7 +40,6 @@
 #define TOGETHER 4          /* rows that share the loads of what runs along them */
 #define PAIR 2              /* the same, where each row is three streams of memory */
 #define UNITS 32            /* units measured together, at most */
-#define LONG_BYTES 4096     /* of a plane that is stored past the caches wherever it begins */
 #define LINE_BYTES 64
 #define JOINED_COLUMNS 1024 /* of rows that are stored past the caches as one stretch, at most */
 
@@ -217,6 +216,22 @@ ALWAYS ptrdiff_t head_of(const element *y, ptrdiff_t n)
     } else                                                                              \
         store(y, VALUE(0, n), n);
 
+ALWAYS void put(element *y, vec v, const int streaming)
+{
+    if (streaming)
+        stream(y, v);
+    else
+        store(y, v, LANES);
+}
+
+ALWAYS void put_two(element *y, vec one, vec two, const int streaming)
+{
+    if (streaming)
+        stream(y, one), stream(y + LANES, two);
+    else
+        store_two(y, one, two);
+}
+
 /* Writes what an activation makes of VALUE(i, left), i counted from the start of each piece of n. */
 #define WRITE_ACTIVATED(y, n, activation, streaming, START, VALUE)                      \
     for (ptrdiff_t START = 0; START < (n); START += SCRATCH) {                          \
@@ -234,32 +249,67 @@ ALWAYS void deliver(const real *scratch, element *y, ptrdiff_t n, int streaming)
     WRITE(y, n, streaming, SCRATCHED)
 }
 
-/* Planes side by side that end within lines are put together in L1 before they are stored past the caches. */
-typedef struct {
-    element *y;
-    ptrdiff_t waiting;
-    real reals[SCRATCH + LONG_BYTES / sizeof(element) + SOME_LANES];
-} staging;
-
-/* Stores what fills whole lines of y, or all, and moves up the rest. */
-ALWAYS void pass_on(staging *s, int all)
-{
-    const ptrdiff_t over = (uintptr_t)(s->y + s->waiting) % LINE_BYTES / sizeof(element);
-    const ptrdiff_t count = all ? s->waiting : s->waiting - MIN(over, s->waiting);
-    deliver(s->reals, s->y, count, 1);
-    s->y += count, s->waiting -= count;
-    memmove(s->reals, s->reals + count, s->waiting * sizeof(real));
-}
-
-/* Adds VALUE(i, left) of a plane of n elements, which may be the last. */
-#define STAGE(s, n, activation, last, VALUE)                                            \
+/* Writes VALUE(terms, i, left) to planes of n elements side by side, n >= LANES: one stretch, whose terms become
+ * TERMS(p) where plane p begins. A vector that ends one plane and begins the next is computed with the terms of
+ * both; lines are stored once. */
+#define WRITE_PLANES(y, planes, n, streaming, TERMS, VALUE)                             \
     {                                                                                   \
-        real *const here = (s).reals + (s).waiting;                                     \
-        FOR_VECTORS(i, left, n, store_real(here + i, VALUE(i, left), LANES);)           \
-        activate(here, n, activation);                                                  \
-        (s).waiting += (n);                                                             \
-        if ((s).waiting >= SCRATCH || (last))                                           \
-            pass_on(&(s), last);                                                        \
+        const ptrdiff_t all = (planes) * (n);                                           \
+        const ptrdiff_t head = (streaming) ? until_aligned(y) : head_of(y, all);        \
+        plane_terms t = TERMS(0);                                                       \
+        ptrdiff_t p = 0, i = head, end = n;                                             \
+        vec first = splat(0), last = splat(0);                                          \
+        if (!(streaming)) {                                                             \
+            const plane_terms final = TERMS((planes) - 1);                              \
+            first = VALUE(t, 0, LANES), last = VALUE(final, all - LANES, LANES);        \
+        } else if (head)                                                                \
+            store(y, VALUE(t, 0, head), head);                                          \
+        for (;;) {                                                                      \
+            for (; i + 2 * LANES <= end; i += 2 * LANES) {                              \
+                const vec one = VALUE(t, i, LANES), two = VALUE(t, i + LANES, LANES);   \
+                put_two((y) + i, one, two, streaming);                                  \
+            }                                                                           \
+            if (i + LANES <= end) {                                                     \
+                put((y) + i, VALUE(t, i, LANES), streaming);                            \
+                i += LANES;                                                             \
+            }                                                                           \
+            if (++p == (planes))                                                        \
+                break;                                                                  \
+            const plane_terms next = TERMS(p);                                          \
+            if (i < end) {                                                              \
+                const vec here = VALUE(t, i, LANES), there = VALUE(next, i, LANES);     \
+                put((y) + i, choose(first_mask(end - i), here, there), streaming);      \
+                i += LANES;                                                             \
+            }                                                                           \
+            t = next, end += (n);                                                       \
+        }                                                                               \
+        if (!(streaming)) {                                                             \
+            if (head)                                                                   \
+                store(y, first, LANES);                                                 \
+            store((y) + all - LANES, last, LANES);                                      \
+        } else if (i < all)                                                             \
+            store((y) + i, VALUE(t, i, all - i), all - i);                              \
+    }
+
+/* The same for planes of any length, of what an activation makes of it. */
+#define WRITE_ACTIVATED_PLANES(y, planes, n, activation, streaming, TERMS, VALUE)       \
+    {                                                                                   \
+        real scratch[SCRATCH + SOME_LANES];                                             \
+        element *to = y;                                                                \
+        ptrdiff_t waiting = 0, at = 0;                                                  \
+        for (ptrdiff_t p = 0; p < (planes); p++) {                                      \
+            const plane_terms t = TERMS(p);                                             \
+            for (ptrdiff_t done = 0; done < (n);) {                                     \
+                const ptrdiff_t count = MIN(SCRATCH - waiting, (n) - done);             \
+                FOR_VECTORS(i, left, count, store_real(scratch + waiting + i, VALUE(t, at + i, left), LANES);) \
+                waiting += count, done += count, at += count;                           \
+                if (waiting == SCRATCH || at == (planes) * (n)) {                       \
+                    activate(scratch, waiting, activation);                             \
+                    deliver(scratch, to, waiting, streaming);                           \
+                    to += waiting, waiting = 0;                                         \
+                }                                                                       \
+            }                                                                           \
+        }                                                                               \
     }
 
 /* What relu, and only relu, cuts off. */
@@ -784,53 +834,85 @@ SWEEP void add(const element *x, const element *residual, element *total, ptrdif
 
 #undef SUM
 
-/* Whether planes side by side are so short, and end within lines, that what is gained by storing them past the
- * caches would be lost where two of them write one line, each a part. */
-ALWAYS int worth_staging(const element *y, ptrdiff_t stride, ptrdiff_t n)
+/* Runs BODY(what, streaming, fetching) with constants, of which there is a loop each. */
+#define ON(streaming, ahead, BODY, what)                                                \
+    {                                                                                   \
+        if (streaming && ahead)                                                         \
+            BODY(what, 1, 1);                                                           \
+        else if (streaming)                                                             \
+            BODY(what, 1, 0);                                                           \
+        else if (ahead)                                                                 \
+            BODY(what, 0, 1);                                                           \
+        else                                                                            \
+            BODY(what, 0, 0);                                                           \
+    }
+
+/* What makes y, or grad_x, of the elements of a plane. */
+typedef struct {
+    real pivot, scale, shift;
+    real rstd, weight, b, c;
+} plane_terms;
+
+ALWAYS plane_terms forward_terms(const double *mean, const double *rstd, const real *weight, const real *bias)
 {
-    return n == stride && n * (ptrdiff_t)sizeof(element) < LONG_BYTES && (until_aligned(y) || n % LANES);
+    const double scale = weight ? *rstd * *weight : *rstd;
+    plane_terms t = {0};
+    t.pivot = *mean, t.scale = scale;
+    t.shift = (bias ? *bias : 0) - (*mean - t.pivot) * scale;
+    return t;
+}
+
+#define AT(p, parameter, step) ((parameter) ? (parameter) + (p) * (step) : (parameter))
+
+ALWAYS void affine_planes(const int added, const int streaming, const int fetching, const element *x,
+                          const element *residual, element *y, ptrdiff_t planes, ptrdiff_t n, const double *mean,
+                          const double *rstd, ptrdiff_t statistic_step, const real *weight, const real *bias,
+                          ptrdiff_t parameter_step, int activation, ptrdiff_t ahead)
+{
+    const vec floor = floor_of(activation);
+#define TERMS(p)                                                                        \
+    forward_terms(mean + (p) * statistic_step, rstd + (p) * statistic_step,             \
+                  AT(p, weight, parameter_step), AT(p, bias, parameter_step))
+#define NEXT(p) (fetching ? prefetch((p) + ahead) : (void)0)
+#define NORMALIZED(t, i, left) \
+    (NEXT(x + (i)), fused(load(x + (i), left, 0) - t.pivot, splat(t.scale), splat(t.shift)))
+#define VALUE(t, i, left)                                                               \
+    at_least(added ? (NEXT(residual + (i)), NORMALIZED(t, i, left) + load(residual + (i), left, 0)) \
+                   : NORMALIZED(t, i, left),                                            \
+             floor)
+    if (activation > RELU || n < LANES) {
+        WRITE_ACTIVATED_PLANES(y, planes, n, activation, streaming, TERMS, VALUE)
+    } else {
+        WRITE_PLANES(y, planes, n, streaming, TERMS, VALUE)
+    }
+#undef TERMS
+#undef NEXT
+#undef NORMALIZED
+#undef VALUE
 }
 
 /* y = activation((x - mean) * rstd * weight + bias + residual) for planes side by side or `stride` apart;
  * a plane's mean and rstd are `statistic_step` from those of the one before, its weight and bias
  * `parameter_step`. What lies `ahead`, if not 0, is wanted next. */
-SWEEP void affine(const element *x, const element *residual, element *y, ptrdiff_t planes, ptrdiff_t stride,
-                  ptrdiff_t n, const double *mean, const double *rstd, ptrdiff_t statistic_step,
-                  const real *weight, const real *bias, ptrdiff_t parameter_step, int activation, int streaming,
-                  ptrdiff_t ahead)
+EXACT_SWEEP void affine(const element *x, const element *residual, element *y, ptrdiff_t planes, ptrdiff_t stride,
+                        ptrdiff_t n, const double *mean, const double *rstd, ptrdiff_t statistic_step,
+                        const real *weight, const real *bias, ptrdiff_t parameter_step, int activation, int streaming,
+                        ptrdiff_t ahead)
 {
-    const vec floor = floor_of(activation);
-    const int staged = streaming && worth_staging(y, stride, n);
-    staging stage;
-    stage.y = y, stage.waiting = 0;
-#define NEXT(p) (ahead ? prefetch((p) + ahead) : (void)0)
-#define PLAIN(i, left) (NEXT(x + (i)), at_least((load(x + (i), left, 0) - pivot) * a + b, floor))
-#define ADDED(i, left)                                                                  \
-    (NEXT(x + (i)), NEXT(residual + (i)),                                               \
-     at_least((load(x + (i), left, 0) - pivot) * a + b + load(residual + (i), left, 0), floor))
-    for (ptrdiff_t p = 0; p < planes; p++, x += stride, y += stride) {
-        const double mu = mean[p * statistic_step], r = rstd[p * statistic_step];
-        const double scale = weight ? r * weight[p * parameter_step] : r;
-        const real pivot = mu, a = scale, b = (bias ? bias[p * parameter_step] : 0) - (mu - pivot) * scale;
-        if (staged && residual) {
-            STAGE(stage, n, activation, p + 1 == planes, ADDED)
-        } else if (staged) {
-            STAGE(stage, n, activation, p + 1 == planes, PLAIN)
-        } else if (activation > RELU && residual) {
-            WRITE_ACTIVATED(y, n, activation, streaming, start, ADDED)
-        } else if (activation > RELU) {
-            WRITE_ACTIVATED(y, n, activation, streaming, start, PLAIN)
-        } else if (residual) {
-            WRITE(y, n, streaming, ADDED)
-        } else {
-            WRITE(y, n, streaming, PLAIN)
-        }
+    const ptrdiff_t joined = n == stride ? planes : 1;
+#define PLANES(added, streaming, fetching)                                              \
+    affine_planes(added, streaming, fetching, x, residual, y, joined, n, mean, rstd, statistic_step, weight, bias, \
+                  parameter_step, activation, ahead)
+    for (ptrdiff_t done = 0; done < planes; done += joined) {
         if (residual)
-            residual += stride;
+            ON(streaming, ahead, PLANES, 1)
+        else
+            ON(streaming, ahead, PLANES, 0)
+        x += stride, y += stride, mean += statistic_step, rstd += statistic_step;
+        weight = AT(1, weight, parameter_step), bias = AT(1, bias, parameter_step);
+        residual = AT(1, residual, stride);
     }
-#undef NEXT
-#undef PLAIN
-#undef ADDED
+#undef PLANES
 }
 
 /* (x - pivot) * scale + shift, then * w + b where there are weights and a bias. */
@@ -943,6 +1025,39 @@ SWEEP void affine_along(const element *x, const real *weight, const real *bias, 
 #undef ROWS
 }
 
+ALWAYS plane_terms backward_terms(const real *mean, const real *rstd, const real *b, const real *c, const real *weight)
+{
+    plane_terms t = {0};
+    t.rstd = *rstd, t.weight = weight ? *weight : 1, t.scale = t.rstd * t.weight;
+    if (b)
+        t.pivot = *mean, t.b = *b, t.c = *c;
+    return t;
+}
+
+ALWAYS void backward_planes(const int through, const int streaming, const int fetching, const element *grad_y,
+                            const element *x, element *grad_x, ptrdiff_t planes, ptrdiff_t n, const real *mean,
+                            const real *rstd, const real *b, const real *c, ptrdiff_t statistic_step,
+                            const real *weight, ptrdiff_t parameter_step, ptrdiff_t ahead)
+{
+#define TERMS(p)                                                                        \
+    backward_terms(AT(p, mean, statistic_step), rstd + (p) * statistic_step,            \
+                   AT(p, b, statistic_step), AT(p, c, statistic_step), AT(p, weight, parameter_step))
+#define NEXT(p) (fetching ? prefetch((p) + ahead) : (void)0)
+#define LINE(t, i, left) (NEXT(x + (i)), fused(load(x + (i), left, 0) - t.pivot, splat(t.b), splat(t.c)))
+#define VALUE(t, i, left)                                                               \
+    (NEXT(grad_y + (i)), through ? t.rstd * (load(grad_y + (i), left, 0) * t.weight + LINE(t, i, left)) \
+                                 : t.scale * load(grad_y + (i), left, 0))
+    if (n < LANES) {
+        WRITE_ACTIVATED_PLANES(grad_x, planes, n, 0, streaming, TERMS, VALUE)
+    } else {
+        WRITE_PLANES(grad_x, planes, n, streaming, TERMS, VALUE)
+    }
+#undef TERMS
+#undef NEXT
+#undef LINE
+#undef VALUE
+}
+
 /* grad_x = rstd * (grad_y * weight + b * (x - mean) + c) for planes side by side or `stride` apart; no x:
  * statistics held constant, grad_x = rstd * grad_y * weight. A plane's mean, rstd, b and c are
  * `statistic_step`, 0 or 1, from those of the one before, its weight `parameter_step`. What lies `ahead`, if not
@@ -950,37 +1065,23 @@ SWEEP void affine_along(const element *x, const real *weight, const real *bias, 
  * terms cancel, and rstd is large: the product is rounded as in the sums, before anything is added. */
 EXACT_SWEEP void backward_affine(const element *grad_y, const element *x, element *grad_x, ptrdiff_t planes,
                                  ptrdiff_t stride, ptrdiff_t n, const real *mean, const real *rstd,
-                                 const real *b_, const real *c_, ptrdiff_t statistic_step,
+                                 const real *b, const real *c, ptrdiff_t statistic_step,
                                  const real *weight, ptrdiff_t parameter_step, int streaming, ptrdiff_t ahead)
 {
-#define NEXT(p) (ahead ? prefetch((p) + ahead) : (void)0)
-#define FROZEN(i, left) (NEXT(grad_y + (i)), a * load(grad_y + (i), left, 0))
-#define THROUGH(i, left)                                                                \
-    (NEXT(grad_y + (i)), NEXT(x + (i)),                                                 \
-     r * (load(grad_y + (i), left, 0) * w + fused(load(x + (i), left, 0) - pivot, splat(b), splat(c))))
-    const int staged = streaming && worth_staging(grad_x, stride, n);
-    staging stage;
-    stage.y = grad_x, stage.waiting = 0;
-    real pivot = mean[0], r = rstd[0], b = x ? b_[0] : 0, c = x ? c_[0] : 0;
-    for (ptrdiff_t p = 0; p < planes; p++, grad_y += stride, grad_x += stride) {
-        const real w = weight ? weight[p * parameter_step] : 1, a = rstd[p * statistic_step] * w;
-        if (x && statistic_step)
-            pivot = mean[p], r = rstd[p], b = b_[p], c = c_[p];
-        if (staged && x) {
-            STAGE(stage, n, 0, p + 1 == planes, THROUGH)
-        } else if (staged) {
-            STAGE(stage, n, 0, p + 1 == planes, FROZEN)
-        } else if (x) {
-            WRITE(grad_x, n, streaming, THROUGH)
-        } else {
-            WRITE(grad_x, n, streaming, FROZEN)
-        }
+    const ptrdiff_t joined = n == stride ? planes : 1;
+#define PLANES(through, streaming, fetching)                                            \
+    backward_planes(through, streaming, fetching, grad_y, x, grad_x, joined, n, mean, rstd, b, c, statistic_step, \
+                    weight, parameter_step, ahead)
+    for (ptrdiff_t done = 0; done < planes; done += joined) {
         if (x)
-            x += stride;
+            ON(streaming, ahead, PLANES, 1)
+        else
+            ON(streaming, ahead, PLANES, 0)
+        grad_y += stride, grad_x += stride, rstd += statistic_step;
+        x = AT(1, x, stride), weight = AT(1, weight, parameter_step);
+        mean = AT(1, mean, statistic_step), b = AT(1, b, statistic_step), c = AT(1, c, statistic_step);
     }
-#undef NEXT
-#undef FROZEN
-#undef THROUGH
+#undef PLANES
 }
 
 /* The same for some rows with a weight running along, and grad_total added; grad_weight and grad_bias
