@@ -26,7 +26,8 @@ cdef struct Call:
     double momentum
     int activation
     int threads
-    bint streaming              # whether y or grad_x is stored past the caches
+    bint far                    # whether x is too large for the caches,
+    bint streaming              # and y or grad_x is stored past them
     Py_ssize_t slab             # bytes that stay in a core's cache between two sweeps
 
 

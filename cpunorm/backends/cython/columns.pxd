@@ -70,7 +70,7 @@ cdef inline void _normalize_strip(const Columns* columns, Py_ssize_t n, Py_ssize
             add(x + d * S, residual + here + d * S, total + d * S, width)
         x = total
     if call.mean is not NULL:
-        column_moments(x, D, S, width, mu, m2)
+        column_moments(x, D, S, width, columns.call.far, mu, m2)
     else:
         memset(mu, 0, width * sizeof(double))
         memset(m2, 0, width * sizeof(double))
@@ -125,7 +125,8 @@ cdef inline void _backward_strip(const Columns* columns, Py_ssize_t n, Py_ssize_
         memset(zeros, 0, width * sizeof(real))
         mean = zeros
     memset(sums, 0, sizeof(sums))
-    column_backward_sums(grad_y, x, weight, D, S, width, mean, g_sum, gx_sum, x_sum)
+    column_backward_sums(grad_y, x, weight, D, S, width, columns.call.far, mean, g_sum,
+                         gx_sum, x_sum)
     finish_backward(g_sum, gx_sum, x_sum, width, D, rstd, centred, shift, b, c)
     if parameter_sums is not NULL or call.grad_x is not NULL:
         backward_strip(grad_y, x, weight, at(<const element*> call.grad_total, here),

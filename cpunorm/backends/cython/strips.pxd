@@ -151,9 +151,10 @@ cdef inline void _measure_columns(const element* x, Py_ssize_t rows, Py_ssize_t 
         double column_m2[COLUMNS]
         Py_ssize_t width = channels * im.inner, stride = im.channels * im.inner
     if abreast == 1 and im.inner == 1:
-        column_moments(x, rows, stride, width, mean, m2)
+        column_moments(x, rows, stride, width, im.call.far, mean, m2)
         return
-    column_moments(x, rows // abreast, stride * abreast, width * abreast, column_mean, column_m2)
+    column_moments(x, rows // abreast, stride * abreast, width * abreast, im.call.far, column_mean,
+                   column_m2)
     fold_moments(rows // abreast, column_mean, column_m2, abreast, channels, im.inner, mean, m2)
 
 
@@ -400,12 +401,12 @@ cdef inline void _sum_columns(
         Py_ssize_t width = task.channels * im.inner * abreast
         Py_ssize_t stride = im.channels * im.inner * abreast, C = im.channels, v
     if abreast == 1 and im.inner == 1:
-        column_backward_sums(grad_y, x, <const real*> NULL, rows, stride, width, mean, sums,
-                             sums + C, NULL if im.frozen else sums + 2 * C)
+        column_backward_sums(grad_y, x, <const real*> NULL, rows, stride, width, im.call.far, mean,
+                             sums, sums + C, NULL if im.frozen else sums + 2 * C)
         return
     memset(columns, 0, 3 * width * sizeof(double))
-    column_backward_sums(grad_y, x, <const real*> NULL, rows // abreast, stride, width, mean,
-                         columns, columns + width, columns + 2 * width)
+    column_backward_sums(grad_y, x, <const real*> NULL, rows // abreast, stride, width,
+                         im.call.far, mean, columns, columns + width, columns + 2 * width)
     for v in range(3):
         fold_sums(columns + v * width, abreast, task.channels, im.inner, sums + v * C)
 

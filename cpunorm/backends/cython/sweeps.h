@@ -30,8 +30,10 @@
 #define FEW_VECTORS 16      /* of a stretch so short that LANES of them are measured together */
 #if VECTOR_BYTES == 64
 #define SHORT_VECTORS 8     /* vectors of a row that is kept in registers, of which there are 32 here */
+#define STRAIGHT_VECTORS 32 /* vectors of columns that are measured straight down */
 #else
 #define SHORT_VECTORS 1
+#define STRAIGHT_VECTORS COLUMN_VECTORS
 #endif
 #define BACKWARD_SHORT 4    /* the same in the backward pass */
 #define ALIGNED_VECTORS 8   /* of a stretch from which on its stores are aligned */
@@ -1376,10 +1378,14 @@ ALWAYS void add_rows(const int together, const element *x, ptrdiff_t stride, ptr
 /* How far away the rows lie that come after those taken TOGETHER, of the `left` ones from these on. */
 #define NEXT_ROWS(left) (2 * TOGETHER <= (left) ? TOGETHER * stride : 0)
 
-/* The same for up to SEGMENT columns, along the rows: the hardware foresees no steps from row to row. Below
- * these rows come `below` more. */
+/* Whether rows of n elements are taken one by one: from memory that is how the hardware foresees them, where they
+ * lie side by side. Elsewhere it foresees no steps from row to row, and TOGETHER they take fewer loads of sums. */
+#define ONE_BY_ONE(far, stride, n) (far && (stride) == (n))
+
+/* The same for up to SEGMENT columns, along the rows, `far` where they are not in the caches. Below these rows
+ * come `below` more. */
 ALWAYS void segment_moments(const element *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t n, double above,
-                            ptrdiff_t below, double *mean, double *m2)
+                            ptrdiff_t below, int far, double *mean, double *m2)
 {
     real pivot[SEGMENT], sum[SEGMENT], squares[SEGMENT];
     const ptrdiff_t some = MIN(rows, 8);
@@ -1395,26 +1401,32 @@ ALWAYS void segment_moments(const element *x, ptrdiff_t rows, ptrdiff_t stride, 
         })
     }
     ptrdiff_t r = 0;
-    for (; r + TOGETHER <= rows; r += TOGETHER)
+    for (; !ONE_BY_ONE(far, stride, n) && r + TOGETHER <= rows; r += TOGETHER)
         add_rows(TOGETHER, x + r * stride, stride, n, pivot, sum, squares, NEXT_ROWS(rows + below - r));
     for (; r < rows; r++)
         add_rows(1, x + r * stride, stride, n, pivot, sum, squares, 0);
     merge_rows(pivot, sum, squares, rows, n, above, mean, m2);
 }
 
-/* Mean and m2 of every column of a strip. */
-SWEEP void column_moments(const element *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t width, double *mean,
+/* Whether strips are taken a few vectors at a time, straight down, with sums in registers. */
+ALWAYS int straight(ptrdiff_t width, int far)
+{
+    return width <= (far ? COLUMN_VECTORS : STRAIGHT_VECTORS) * LANES;
+}
+
+/* Mean and m2 of every column of a strip, `far` where it is not in the caches. */
+SWEEP void column_moments(const element *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t width, int far, double *mean,
                           double *m2)
 {
     for (ptrdiff_t start = 0; start < rows; start += COLUMN_ROWS, x += COLUMN_ROWS * stride) {
         const ptrdiff_t count = MIN(COLUMN_ROWS, rows - start);
-        if (width > COLUMN_VECTORS * LANES) {
-            for (ptrdiff_t j = 0; j < width; j += SEGMENT)
-                segment_moments(x + j, count, stride, MIN(SEGMENT, width - j), start, rows - start - count,
-                                mean + j, m2 + j);
-        } else {
+        if (straight(width, far)) {
             FOR_COLUMNS(j, vectors, left, width,
                         vectors_moments(vectors, left, x + j, count, stride, start, mean + j, m2 + j);)
+        } else {
+            for (ptrdiff_t j = 0; j < width; j += SEGMENT)
+                segment_moments(x + j, count, stride, MIN(SEGMENT, width - j), start, rows - start - count, far,
+                                mean + j, m2 + j);
         }
     }
 }
@@ -1496,7 +1508,7 @@ ALWAYS void add_backward_rows(const int together, const int centred, const eleme
 /* The same for up to SEGMENT columns, along the rows. */
 ALWAYS void segment_backward_sums(const int centred, const element *grad_y, const element *x, const real *weight,
                                   ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t n, ptrdiff_t below,
-                                  const real *mean, double *g_sum, double *gx_sum, double *x_sum)
+                                  int far, const real *mean, double *g_sum, double *gx_sum, double *x_sum)
 {
     real a[SEGMENT], b[SEGMENT], c[SEGMENT];
     ptrdiff_t r = 0;
@@ -1505,7 +1517,7 @@ ALWAYS void segment_backward_sums(const int centred, const element *grad_y, cons
 #define ADD(together, ahead)                                                            \
     add_backward_rows(together, centred, grad_y + r * stride, x + r * stride, weight ? weight + r : weight, \
                       stride, n, mean, a, b, c, ahead)
-    for (; r + TOGETHER <= rows; r += TOGETHER)
+    for (; !ONE_BY_ONE(far, stride, n) && r + TOGETHER <= rows; r += TOGETHER)
         ADD(TOGETHER, NEXT_ROWS(rows + below - r));
     for (; r < rows; r++)
         ADD(1, 0);
@@ -1519,17 +1531,21 @@ ALWAYS void segment_backward_sums(const int centred, const element *grad_y, cons
 /* Adds, for every column, the sums of g, g * (x - mean) and, unless x_sum is NULL, x - mean, where
  * g = grad_y * weight and the weight, if there is one, belongs to the row. */
 SWEEP void column_backward_sums(const element *grad_y, const element *x, const real *weight, ptrdiff_t rows,
-                                ptrdiff_t stride, ptrdiff_t width, const real *mean, double *g_sum,
+                                ptrdiff_t stride, ptrdiff_t width, int far, const real *mean, double *g_sum,
                                 double *gx_sum, double *x_sum)
 {
     for (ptrdiff_t start = 0; start < rows; start += BACKWARD_ROWS) {
         const ptrdiff_t count = MIN(BACKWARD_ROWS, rows - start), here = start * stride;
         const real *weights = weight ? weight + start : weight;
-        if (width > COLUMN_VECTORS * LANES) {
+        if (straight(width, far)) {
+            FOR_COLUMNS(j, vectors, left, width,
+                        vectors_backward_sums(vectors, left, grad_y + here + j, x + here + j, weights, count,
+                                              stride, mean + j, g_sum + j, gx_sum + j, x_sum ? x_sum + j : x_sum);)
+        } else {
 #define SEGMENTS(centred)                                                               \
     for (ptrdiff_t j = 0; j < width; j += SEGMENT)                                      \
         segment_backward_sums(centred, grad_y + here + j, x + here + j, weights, count, stride, \
-                              MIN(SEGMENT, width - j), rows - start - count, mean + j, g_sum + j, \
+                              MIN(SEGMENT, width - j), rows - start - count, far, mean + j, g_sum + j, \
                               gx_sum + j, x_sum + j)
             if (x_sum) {
                 SEGMENTS(1);
@@ -1537,10 +1553,6 @@ SWEEP void column_backward_sums(const element *grad_y, const element *x, const r
                 SEGMENTS(0);
             }
 #undef SEGMENTS
-        } else {
-            FOR_COLUMNS(j, vectors, left, width,
-                        vectors_backward_sums(vectors, left, grad_y + here + j, x + here + j, weights, count,
-                                              stride, mean + j, g_sum + j, gx_sum + j, x_sum ? x_sum + j : x_sum);)
         }
     }
 }

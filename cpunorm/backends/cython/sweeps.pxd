@@ -88,11 +88,11 @@ cdef extern from "sweeps.h" nogil:
                         double* grad_weight, double* grad_bias, int streaming) noexcept
 
     void column_moments(const element* x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t width,
-                        double* mean, double* m2) noexcept
+                        int far, double* mean, double* m2) noexcept
     void column_squares(const element* x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t width,
                         double* squares) noexcept
     void column_backward_sums(const element* grad_y, const element* x, const real* weight,
-                              Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t width,
+                              Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t width, int far,
                               const real* mean, double* g_sum, double* gx_sum,
                               double* x_sum) noexcept
 

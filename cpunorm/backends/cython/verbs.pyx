@@ -44,7 +44,7 @@ cdef Call new_call(Py_ssize_t nbytes, bint backward, int threads) noexcept nogil
     memset(&call, 0, sizeof(call))
     call.threads = threads
     call.slab = slab_bytes
-    call.streaming = nbytes >= stream_bytes[backward]
+    call.far = call.streaming = nbytes >= stream_bytes[backward]
     return call
 
 
