@@ -37,10 +37,11 @@ cdef inline const Table* table_of(const real* x) noexcept nogil:
 
 cdef Call call_for(Py_ssize_t nbytes, bint backward, int threads) noexcept nogil:
     """A call on an x of so many bytes, on as many threads as have enough to do."""
-    if forked or nbytes < serial_bytes:
+    cdef Py_ssize_t reading = 2 * nbytes if backward else nbytes
+    if forked or reading < serial_bytes:
         threads = 1
     else:
-        threads = min(threads, <int> min(nbytes // bytes_per_thread, most_threads))
+        threads = min(threads, <int> min(reading // bytes_per_thread, most_threads))
     return new_call(nbytes, backward, threads)
 
 

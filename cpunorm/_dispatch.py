@@ -67,7 +67,7 @@ def kernel(problem: str, verb: str, backend: str) -> Callable[..., None]:
 
 def solve(problem: str, verb: str, backend: str, nbytes: int, *arguments: Any) -> None:
     """Run a kernel of what was resolved, x having `nbytes` bytes, on the threads that are free."""
-    threads = _threads.take_threads(nbytes)
+    threads = _threads.take_threads(2 * nbytes if verb.startswith("backward") else nbytes)
     call = problem, verb, nbytes, arguments
     try:
         if backend == "auto":

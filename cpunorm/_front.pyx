@@ -227,15 +227,17 @@ cdef inline Call call_for(cnp.ndarray x, object y):
 
 cdef int solve(object backend, tuple kernel, Verb verb, cnp.ndarray x, Call* call) except -1:
     """Run a kernel on the threads that are free; one thread needs no leave."""
-    cdef Py_ssize_t nbytes = cnp.PyArray_NBYTES(x)
+    cdef:
+        Py_ssize_t nbytes = cnp.PyArray_NBYTES(x)
+        Py_ssize_t reading = nbytes if call.grad_y is NULL else 2 * nbytes
     if backend != "cython":
         solve_elsewhere(*kernel, backend, nbytes, *arguments(kernel, x, call))
         return 0
     if nbytes < BRIEF:
         return run_briefly(verb, call)
-    if nbytes < serial_bytes:
+    if reading < serial_bytes:
         return run(verb, call)
-    call.threads = take_threads(nbytes)
+    call.threads = take_threads(reading)
     try:
         return run(verb, call)
     finally:

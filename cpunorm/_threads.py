@@ -15,7 +15,8 @@ except ImportError:
         return sys.maxsize
 
 
-# Below this many bytes of x, waking a second thread costs more than it brings.
+# Below this many bytes to read, x and in a backward pass grad_y, waking a second thread costs more
+# than it brings.
 SERIAL_BYTES = 128 * 1024
 # What a thread should have to do at the least, and how many of them any call may start.
 BYTES_PER_THREAD = 64 * 1024
@@ -123,7 +124,7 @@ _at_work: dict[int, int] = {}
 
 
 def take_threads(nbytes: int) -> int:
-    """Return the number of threads for an x of `nbytes` bytes, taken until `give_back`."""
+    """Return the number of threads for reading `nbytes` bytes, taken until `give_back`."""
     # In plain steps: this is done for every call that is not tiny.
     me = get_ident()
     threads = 1
