@@ -25,7 +25,8 @@ from .sweeps cimport (
 
 cdef enum:
     CHUNK = 1 << 14         # elements, a multiple of the block of sweeps.h
-    RUN = 1 << 12           # bytes of a slab that should lie side by side
+    RUN = 1 << 12           # bytes of a slab that should lie side by side,
+    LARGER = 8              # though it be so many times too large for L2: the last cache is near
     SMALL = 1 << 14         # bytes of a slab of groups that stay in L1,
     NEAR = 1 << 15          # and of one so near that the next may be fetched meanwhile
     MANY = 1 << 9           # units of a slab of groups in backward
@@ -77,7 +78,8 @@ cdef inline Units units_of(const Call* call, bint backward) noexcept nogil:
     u.pieces = (call.S + CHUNK - 1) // CHUNK
     u.chunks = (u.planes + u.planes_per_chunk - 1) // u.planes_per_chunk * u.pieces
     if u.batch:
-        u.some = min(RUN // (call.S * <Py_ssize_t> sizeof(element)), call.slab // unit_bytes(&u))
+        u.some = min(RUN // (call.S * <Py_ssize_t> sizeof(element)),
+                     LARGER * call.slab // unit_bytes(&u))
     elif backward and u.chunks == 1:
         # Of two arrays, runs so short as those that stay in L1 cost more than L2 does.
         u.some = min(call.slab // 2 // unit_bytes(&u), <Py_ssize_t> MANY)

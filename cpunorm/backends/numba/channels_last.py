@@ -45,6 +45,7 @@ from .sweeps import (
 )
 
 NARROW, BROAD = 64, 1024  # channels of a strip
+PARTS = 64  # of an image, at most: one thread merges them
 
 
 @sweep
@@ -339,17 +340,20 @@ def _task_size(sizes: tuple[int, ...], itemsize: int) -> tuple[int, int] | None:
         strip = _strip(PIECE // S, C, K)
     images = max(1, PIECE // (S * strip))
     tasks = ceil_div(N, images) * ceil_div(C, strip)
-    fits = S * strip * itemsize <= SLAB
-    if tasks >= TASKS or (fits and tasks * PIECE >= N * S * C):
-        return images, strip
-    return None
+    nbytes = S * strip * itemsize
+    if tasks >= TASKS:
+        # A second sweep over narrow strips should not have to come from memory.
+        worthwhile = strip == C or nbytes <= 2 * SLAB
+    else:
+        worthwhile = nbytes <= SLAB and tasks * PIECE >= N * S * C
+    return (images, strip) if worthwhile else None
 
 
 def _part_size(sizes: tuple[int, ...]) -> tuple[int, int, int]:
     """The rows and channels of a part, and how many parts there are."""
     N, S, C, K = sizes
     strip = _strip(BROAD, C, K)
-    height = min(S, max(1, PIECE // strip))
+    height = min(S, max(1, PIECE // strip, ceil_div(S, PARTS)))
     return height, strip, N * ceil_div(S, height) * ceil_div(C, strip)
 
 
