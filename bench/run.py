@@ -6,11 +6,12 @@ Also: python -m bench compare OLD.json NEW.json, and python -m bench report.
 import argparse
 import os
 import shlex
+import signal
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import pytest
 from rich.console import Console
@@ -209,6 +210,29 @@ def _run(
     return 1 if suite.failures else 0
 
 
+class _Patience:
+    """Interrupts wait until pytest has read its arguments: argparse would make errors of them."""
+
+    def __enter__(self) -> Self:
+        self._waiting = False
+        numbers = signal.SIGINT, signal.SIGTERM
+        self._before = {number: signal.signal(number, self._wait) for number in numbers}
+        return self
+
+    def _wait(self, number: int, frame: object) -> None:
+        self._waiting = True
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def pytest_sessionstart(self) -> None:
+        """Have them heard again, the one that waits first."""
+        self.__exit__()
+        if self._waiting:
+            raise KeyboardInterrupt
+
+
 def _pytest(suite: Suite, path: Path) -> tuple[int, dict[str, Any] | None]:
     """Run the tests; return pytest's exit code and the document, None if there is none."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=path.name) as folder:
@@ -218,6 +242,7 @@ def _pytest(suite: Suite, path: Path) -> tuple[int, dict[str, Any] | None]:
         with warnings.catch_warnings():
             # Of pytest-benchmark, after an interrupt.
             warnings.filterwarnings("ignore", message="Not saving anything")
-            code = pytest.main([str(TESTS), *options], plugins=[suite])
+            with _Patience() as patience:
+                code = pytest.main([str(TESTS), *options], plugins=[suite, patience])
         whole = os.path.exists(file) and os.path.getsize(file)
         return code, read_document(file) if whole else None

@@ -52,5 +52,13 @@ def stream_bytes() -> tuple[int, int]:
     Forward, where x and y just exceed the last cache, part of y would still be found there.
     Backward, what grad_x would push out of it is worth more: x and grad_y, of which much is there.
     """
-    last = _given(3) or min(_told(3), _SHARE * (os.cpu_count() or 1))
-    return last * 3 // 4, last * 2 // 9
+    return _last() * 3 // 4, _last() * 2 // 9
+
+
+def far_bytes() -> int:
+    """Return the size of x from which on it, with y or grad_y, is in part not in the caches."""
+    return _last() // 3
+
+
+def _last() -> int:
+    return _given(3) or min(_told(3), _SHARE * (os.cpu_count() or 1))

@@ -14,7 +14,7 @@ import os
 import platform
 from types import SimpleNamespace
 
-from ..caches import slab_bytes, stream_bytes
+from ..caches import far_bytes, slab_bytes, stream_bytes
 from . import verbs
 
 # Of each level, what it adds to the one before; Linux and NumPy spell these features alike.
@@ -55,7 +55,8 @@ def install(level: str) -> None:
         importlib.import_module(f".{home}.{t}.kernels", __name__)
         for home, t in zip(homes, _TYPES, strict=True)
     ]
-    verbs.install([module.TABLE for module in modules], slab_bytes(), stream_bytes())
+    tables = [module.TABLE for module in modules]
+    verbs.install(tables, slab_bytes(), far_bytes(), stream_bytes())
 
 
 def _install_best() -> str:

@@ -26,8 +26,8 @@ cdef struct Call:
     double momentum
     int activation
     int threads
-    bint far                    # whether x is too large for the caches,
-    bint streaming              # and y or grad_x is stored past them
+    bint far                    # whether x is in good part not in the caches
+    bint streaming              # whether y or grad_x is stored past them
     Py_ssize_t slab             # bytes that stay in a core's cache between two sweeps
 
 

@@ -262,7 +262,8 @@ cdef inline Stretches _stretches(const Units* u) noexcept nogil:
     s.residual = <const element*> call.residual
     s.weight, s.bias = <const real*> call.weight, <const real*> call.bias
     s.mean, s.var, s.rstd = <real*> call.mean, <real*> call.var, <real*> call.rstd
-    s.eps, s.activation, s.streaming = call.eps, call.activation, call.streaming
+    s.eps, s.activation = call.eps, call.activation
+    s.far, s.streaming = call.far, call.streaming
     return s
 
 

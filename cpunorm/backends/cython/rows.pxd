@@ -14,7 +14,7 @@ cdef inline Stretches _rows(const Call* call) noexcept nogil:
     s.x = <const element*> call.x
     s.weight = <const real*> call.weight
     s.mean, s.rstd = <real*> call.mean, <real*> call.rstd
-    s.streaming = call.streaming
+    s.far, s.streaming = call.far, call.streaming
     return s
 
 

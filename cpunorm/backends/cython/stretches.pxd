@@ -50,7 +50,7 @@ cdef struct Stretches:
     real* rstd
     double eps
     int activation
-    bint streaming
+    bint far, streaming
     # Of the backward pass.
     const element* grad_y
     const element* grad_total
@@ -116,8 +116,8 @@ cdef inline void _transform(const Stretches* s, Py_ssize_t m, Py_ssize_t start, 
     cdef Py_ssize_t here = m * s.D + start, along = (m % s.period) * s.D + start
     affine_along((s.x if s.total is NULL else s.total) + here, at(s.weight, along),
                  at(s.bias, along), at(s.residual, here), s.y + here, count, n, s.period * s.D,
-                 terms.pivot + k, terms.scale + k, terms.shift + k, s.activation, s.streaming,
-                 count * n if s.period == 1 and m + count < s.M else 0)
+                 terms.pivot + k, terms.scale + k, terms.shift + k, s.activation, s.far,
+                 s.streaming, count * n if s.period == 1 and m + count < s.M else 0)
 
 
 cdef inline void _normalize_whole(void* work, int member, int members) noexcept nogil:

@@ -263,7 +263,8 @@ ALWAYS void deliver(const real *scratch, element *y, ptrdiff_t n, int streaming)
         vec first = splat(0), last = splat(0);                                          \
         if (!(streaming)) {                                                             \
             const plane_terms final = TERMS((planes) - 1);                              \
-            first = VALUE(t, 0, LANES), last = VALUE(final, all - LANES, LANES);        \
+            first = head ? VALUE(t, 0, LANES) : splat(0);                               \
+            last = VALUE(final, all - LANES, LANES);                                    \
         } else if (head)                                                                \
             store(y, VALUE(t, 0, head), head);                                          \
         for (;;) {                                                                      \
@@ -836,17 +837,17 @@ SWEEP void add(const element *x, const element *residual, element *total, ptrdif
 
 #undef SUM
 
-/* Runs BODY(what, streaming, fetching) with constants, of which there is a loop each. */
-#define ON(streaming, ahead, BODY, what)                                                \
+/* Runs BODY(1, what, streaming, fetching) with constants, so that there is a loop for each case. */
+#define SPECIALIZE(streaming, ahead, BODY, what)                                        \
     {                                                                                   \
         if (streaming && ahead)                                                         \
-            BODY(what, 1, 1);                                                           \
+            BODY(1, what, 1, 1);                                                        \
         else if (streaming)                                                             \
-            BODY(what, 1, 0);                                                           \
+            BODY(1, what, 1, 0);                                                        \
         else if (ahead)                                                                 \
-            BODY(what, 0, 1);                                                           \
+            BODY(1, what, 0, 1);                                                        \
         else                                                                            \
-            BODY(what, 0, 0);                                                           \
+            BODY(1, what, 0, 0);                                                        \
     }
 
 /* What makes y, or grad_x, of the elements of a plane. */
@@ -864,17 +865,18 @@ ALWAYS plane_terms forward_terms(const double *mean, const double *rstd, const r
     return t;
 }
 
-#define AT(p, parameter, step) ((parameter) ? (parameter) + (p) * (step) : (parameter))
+/* Of what each plane has, unless NULL, where that of plane p is. */
+#define NTH(p, parameter, step) ((parameter) ? (parameter) + (p) * (step) : (parameter))
 
-ALWAYS void affine_planes(const int added, const int streaming, const int fetching, const element *x,
-                          const element *residual, element *y, ptrdiff_t planes, ptrdiff_t n, const double *mean,
-                          const double *rstd, ptrdiff_t statistic_step, const real *weight, const real *bias,
-                          ptrdiff_t parameter_step, int activation, ptrdiff_t ahead)
+ALWAYS void affine_planes(const int direct, const int added, const int streaming, const int fetching,
+                          const element *x, const element *residual, element *y, ptrdiff_t planes, ptrdiff_t n,
+                          const double *mean, const double *rstd, ptrdiff_t statistic_step, const real *weight,
+                          const real *bias, ptrdiff_t parameter_step, int activation, ptrdiff_t ahead)
 {
     const vec floor = floor_of(activation);
 #define TERMS(p)                                                                        \
     forward_terms(mean + (p) * statistic_step, rstd + (p) * statistic_step,             \
-                  AT(p, weight, parameter_step), AT(p, bias, parameter_step))
+                  NTH(p, weight, parameter_step), NTH(p, bias, parameter_step))
 #define NEXT(p) (fetching ? prefetch((p) + ahead) : (void)0)
 #define NORMALIZED(t, i, left) \
     (NEXT(x + (i)), fused(load(x + (i), left, 0) - t.pivot, splat(t.scale), splat(t.shift)))
@@ -882,10 +884,10 @@ ALWAYS void affine_planes(const int added, const int streaming, const int fetchi
     at_least(added ? (NEXT(residual + (i)), NORMALIZED(t, i, left) + load(residual + (i), left, 0)) \
                    : NORMALIZED(t, i, left),                                            \
              floor)
-    if (activation > RELU || n < LANES) {
-        WRITE_ACTIVATED_PLANES(y, planes, n, activation, streaming, TERMS, VALUE)
-    } else {
+    if (direct) {
         WRITE_PLANES(y, planes, n, streaming, TERMS, VALUE)
+    } else {
+        WRITE_ACTIVATED_PLANES(y, planes, n, activation, streaming, TERMS, VALUE)
     }
 #undef TERMS
 #undef NEXT
@@ -902,17 +904,19 @@ EXACT_SWEEP void affine(const element *x, const element *residual, element *y, p
                         ptrdiff_t ahead)
 {
     const ptrdiff_t joined = n == stride ? planes : 1;
-#define PLANES(added, streaming, fetching)                                              \
-    affine_planes(added, streaming, fetching, x, residual, y, joined, n, mean, rstd, statistic_step, weight, bias, \
-                  parameter_step, activation, ahead)
+#define PLANES(direct, added, streaming, fetching)                                      \
+    affine_planes(direct, added, streaming, fetching, x, residual, y, joined, n, mean, rstd, statistic_step, weight, \
+                  bias, parameter_step, activation, ahead)
     for (ptrdiff_t done = 0; done < planes; done += joined) {
-        if (residual)
-            ON(streaming, ahead, PLANES, 1)
+        if (activation > RELU || n < LANES)
+            PLANES(0, residual != 0, streaming, 0);
+        else if (residual)
+            SPECIALIZE(streaming, ahead, PLANES, 1)
         else
-            ON(streaming, ahead, PLANES, 0)
+            SPECIALIZE(streaming, ahead, PLANES, 0)
         x += stride, y += stride, mean += statistic_step, rstd += statistic_step;
-        weight = AT(1, weight, parameter_step), bias = AT(1, bias, parameter_step);
-        residual = AT(1, residual, stride);
+        weight = NTH(1, weight, parameter_step), bias = NTH(1, bias, parameter_step);
+        residual = NTH(1, residual, stride);
     }
 #undef PLANES
 }
@@ -978,10 +982,10 @@ ALWAYS void affine_rows_along(const int rows, const int weighted, const int bias
 
 /* The same for `rows` rows, `stride` apart, with a pivot, a scale and a shift each, and weight and bias running
  * along: y = activation(((x - pivot) * scale + shift) * weight + bias + residual). What lies `ahead`, 0 if nothing
- * does, is wanted next. */
+ * does, is wanted next. Rows `far` from the caches are taken one by one: the hardware follows fewer streams better. */
 SWEEP void affine_along(const element *x, const real *weight, const real *bias, const element *residual,
                         element *y, ptrdiff_t rows, ptrdiff_t n, ptrdiff_t stride, const real *pivot,
-                        const real *scale, const real *shift, int activation, int streaming, ptrdiff_t ahead)
+                        const real *scale, const real *shift, int activation, int far, int streaming, ptrdiff_t ahead)
 {
     const vec floor = floor_of(activation);
 #define W(i, left) (weight ? load_real(weight + (i), left, 0) : splat(1))
@@ -1009,7 +1013,7 @@ SWEEP void affine_along(const element *x, const real *weight, const real *bias, 
             WRITE_ACTIVATED(y, n, activation, streaming, start, WITH_TAIL)
         } else if (streaming) {
             WRITE(y, n, 1, VALUE)
-        } else if (rows >= PAIR) {
+        } else if (rows >= PAIR && !far) {
             ROWS(PAIR)
             done = PAIR;
         } else {
@@ -1036,23 +1040,23 @@ ALWAYS plane_terms backward_terms(const real *mean, const real *rstd, const real
     return t;
 }
 
-ALWAYS void backward_planes(const int through, const int streaming, const int fetching, const element *grad_y,
-                            const element *x, element *grad_x, ptrdiff_t planes, ptrdiff_t n, const real *mean,
-                            const real *rstd, const real *b, const real *c, ptrdiff_t statistic_step,
-                            const real *weight, ptrdiff_t parameter_step, ptrdiff_t ahead)
+ALWAYS void backward_planes(const int direct, const int through, const int streaming, const int fetching,
+                            const element *grad_y, const element *x, element *grad_x, ptrdiff_t planes, ptrdiff_t n,
+                            const real *mean, const real *rstd, const real *b, const real *c,
+                            ptrdiff_t statistic_step, const real *weight, ptrdiff_t parameter_step, ptrdiff_t ahead)
 {
 #define TERMS(p)                                                                        \
-    backward_terms(AT(p, mean, statistic_step), rstd + (p) * statistic_step,            \
-                   AT(p, b, statistic_step), AT(p, c, statistic_step), AT(p, weight, parameter_step))
+    backward_terms(NTH(p, mean, statistic_step), rstd + (p) * statistic_step,            \
+                   NTH(p, b, statistic_step), NTH(p, c, statistic_step), NTH(p, weight, parameter_step))
 #define NEXT(p) (fetching ? prefetch((p) + ahead) : (void)0)
 #define LINE(t, i, left) (NEXT(x + (i)), fused(load(x + (i), left, 0) - t.pivot, splat(t.b), splat(t.c)))
 #define VALUE(t, i, left)                                                               \
     (NEXT(grad_y + (i)), through ? t.rstd * (load(grad_y + (i), left, 0) * t.weight + LINE(t, i, left)) \
                                  : t.scale * load(grad_y + (i), left, 0))
-    if (n < LANES) {
-        WRITE_ACTIVATED_PLANES(grad_x, planes, n, 0, streaming, TERMS, VALUE)
-    } else {
+    if (direct) {
         WRITE_PLANES(grad_x, planes, n, streaming, TERMS, VALUE)
+    } else {
+        WRITE_ACTIVATED_PLANES(grad_x, planes, n, 0, streaming, TERMS, VALUE)
     }
 #undef TERMS
 #undef NEXT
@@ -1063,25 +1067,27 @@ ALWAYS void backward_planes(const int through, const int streaming, const int fe
 /* grad_x = rstd * (grad_y * weight + b * (x - mean) + c) for planes side by side or `stride` apart; no x:
  * statistics held constant, grad_x = rstd * grad_y * weight. A plane's mean, rstd, b and c are
  * `statistic_step`, 0 or 1, from those of the one before, its weight `parameter_step`. What lies `ahead`, if not
- * 0, is wanted next. Where a unit is constant the
- * terms cancel, and rstd is large: the product is rounded as in the sums, before anything is added. */
+ * 0, is wanted next. Where a unit is constant the terms cancel, and rstd is large: the product is rounded as in the
+ * sums, before anything is added. */
 EXACT_SWEEP void backward_affine(const element *grad_y, const element *x, element *grad_x, ptrdiff_t planes,
                                  ptrdiff_t stride, ptrdiff_t n, const real *mean, const real *rstd,
                                  const real *b, const real *c, ptrdiff_t statistic_step,
                                  const real *weight, ptrdiff_t parameter_step, int streaming, ptrdiff_t ahead)
 {
     const ptrdiff_t joined = n == stride ? planes : 1;
-#define PLANES(through, streaming, fetching)                                            \
-    backward_planes(through, streaming, fetching, grad_y, x, grad_x, joined, n, mean, rstd, b, c, statistic_step, \
-                    weight, parameter_step, ahead)
+#define PLANES(direct, through, streaming, fetching)                                    \
+    backward_planes(direct, through, streaming, fetching, grad_y, x, grad_x, joined, n, mean, rstd, b, c, \
+                    statistic_step, weight, parameter_step, ahead)
     for (ptrdiff_t done = 0; done < planes; done += joined) {
-        if (x)
-            ON(streaming, ahead, PLANES, 1)
+        if (n < LANES)
+            PLANES(0, x != 0, streaming, 0);
+        else if (x)
+            SPECIALIZE(streaming, ahead, PLANES, 1)
         else
-            ON(streaming, ahead, PLANES, 0)
+            SPECIALIZE(streaming, ahead, PLANES, 0)
         grad_y += stride, grad_x += stride, rstd += statistic_step;
-        x = AT(1, x, stride), weight = AT(1, weight, parameter_step);
-        mean = AT(1, mean, statistic_step), b = AT(1, b, statistic_step), c = AT(1, c, statistic_step);
+        x = NTH(1, x, stride), weight = NTH(1, weight, parameter_step);
+        mean = NTH(1, mean, statistic_step), b = NTH(1, b, statistic_step), c = NTH(1, c, statistic_step);
     }
 #undef PLANES
 }

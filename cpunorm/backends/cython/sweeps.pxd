@@ -65,7 +65,7 @@ cdef extern from "sweeps.h" nogil:
     void affine_along(const element* x, const real* weight, const real* bias,
                       const element* residual, element* y, Py_ssize_t rows, Py_ssize_t n,
                       Py_ssize_t stride, const real* pivot, const real* scale, const real* shift,
-                      int activation, int streaming, Py_ssize_t ahead) noexcept
+                      int activation, int far, int streaming, Py_ssize_t ahead) noexcept
     void backward_affine(const element* grad_y, const element* x, element* grad_x,
                          Py_ssize_t planes, Py_ssize_t stride, Py_ssize_t n, const real* mean,
                          const real* rstd, const real* b, const real* c,

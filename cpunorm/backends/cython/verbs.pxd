@@ -12,7 +12,7 @@ cdef enum Element:
 cdef Table* tables[ELEMENTS]
 
 # Sizes in bytes, set once when the backend is loaded.
-cdef Py_ssize_t slab_bytes
+cdef Py_ssize_t slab_bytes, far_bytes
 cdef Py_ssize_t stream_bytes[2]   # forward, backward
 
 cdef int element_of(cnp.ndarray x) except -1

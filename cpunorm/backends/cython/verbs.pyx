@@ -12,12 +12,12 @@ cnp.import_array()
 cdef int bfloat16_number = -1  # NumPy's number for the type of ml_dtypes, once one was seen
 
 
-def install(capsules, Py_ssize_t slab, stream):
+def install(capsules, Py_ssize_t slab, Py_ssize_t far, stream):
     """Take the tables of the element types, in the order of `Element`, and the machine's sizes."""
-    global slab_bytes
+    global slab_bytes, far_bytes
     for i, capsule in enumerate(capsules):
         tables[i] = <Table*> PyCapsule_GetPointer(capsule, "cpunorm.Table")
-    slab_bytes = slab
+    slab_bytes, far_bytes = slab, far
     stream_bytes[0], stream_bytes[1] = stream
 
 
@@ -44,7 +44,8 @@ cdef Call new_call(Py_ssize_t nbytes, bint backward, int threads) noexcept nogil
     memset(&call, 0, sizeof(call))
     call.threads = threads
     call.slab = slab_bytes
-    call.far = call.streaming = nbytes >= stream_bytes[backward]
+    call.far = nbytes >= far_bytes
+    call.streaming = nbytes >= stream_bytes[backward]
     return call
 
 
