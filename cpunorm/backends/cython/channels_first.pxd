@@ -348,7 +348,8 @@ cdef inline int apply(const Call* call) noexcept nogil:
         Units u = units_of(call, False)
         Images images
         Py_ssize_t units = call.B * call.G
-    if call.B == 1 and u.K == 1 and short_planes(call, 16 * call.N):
+    if (call.B == 1 and u.K == 1 and call.S < 2 * <Py_ssize_t> LANES
+            and short_planes(call, 16 * call.N)):
         images = images_of(call, 1, call.N, call.S)
         return apply_images(&images)
     u.scratch = <double*> malloc(2 * units * sizeof(double))
