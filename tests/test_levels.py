@@ -84,7 +84,7 @@ def test_stored_past_the_caches(case, dtype, past_the_caches):
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("spatial", [(7, 7), (13, 11), (8, 8)])
 def test_planes_that_end_within_lines(spatial, with_residual, activation, past_the_caches):
-    """They are put together before they are stored, wherever out begins."""
+    """Every line is stored once, and nothing else is written, wherever out begins."""
     rng = np.random.default_rng(0)
     shape = (2, 70, *spatial)
     x, residual = (rng.normal(size=shape).astype("float32") for _ in range(2))
@@ -96,6 +96,30 @@ def test_planes_that_end_within_lines(spatial, with_residual, activation, past_t
         expected = cpunorm.group_norm(x, 7, backend="numpy", **options)
         np.testing.assert_allclose(out, expected, rtol=0, atol=3e-6)
         assert np.isnan(room[:start]).all() and np.isnan(room[start + x.size :]).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("size", [3, 15, 16, 17, 33, 49, 100])
+def test_planes_side_by_side(size, dtype, level):
+    """A vector that ends one plane begins the next, which has terms of its own."""
+    rng = np.random.default_rng(size)
+    x, grad_y, residual = (rng.normal(size=(3, 5, size)).astype(dtype) for _ in range(3))
+    kind = "float32" if dtype == "float16" else dtype
+    mean, weight, bias = (rng.normal(size=5).astype(kind) for _ in range(3))
+    var = rng.uniform(0.5, 2, 5).astype(kind)
+
+    def results(backend):
+        options = {"residual": residual, "activation": "relu", "backend": backend}
+        stats = cpunorm.instance_norm(x, return_stats=True, backend=backend)[1]
+        fixed = cpunorm.Stats(mean, 1 / np.sqrt(var))
+        yield cpunorm.batch_norm(x, mean, var, weight, bias, **options)
+        yield cpunorm.instance_norm(x, weight=weight, bias=bias, **options)
+        yield cpunorm.instance_norm_backward(grad_y, x, stats, weight, backend=backend)[0]
+        yield cpunorm.batch_norm_backward(grad_y, x, fixed, weight, False, backend=backend)[0]
+
+    tolerance = {"float64": 1e-12, "float32": 1e-5, "float16": 2e-2}[dtype]
+    for found, expected in zip(results("cython"), results("numpy"), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("wanted", cython.LEVELS)
