@@ -6,7 +6,7 @@ from libc.string cimport memcpy, memset
 
 from ._channels cimport Channels, settle
 from .backends.cython.call cimport Call, Table
-from .backends.cython.verbs cimport FLOAT32, FLOAT64, new_call, solve, tables
+from .backends.cython.verbs cimport FLOAT32, FLOAT64, bytes_read, new_call, solve, tables
 
 import os
 
@@ -37,7 +37,7 @@ cdef inline const Table* table_of(const real* x) noexcept nogil:
 
 cdef Call call_for(Py_ssize_t nbytes, bint backward, int threads) noexcept nogil:
     """A call on an x of so many bytes, on as many threads as have enough to do."""
-    cdef Py_ssize_t reading = 2 * nbytes if backward else nbytes
+    cdef Py_ssize_t reading = bytes_read(nbytes, backward)
     if forked or reading < serial_bytes:
         threads = 1
     else:

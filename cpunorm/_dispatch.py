@@ -67,7 +67,8 @@ def kernel(problem: str, verb: str, backend: str) -> Callable[..., None]:
 
 def solve(problem: str, verb: str, backend: str, nbytes: int, *arguments: Any) -> None:
     """Run a kernel of what was resolved, x having `nbytes` bytes, on the threads that are free."""
-    threads = _threads.take_threads(2 * nbytes if verb.startswith("backward") else nbytes)
+    reading = _threads.bytes_read(nbytes, verb.startswith("backward"))
+    threads = _threads.take_threads(reading)
     call = problem, verb, nbytes, arguments
     try:
         if backend == "auto":

@@ -21,7 +21,7 @@ from ._channels cimport Channels, settle
 from ._memory cimport empty, empty_as
 from .backends.cython.call cimport Call, Table, Verb
 from .backends.cython.verbs cimport (
-    FLOAT32, FLOAT64, element_of, new_call, run, run_briefly, tables,
+    FLOAT32, FLOAT64, bytes_read, element_of, new_call, run, run_briefly, tables,
 )
 
 import numpy as np
@@ -229,7 +229,7 @@ cdef int solve(object backend, tuple kernel, Verb verb, cnp.ndarray x, Call* cal
     """Run a kernel on the threads that are free; one thread needs no leave."""
     cdef:
         Py_ssize_t nbytes = cnp.PyArray_NBYTES(x)
-        Py_ssize_t reading = nbytes if call.grad_y is NULL else 2 * nbytes
+        Py_ssize_t reading = bytes_read(nbytes, call.grad_y is not NULL)
     if backend != "cython":
         solve_elsewhere(*kernel, backend, nbytes, *arguments(kernel, x, call))
         return 0

@@ -15,12 +15,16 @@ except ImportError:
         return sys.maxsize
 
 
-# Below this many bytes to read, x and in a backward pass grad_y, waking a second thread costs more
-# than it brings.
+# Below this many bytes to read, waking a second thread costs more than it brings.
 SERIAL_BYTES = 128 * 1024
 # What a thread should have to do at the least, and how many of them any call may start.
 BYTES_PER_THREAD = 64 * 1024
 MOST_THREADS = 512
+
+
+def bytes_read(nbytes: int, backward: bool) -> int:
+    """Return what a call on an x of `nbytes` bytes reads: that, and as much of grad_y."""
+    return 2 * nbytes if backward else nbytes
 
 
 def _requested() -> int | None:

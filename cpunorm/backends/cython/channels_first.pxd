@@ -80,13 +80,12 @@ cdef inline Units units_of(const Call* call, bint backward) noexcept nogil:
     if u.batch:
         u.some = min(RUN // (call.S * <Py_ssize_t> sizeof(element)),
                      LARGER * call.slab // unit_bytes(&u))
+        u.some = min(u.some, <Py_ssize_t> UNITS)
     elif backward and u.chunks == 1:
         # Of two arrays, runs so short as those that stay in L1 cost more than L2 does.
         u.some = min(call.slab // 2 // unit_bytes(&u), <Py_ssize_t> MANY)
     else:
-        u.some = SMALL // unit_bytes(&u)
-    if not backward or u.batch:
-        u.some = min(u.some, <Py_ssize_t> UNITS)
+        u.some = min(SMALL // unit_bytes(&u), <Py_ssize_t> UNITS)
     u.some = max(1, min(u.some, (call.B * call.G + tasks - 1) // tasks))
     u.images = max(1, u.some // call.G)
     u.some = min(u.some, call.G)

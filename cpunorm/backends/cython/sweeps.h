@@ -218,12 +218,13 @@ ALWAYS ptrdiff_t head_of(const element *y, ptrdiff_t n)
     } else                                                                              \
         store(y, VALUE(0, n), n);
 
-ALWAYS void put(element *y, vec v, const int streaming)
+/* Stores what is `left` of a vector, where that is all of it past the caches if so wanted. */
+ALWAYS void put(element *y, vec v, ptrdiff_t left, int streaming)
 {
-    if (streaming)
+    if (streaming && left == LANES)
         stream(y, v);
     else
-        store(y, v, LANES);
+        store(y, v, left);
 }
 
 ALWAYS void put_two(element *y, vec one, vec two, const int streaming)
@@ -273,7 +274,7 @@ ALWAYS void deliver(const real *scratch, element *y, ptrdiff_t n, int streaming)
                 put_two((y) + i, one, two, streaming);                                  \
             }                                                                           \
             if (i + LANES <= end) {                                                     \
-                put((y) + i, VALUE(t, i, LANES), streaming);                            \
+                put((y) + i, VALUE(t, i, LANES), LANES, streaming);                     \
                 i += LANES;                                                             \
             }                                                                           \
             if (++p == (planes))                                                        \
@@ -281,7 +282,7 @@ ALWAYS void deliver(const real *scratch, element *y, ptrdiff_t n, int streaming)
             const plane_terms next = TERMS(p);                                          \
             if (i < end) {                                                              \
                 const vec here = VALUE(t, i, LANES), there = VALUE(next, i, LANES);     \
-                put((y) + i, choose(first_mask(end - i), here, there), streaming);      \
+                put((y) + i, choose(first_mask(end - i), here, there), LANES, streaming); \
                 i += LANES;                                                             \
             }                                                                           \
             t = next, end += (n);                                                       \
@@ -1046,7 +1047,7 @@ ALWAYS void backward_planes(const int direct, const int through, const int strea
                             ptrdiff_t statistic_step, const real *weight, ptrdiff_t parameter_step, ptrdiff_t ahead)
 {
 #define TERMS(p)                                                                        \
-    backward_terms(NTH(p, mean, statistic_step), rstd + (p) * statistic_step,            \
+    backward_terms(NTH(p, mean, statistic_step), rstd + (p) * statistic_step,           \
                    NTH(p, b, statistic_step), NTH(p, c, statistic_step), NTH(p, weight, parameter_step))
 #define NEXT(p) (fetching ? prefetch((p) + ahead) : (void)0)
 #define LINE(t, i, left) (NEXT(x + (i)), fused(load(x + (i), left, 0) - t.pivot, splat(t.b), splat(t.c)))
@@ -1114,10 +1115,7 @@ ALWAYS void backward_rows(const int rows, const int parameters, const int stream
                 vec out = r[k] * (g * w + fused(t, splat(b_[k]), splat(c_[k])));
                 if (grad_total)
                     out += load(grad_total + k * n + i, left, 0);
-                if (streaming && left == LANES)
-                    stream(grad_x + k * n + i, out);
-                else
-                    store(grad_x + k * n + i, out, left);
+                put(grad_x + k * n + i, out, left, streaming);
             }
             weight_sum = fused(g, fused(t, splat(r[k]), splat(s[k])), weight_sum);
             bias_sum += g;
@@ -1193,10 +1191,7 @@ ALWAYS void rows_in_registers(const int vectors, const element *x, const real *w
             vec out = t[v] * r;
             if (weight)
                 out *= load_real(weight + v * LANES, LEFT(v), 0);
-            if (streaming)
-                stream(y + v * LANES, out);
-            else
-                store(y + v * LANES, out, LEFT(v));
+            put(y + v * LANES, out, LEFT(v), streaming);
         }
     }
 #undef LEFT
@@ -1253,10 +1248,7 @@ ALWAYS void backward_in_registers(const int vectors, const element *grad_y, cons
                 vec out = r_ * (g[v] * w[v] + fused(t[v], splat(b_), splat(c_)));
                 if (grad_total)
                     out += load(grad_total + here + v * LANES, LEFT(v), 0);
-                if (streaming)
-                    stream(grad_x + here + v * LANES, out);
-                else
-                    store(grad_x + here + v * LANES, out, LEFT(v));
+                put(grad_x + here + v * LANES, out, LEFT(v), streaming);
             }
             weight_sum[v] = fused(g[v], fused(t[v], splat(r_), splat(s)), weight_sum[v]);
             bias_sum[v] += g[v];
@@ -1465,7 +1457,8 @@ SWEEP void column_squares(const element *x, ptrdiff_t rows, ptrdiff_t stride, pt
 
 ALWAYS void vectors_backward_sums(const int vectors, const ptrdiff_t left, const element *grad_y,
                                   const element *x, const real *weight, ptrdiff_t rows, ptrdiff_t stride,
-                                  const real *mean, double *g_sum, double *gx_sum, double *x_sum)
+                                  ptrdiff_t ahead, const real *mean, double *g_sum, double *gx_sum,
+                                  double *x_sum)
 {
     vec m[COLUMN_VECTORS], a[COLUMN_VECTORS], b[COLUMN_VECTORS], c[COLUMN_VECTORS];
     for (int v = 0; v < vectors; v++) {
@@ -1475,8 +1468,9 @@ ALWAYS void vectors_backward_sums(const int vectors, const ptrdiff_t left, const
     for (ptrdiff_t r = 0; r < rows; r++) {
         const real w = weight ? weight[r] : 1;
         for (int v = 0; v < vectors; v++) {
-            const vec t = load(x + r * stride + v * LANES, left, 0) - m[v];
-            const vec g = load(grad_y + r * stride + v * LANES, left, 0) * w;
+            const ptrdiff_t i = r * stride + v * LANES;
+            prefetch(x + i + ahead), prefetch(grad_y + i + ahead);
+            const vec t = load(x + i, left, 0) - m[v], g = load(grad_y + i, left, 0) * w;
             a[v] += g, b[v] += g * t, c[v] += t;
         }
     }
@@ -1488,6 +1482,13 @@ ALWAYS void vectors_backward_sums(const int vectors, const ptrdiff_t left, const
                 x_sum[v * LANES + k] += c[v][k];
         }
 }
+
+/* How far away the columns lie that are summed next: to the right, or the first ones of the `count` rows below. What
+ * is taken in one go lies in the order of memory, which the hardware foresees. */
+#define NEXT_COLUMNS(j, vectors, count)                                                 \
+    ((j) + (vectors) * LANES < width          ? (vectors) * LANES                       \
+     : (j) > 0 && start + 2 * (count) <= rows ? (count) * stride - (j)                  \
+                                              : 0)
 
 /* Adds what a few rows hold to the sums of n columns; see add_rows. */
 ALWAYS void add_backward_rows(const int together, const int centred, const element *grad_y, const element *x,
@@ -1545,8 +1546,9 @@ SWEEP void column_backward_sums(const element *grad_y, const element *x, const r
         const real *weights = weight ? weight + start : weight;
         if (straight(width, far)) {
             FOR_COLUMNS(j, vectors, left, width,
-                        vectors_backward_sums(vectors, left, grad_y + here + j, x + here + j, weights, count,
-                                              stride, mean + j, g_sum + j, gx_sum + j, x_sum ? x_sum + j : x_sum);)
+                        vectors_backward_sums(vectors, left, grad_y + here + j, x + here + j, weights, count, stride,
+                                              NEXT_COLUMNS(j, vectors, count), mean + j, g_sum + j, gx_sum + j,
+                                              x_sum ? x_sum + j : x_sum);)
         } else {
 #define SEGMENTS(centred)                                                               \
     for (ptrdiff_t j = 0; j < width; j += SEGMENT)                                      \
@@ -1738,16 +1740,9 @@ SWEEP void affine_block(const element *x, const element *residual, element *y, p
     const vec p = load_real(pivot + j, left, 0), a = load_real(scale + j, left, 0);     \
     const vec b = load_real(shift + j, left, 0);
 #define VALUE(i, left) ((load(x + (i), left, 0) - p) * a + b)
-#define PUT(i, value, left)                                                             \
-    {                                                                                   \
-        const vec out = value;                                                          \
-        if (streaming && left == LANES)                                                 \
-            stream(y + (i), out);                                                       \
-        else                                                                            \
-            store(y + (i), out, left);                                                  \
-    }
-#define PLAIN(i, left) PUT(i, at_least(VALUE(i, left), floor), left)
-#define ADDED(i, left) PUT(i, at_least(VALUE(i, left) + load(residual + (i), left, 0), floor), left)
+#define PUT(i, value, left) put(y + (i), at_least(value, floor), left, streaming);
+#define PLAIN(i, left) PUT(i, VALUE(i, left), left)
+#define ADDED(i, left) PUT(i, VALUE(i, left) + load(residual + (i), left, 0), left)
     if (activation > RELU) {
         for (ptrdiff_t row = 0; row < rows; row++)
             for (ptrdiff_t start = 0; start < width; start += SCRATCH) {
@@ -1768,6 +1763,7 @@ SWEEP void affine_block(const element *x, const element *residual, element *y, p
     } else {
         FOR_BLOCK(rows, stride, width, COLUMNS, PLAIN)
     }
+#undef PUT
 #undef PLAIN
 #undef ADDED
 #undef VALUE
@@ -1780,14 +1776,14 @@ EXACT_SWEEP void backward_block(const element *grad_y, const element *x, element
                                 ptrdiff_t stride, ptrdiff_t width, const real *mean, const real *rstd,
                                 const real *b, const real *c, const real *weight, int streaming, int cached)
 {
-    element *const y = grad_x;
-    streaming = streaming && until_aligned(y) == 0 && stride % LANES == 0;
+    streaming = streaming && until_aligned(grad_x) == 0 && stride % LANES == 0;
 #define COLUMNS(j, left) \
     const vec r = load_real(rstd + j, left, 0), w = load_real(weight + j, left, 0);
 #define ALL_COLUMNS(j, left)                                                            \
     COLUMNS(j, left)                                                                    \
     const vec m = load_real(mean + j, left, 0), b_ = load_real(b + j, left, 0);         \
     const vec c_ = load_real(c + j, left, 0);
+#define PUT(i, value, left) put(grad_x + (i), value, left, streaming);
 #define FROZEN(i, left) PUT(i, r * w * load(grad_y + (i), left, 0), left)
 #define THROUGH(i, left) \
     PUT(i, r * (load(grad_y + (i), left, 0) * w + fused(load(x + (i), left, 0) - m, b_, c_)), left)
@@ -1827,10 +1823,7 @@ ALWAYS void affine_rows(const int together, const element *x, element *y, ptrdif
                 prefetch(x + i + ahead);
             const vec out = ((load(x + i, left, 0) - p) * a + b) * (weight ? weight[k] : (real)1)
                             + (bias ? bias[k] : (real)0);
-            if (streaming && left == LANES)
-                stream(y + i, out);
-            else
-                store(y + i, out, left);
+            put(y + i, out, left, streaming);
         }
     })
 }
@@ -1871,10 +1864,7 @@ ALWAYS void backward_strip_rows(const int together, const int parameters, const 
                 vec out = r * (g * (weight ? weight[k] : (real)1) + (b_ * t + c_));
                 if (grad_total)
                     out += load(grad_total + i, left, 0);
-                if (streaming && left == LANES)
-                    stream(grad_x + i, out);
-                else
-                    store(grad_x + i, out, left);
+                put(grad_x + i, out, left, streaming);
             }
             if (parameters) {
                 weight_sum[k] += g * (t * r + s);

@@ -15,6 +15,10 @@ cdef Table* tables[ELEMENTS]
 cdef Py_ssize_t slab_bytes, far_bytes
 cdef Py_ssize_t stream_bytes[2]   # forward, backward
 
+cdef inline Py_ssize_t bytes_read(Py_ssize_t nbytes, bint backward) noexcept nogil:
+    """As in _threads.py."""
+    return 2 * nbytes if backward else nbytes
+
 cdef int element_of(cnp.ndarray x) except -1
 cdef Call new_call(Py_ssize_t nbytes, bint backward, int threads) noexcept nogil
 cdef int solve(Verb verb, Call* call) noexcept nogil
