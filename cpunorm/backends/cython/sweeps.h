@@ -1679,13 +1679,14 @@ SWEEP void backward_group(const element *grad_y, const element *x, ptrdiff_t row
 
 /* --------------------------------------------------------- the rows of a strip: element by element */
 
-/* Rows are taken TOGETHER, column by column, where they lie close or in the cache: further apart the
- * prefetchers of the hardware lose them. */
+/* Rows are taken TOGETHER, column by column, where they lie close or in the cache, or not side by side: one after
+ * the other is how the prefetchers of the hardware follow them best, but with gaps they do not. */
 #define CLOSE_BYTES 1024
 
 #define FOR_BLOCK(rows, stride, width, PREPARE, AT)                                     \
     {                                                                                   \
-        const int close = cached || TOGETHER * (stride) * (ptrdiff_t)sizeof(element) <= CLOSE_BYTES; \
+        const int close = cached || (stride) != (width)                                 \
+                          || TOGETHER * (stride) * (ptrdiff_t)sizeof(element) <= CLOSE_BYTES; \
         ptrdiff_t row = 0;                                                              \
         for (; close && row + TOGETHER <= (rows); row += TOGETHER)                      \
             FOR_VECTORS(j, left, width, PREPARE(j, left)                                \
