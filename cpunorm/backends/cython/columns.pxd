@@ -9,7 +9,7 @@ from libc.string cimport memset
 
 from .call cimport Call
 from .sweeps cimport (
-    add, affine_strip, at, backward_strip, column_backward_sums, column_moments, column_squares,
+    LANES, add, affine_strip, at, backward_strip, column_backward_sums, column_moments, column_squares,
     element, finish_backward, real, set_columns, settle, share, stream_fence, sum_parts, team,
     team_barrier,
 )
@@ -33,9 +33,13 @@ cdef inline Columns _columns(const Call* call, Py_ssize_t arrays) noexcept nogil
     cdef:
         Columns work
         Py_ssize_t nbytes = call.N * call.D * call.S * <Py_ssize_t> sizeof(element)
-        Py_ssize_t fitting = call.slab // (call.D * sizeof(element)) // NARROWEST * NARROWEST
+        Py_ssize_t fitting = call.slab // (call.D * sizeof(element))
     work.call = call
-    work.width = min(call.S, max(<Py_ssize_t> NARROWEST, min(<Py_ssize_t> WIDEST, fitting)))
+    # As wide as fits, and all about as wide as each other.
+    work.width = min(max(<Py_ssize_t> NARROWEST, fitting) * 5 // 4, <Py_ssize_t> WIDEST)
+    work.strips = (call.S + work.width - 1) // work.width
+    work.width = (call.S + work.strips - 1) // work.strips
+    work.width = min(call.S, (work.width + LANES - 1) // LANES * LANES)
     work.strips = (call.S + work.width - 1) // work.width
     work.near = arrays * nbytes <= NEAR * call.slab
     work.parts = min(call.N * work.strips, <Py_ssize_t> PARTS)

@@ -35,7 +35,7 @@
 #define SHORT_VECTORS 1
 #define STRAIGHT_VECTORS COLUMN_VECTORS
 #endif
-#define BACKWARD_SHORT 4    /* the same in the backward pass */
+#define BACKWARD_SHORT 8    /* the same in the backward pass, of which a part may spill into L1 */
 #define ALIGNED_VECTORS 8   /* of a stretch from which on its stores are aligned */
 #define SHORT_PLANE 256     /* bytes of reals of a plane of which several are summed before that */
 #define ROUGH_VECTORS 8     /* vectors that a first guess of a mean is made from */
@@ -1277,7 +1277,7 @@ EXACT_SWEEP void backward_short(const element *grad_y, const element *x, const r
                               grad_bias, streaming);                                    \
         break;
     switch ((n + LANES - 1) / LANES) {
-        CASE(1) CASE(2) CASE(3) CASE(4)
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
     }
 #undef CASE
 }
@@ -1800,12 +1800,13 @@ EXACT_SWEEP void backward_block(const element *grad_y, const element *x, element
 #undef PUT
 }
 
-/* The rows of a strip with a weight each. They are taken TOGETHER where all is in the cache; where not,
- * `ahead` is how far away lies what is read next: it is fetched, row by row, as the hardware follows. */
+/* The rows of a strip with a weight each. They are taken TOGETHER where all is in the cache, or with gaps between
+ * them; where not, `ahead` is how far away lies what is read next: it is fetched, row by row, as the hardware
+ * follows. */
 #define FOR_ROWS(row, rows, ahead, AT)                                                  \
     {                                                                                   \
         ptrdiff_t row = 0;                                                              \
-        for (; !(ahead) && row + TOGETHER <= (rows); row += TOGETHER)                   \
+        for (; (!(ahead) || stride != width) && row + TOGETHER <= (rows); row += TOGETHER) \
             AT(TOGETHER, row);                                                          \
         for (; row < (rows); row++)                                                     \
             AT(1, row);                                                                 \
