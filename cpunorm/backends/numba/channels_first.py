@@ -13,6 +13,7 @@ C·S channels, S to a group; and group norm is `rows` of K·S elements.
 """
 
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,6 @@ from .sweeps import (
     channel_terms,
     element_gradient,
     finish,
-    in_full,
     is_large,
     merge_gradients,
     merge_moments,
@@ -50,6 +50,8 @@ from .sweeps import (
 )
 
 SHORT = 32
+RUN = 16384  # bytes of a run that memory is quick with
+LARGER = 8  # slabs that may be swept at once for it
 
 
 @sweep
@@ -292,14 +294,19 @@ def _units(x: Array, mean: Array) -> tuple[int, ...]:
     return B, N // B, G, C // G, S
 
 
+@lru_cache
 def _task_size(units: tuple[int, ...], itemsize: int) -> tuple[int, int] | None:
     """How many images and groups make a task; None where units are so few that they are cut."""
     B, R, G, K, S = units
     size = R * K * S
     if B * G < TASKS and size >= 2 * PIECE:
         return None
-    # Channels of a batch lie apart: the more side by side, the longer the runs in memory.
-    wide = min(SLAB // (size * itemsize), G // TASKS) if R > 1 else 1
+    wide = 1
+    if R > 1:
+        # Channels of a batch lie apart: the more side by side, the longer the runs in memory. Short
+        # runs cost more than L2 brings.
+        most = max(SLAB, min(LARGER * SLAB, RUN // (K * S * itemsize) * size * itemsize))
+        wide = min(most // (size * itemsize), G // TASKS)
     groups = min(G, max(1, PIECE // size, wide))
     return (max(1, PIECE // (groups * size)) if groups == G else 1), groups
 
@@ -373,6 +380,7 @@ def normalize(
     _normalize_parts(threads, counts, *arguments, *scratch, cut, sizes)
 
 
+@lru_cache
 def _apply_size(units: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
     """What `_transform_part` has to know of sizes, and the number of tasks."""
     B, R, G, K, S = units
@@ -403,7 +411,7 @@ def apply(
     large = is_large(x)
     x, residual, y = flat(x, x, residual, y)
     weight, bias = flat(mean, weight, bias)
-    stats = in_full(K, mean, rstd)
+    stats = per_channel(K, *flat(mean, mean, rstd))
     _apply_whole(threads, (-tasks,), x, residual, weight, bias, function, y, large, stats, sizes)
 
 

@@ -8,6 +8,7 @@ are cut along S instead: the parts measured, merged, and the output written in a
 is all that `apply` does.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,6 @@ from .sweeps import (
     column_moments,
     element_gradient,
     finish,
-    in_full,
     is_large,
     lanes_of,
     merge_gradients,
@@ -332,6 +332,7 @@ def _strip(width: int, C: int, K: int) -> int:
     return C if width >= C else max(K, width // K * K if K > 1 else width // 16 * 16)
 
 
+@lru_cache
 def _task_size(sizes: tuple[int, ...], itemsize: int) -> tuple[int, int] | None:
     """How many images and channels make a task; None where the images are cut."""
     N, S, C, K = sizes
@@ -349,6 +350,7 @@ def _task_size(sizes: tuple[int, ...], itemsize: int) -> tuple[int, int] | None:
     return (images, strip) if worthwhile else None
 
 
+@lru_cache
 def _part_size(sizes: tuple[int, ...]) -> tuple[int, int, int]:
     """The rows and channels of a part, and how many parts there are."""
     N, S, C, K = sizes
@@ -419,7 +421,7 @@ def apply(
     large = is_large(x)
     x, residual, y = flat(x, x, residual, y)
     weight, bias = flat(mean, weight, bias)
-    stats = in_full(K, mean, rstd)
+    stats = per_channel(K, *flat(mean, mean, rstd))
     _apply_whole(threads, (tasks,), x, residual, weight, bias, function, y, large, stats, cut)
 
 

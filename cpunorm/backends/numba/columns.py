@@ -5,6 +5,8 @@ output is written while the strip lies in L2. The parameter gradients are sums a
 every task gathers for itself.
 """
 
+from functools import lru_cache
+
 import numpy as np
 
 from . import rows
@@ -179,6 +181,7 @@ _normalize_whole = kernel(_normalize)
 _backward_whole = kernel(_backward, store_totals)
 
 
+@lru_cache
 def _task_size(N: int, D: int, S: int, itemsize: int) -> tuple[int, int]:
     """How many images and columns make a task."""
     strip = SLAB // (D * itemsize)

@@ -571,10 +571,3 @@ def store_totals(task, arguments):
 def per_channel(K: int, *statistics: Array) -> tuple[Array, ...]:
     """From one value per group to one for each of its K channels."""
     return statistics if K == 1 else tuple(array.repeat(K) for array in statistics)
-
-
-def in_full(K: int, mean: Array, rstd: Array) -> tuple[Array, ...]:
-    """Given statistics as the kernels hold their own, one value for each channel."""
-    full = np.empty((2, *mean.shape))
-    full[0], full[1] = mean, rstd
-    return per_channel(K, full[0].ravel(), full[1].ravel())
