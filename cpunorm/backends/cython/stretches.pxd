@@ -18,7 +18,7 @@ from libc.string cimport memset
 from .sweeps cimport (
     BACKWARD_ROWS, BACKWARD_SHORT, BLOCK, LANES, PAIR, SHORT_VECTORS, UNITS, add, affine_along, at,
     backward_affine_along, backward_short, element, flush_reals, merge_moments, normalize_short,
-    own_lines, real, set_columns, settle, share, stream_fence, stretch_backward_sums,
+    own_lines, real, scale_short, set_columns, settle, share, stream_fence, stretch_backward_sums,
     stretch_moments, stretch_squares, sum_parts, team, team_barrier,
 )
 
@@ -165,7 +165,7 @@ cdef inline void _normalize_periods(void* work, int member, int members) noexcep
 
 
 cdef inline void _normalize_short(void* work, int member, int members) noexcept nogil:
-    """RMS norm: a few stretches at a time, so that a sum is still in cache."""
+    """A few stretches at a time, so that what is added up is still in cache."""
     cdef:
         const Stretches* s = <const Stretches*> work
         Py_ssize_t first = share(s.M, member, members), last = share(s.M, member + 1, members)
@@ -176,7 +176,12 @@ cdef inline void _normalize_short(void* work, int member, int members) noexcept 
         count, here = min(some, last - m), m * s.D
         if s.addend is not NULL:
             add(s.x + here, s.addend + here, s.total + here, count * s.D)
-        normalize_short(x + here, s.weight, s.y + here, count, s.D, s.eps, s.rstd + m, s.streaming)
+        if s.mean is NULL:
+            scale_short(x + here, s.weight, s.y + here, count, s.D, s.eps, s.rstd + m, s.streaming)
+        else:
+            normalize_short(x + here, s.weight, s.bias, s.y + here, count, s.D,
+                            m % s.period * s.D, s.period * s.D, s.eps, s.mean + m,
+                            at(s.var, m), s.rstd + m, s.streaming)
         m += count
     if s.streaming:
         stream_fence()
@@ -225,7 +230,8 @@ cdef inline void normalize_stretches(Stretches* s, int threads) noexcept nogil:
         s.wide = wide
         s.piece = _piece(s.D)
         team(_normalize_pieces, s, threads)
-    elif s.mean is NULL and s.D <= SHORT_VECTORS * LANES:
+    elif (s.D <= SHORT_VECTORS * LANES and (s.mean is NULL or s.period > 1) and s.residual is NULL
+          and not s.activation):
         team(_normalize_short, s, threads)
     elif s.period > 1 and s.M >= FEW_PERIODS * s.period and s.D <= LANES:
         team(_normalize_periods, s, threads)

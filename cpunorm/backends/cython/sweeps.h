@@ -32,7 +32,7 @@
 #define SHORT_VECTORS 8     /* vectors of a row that is kept in registers, of which there are 32 here */
 #define STRAIGHT_VECTORS 32 /* vectors of columns that are measured straight down */
 #else
-#define SHORT_VECTORS 1
+#define SHORT_VECTORS 4
 #define STRAIGHT_VECTORS COLUMN_VECTORS
 #endif
 #define BACKWARD_SHORT 8    /* the same in the backward pass, of which a part may spill into L1 */
@@ -1174,46 +1174,89 @@ SWEEP void flush_reals(double *restrict wide, real *restrict sums, ptrdiff_t n)
 
 /* --------------------------------------------------------------------------- rows in registers */
 
-/* y = x * rstd * weight for M rows of n elements, `vectors` vectors of which the last may be partly filled. */
-ALWAYS void rows_in_registers(const int vectors, const element *x, const real *weight, element *y, ptrdiff_t M,
-                              ptrdiff_t n, double eps, real *rstd, int streaming)
+/* y = (x - mean) * rstd * weight + bias for M rows of n elements, `vectors` vectors of which the last may be partly
+ * filled. Of weight and bias, `length` long, the first row takes the n from `along` on, the others what follows. */
+ALWAYS void rows_in_registers(const int vectors, const int centred, const element *x, const real *weight,
+                              const real *bias, element *y, ptrdiff_t M, ptrdiff_t n, ptrdiff_t along,
+                              ptrdiff_t length, double eps, real *mean, real *var, real *rstd, int streaming)
 {
     const ptrdiff_t left = n - (vectors - 1) * LANES;
+    const double inverse = 1.0 / n;
 #define LEFT(v) ((v) < vectors - 1 ? LANES : left)
     for (ptrdiff_t m = 0; m < M; m++, x += n, y += n) {
-        vec t[SHORT_VECTORS], squares = {0};
+        const real first = centred ? load_one(x) : 0;
+        vec t[SHORT_VECTORS], sum = {0}, squares = {0};
         for (int v = 0; v < vectors; v++) {
-            t[v] = load(x + v * LANES, LEFT(v), 0);
-            squares += t[v] * t[v];
+            t[v] = load(x + v * LANES, LEFT(v), first);
+            if (centred)
+                sum += t[v] - first;
         }
-        const real r = rstd[m] = 1 / sqrt((double)lanes_sum(squares) / n + eps);
+        if (centred) {
+            const double mu = first + lanes_sum(sum) * inverse;
+            const real pivot = mu, rest = mu - pivot;
+            for (int v = 0; v < vectors; v++)
+                t[v] = (t[v] - pivot) - rest;
+            if (left < LANES)
+                t[vectors - 1] = choose(first_mask(left), t[vectors - 1], splat(0));
+            mean[m] = pivot;
+        }
+        for (int v = 0; v < vectors; v++)
+            squares += t[v] * t[v];
+        const double variance = lanes_sum(squares) * inverse;
+        const real scale = rstd[m] = 1 / sqrt(variance + eps);
+        if (var)
+            var[m] = variance;
+#pragma GCC unroll 8 /* or t would lie in memory */
         for (int v = 0; v < vectors; v++) {
-            vec out = t[v] * r;
-            if (weight)
+            vec out = t[v] * scale;
+            if (centred) {
+                const ptrdiff_t i = along + v * LANES;
+                out = fused(out, weight ? load_real(weight + i, LEFT(v), 0) : splat(1),
+                            bias ? load_real(bias + i, LEFT(v), 0) : splat(0));
+            } else if (weight)
                 out *= load_real(weight + v * LANES, LEFT(v), 0);
             put(y + v * LANES, out, LEFT(v), streaming);
         }
+        along = along + n < length ? along + n : 0;
     }
 #undef LEFT
 }
 
-/* RMS norm of M rows of at most SHORT_VECTORS vectors. */
-SWEEP void normalize_short(const element *x, const real *weight, element *y, ptrdiff_t M, ptrdiff_t n, double eps,
-                           real *rstd, int streaming)
-{
-    streaming = streaming && until_aligned(y) == 0 && n % LANES == 0;
-#define CASE(v)                                                                         \
-    case v:                                                                             \
-        rows_in_registers(v, x, weight, y, M, n, eps, rstd, streaming);                 \
-        break;
-    switch ((n + LANES - 1) / LANES) {
-        CASE(1)
-#if SHORT_VECTORS == 8
-        CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
-#endif
+#define SHORT_ROWS(centred)                                                             \
+    streaming = streaming && until_aligned(y) == 0 && n % LANES == 0;                   \
+    switch ((n + LANES - 1) / LANES) {                                                  \
+        CASE(1, centred) CASE(2, centred) CASE(3, centred) CASE(4, centred) MORE(centred) \
     }
-#undef CASE
+#define CASE(v, centred)                                                                \
+    case v:                                                                             \
+        rows_in_registers(v, centred, x, weight, bias, y, M, n, along, length, eps, mean, var, rstd, streaming); \
+        break;
+#if SHORT_VECTORS > 4
+#define MORE(centred) CASE(5, centred) CASE(6, centred) CASE(7, centred) CASE(8, centred)
+#else
+#define MORE(centred)
+#endif
+
+/* The same for rows of at most SHORT_VECTORS vectors. */
+EXACT_SWEEP void normalize_short(const element *x, const real *weight, const real *bias, element *y, ptrdiff_t M,
+                                 ptrdiff_t n, ptrdiff_t along, ptrdiff_t length, double eps, real *mean, real *var,
+                                 real *rstd, int streaming)
+{
+    SHORT_ROWS(1)
 }
+
+/* The same, not centred: y = x * rstd * weight with one weight for all rows. */
+SWEEP void scale_short(const element *x, const real *weight, element *y, ptrdiff_t M, ptrdiff_t n, double eps,
+                       real *rstd, int streaming)
+{
+    const real *const bias = 0;
+    real *const mean = 0, *const var = 0;
+    const ptrdiff_t along = 0, length = n;
+    SHORT_ROWS(0)
+}
+#undef SHORT_ROWS
+#undef CASE
+#undef MORE
 
 /* The gradients of M rows, each `period` rows after the one before and with a weight, or none, that runs along it;
  * grad_weight and grad_bias, (n,), are added to, or NULL together. */

@@ -79,9 +79,11 @@ cdef extern from "sweeps.h" nogil:
                                int cached) noexcept
     void flush_reals(double* wide, real* sums, Py_ssize_t n) noexcept
 
-    void normalize_short(const element* x, const real* weight, element* y, Py_ssize_t M,
-                         Py_ssize_t n, double eps, real* rstd, int streaming) noexcept
-
+    void normalize_short(const element* x, const real* weight, const real* bias, element* y,
+                         Py_ssize_t M, Py_ssize_t n, Py_ssize_t along, Py_ssize_t length,
+                         double eps, real* mean, real* var, real* rstd, int streaming) noexcept
+    void scale_short(const element* x, const real* weight, element* y, Py_ssize_t M, Py_ssize_t n,
+                     double eps, real* rstd, int streaming) noexcept
     void backward_short(const element* grad_y, const element* x, const real* weight,
                         const element* grad_total, element* grad_x, Py_ssize_t M, Py_ssize_t n,
                         Py_ssize_t period, const real* mean, const real* rstd,
