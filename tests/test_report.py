@@ -20,6 +20,7 @@ from bench import report
 from bench.maps import explore, libraries, normalizations, page, style
 from bench.maps.table import Measured
 from bench.results import ResultsError, check, read
+from cpunorm import _advice
 
 from .synthetic import document, write_results
 
@@ -192,6 +193,19 @@ def test_a_tie_is_in_the_headline():
     headline = list(page._page(measured, {}))[1]
     assert re.search(r"take batch norm or RMS norm\*\*, \d % apart", headline)
     assert "cannot take another without training it again" in headline
+
+
+@pytest.mark.parametrize(
+    ("seconds", "spread", "tie"),
+    [(1.04, 0.01, True), (1.2, 0.01, False), (1.2, 0.2, True), (1.4, 0.5, False)],
+)
+def test_a_wide_spread_makes_a_tie_of_what_is_near(seconds, spread, tie):
+    def estimate(name, seconds):
+        low, high = seconds * (1 - spread), seconds * (1 + spread)
+        return _advice.Estimate(name, "NCHW", "cython", seconds, low, high, 1.0, "measured", (1,))
+
+    one, other = estimate("batch_norm", 1.0), estimate("rms_norm", seconds)
+    assert page._equal(one, other) is page._equal(other, one) is tie
 
 
 def test_one_thread_is_no_threads():

@@ -22,6 +22,8 @@ FAMILIES: dict[str, ModuleType] = {
 }
 SHAPE = EXAMPLES[0]
 MOST_LOST = 60
+# Medians as far apart as this have the word, however wide their quartiles.
+FAR = 1.3
 # As HTML: a link in Markdown to a file that is no page would become a download.
 EXPLORER = '<a href="explore.html">the interactive page</a>'
 
@@ -122,8 +124,9 @@ def _answer(advices: dict[str, Advice], measured: Measured) -> Iterator[str]:
 
 
 def _equal(one: _advice.Estimate, other: _advice.Estimate) -> bool:
-    """Whether nobody can tell which is faster: within the spread, or next to nothing apart."""
-    return one.overlaps(other) or 1 / heat.CLEAR < one.seconds / other.seconds < heat.CLEAR
+    """Whether nobody can tell which is faster: next to nothing apart, or not far for the spread."""
+    less, more = sorted((one.seconds, other.seconds))
+    return more < heat.CLEAR * less or (more < FAR * less and one.overlaps(other))
 
 
 def _micro(estimate: _advice.Estimate) -> str:

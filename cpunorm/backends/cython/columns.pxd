@@ -9,9 +9,9 @@ from libc.string cimport memset
 
 from .call cimport Call
 from .sweeps cimport (
-    LANES, add, affine_strip, at, backward_strip, column_backward_sums, column_moments, column_squares,
-    element, finish_backward, real, set_columns, settle, share, stream_fence, sum_parts, team,
-    team_barrier,
+    LANES, add, affine_strip, at, backward_strip, column_backward_sums, column_moments,
+    column_squares, element, finish_backward, real, set_columns, settle, share, stream_fence,
+    sum_parts, team, team_barrier,
 )
 
 cdef enum:
