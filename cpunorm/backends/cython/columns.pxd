@@ -55,6 +55,21 @@ cdef inline Py_ssize_t _ahead(const Columns* columns, Py_ssize_t n, Py_ssize_t s
     return width if s + width < columns.call.S else columns.call.D * columns.call.S - s
 
 
+cdef inline Py_ssize_t _turn(const Columns* columns, Py_ssize_t s, Py_ssize_t half,
+                             Py_ssize_t* rows) noexcept nogil:
+    """Where the upper or lower part of the rows begins or, of every other strip, the lower or upper;
+    and how many there are.
+
+    Two threads side by side would write the same lines where their strips meet, row by row.
+    """
+    cdef Py_ssize_t D = columns.call.D
+    if (s // columns.width + half) % 2:
+        rows[0] = D - D // 2
+        return D // 2
+    rows[0] = D // 2
+    return 0
+
+
 cdef inline void _normalize_strip(const Columns* columns, Py_ssize_t n, Py_ssize_t s,
                                   Py_ssize_t width) noexcept nogil:
     cdef:
@@ -65,7 +80,7 @@ cdef inline void _normalize_strip(const Columns* columns, Py_ssize_t n, Py_ssize
         real scale[WIDEST]
         real shift[WIDEST]
         const Call* call = columns.call
-        Py_ssize_t D = call.D, S = call.S, here = n * D * S + s, statistic = n * S + s, d
+        Py_ssize_t D = call.D, S = call.S, here = n * D * S + s, statistic = n * S + s, d, half, rows
         const element* x = <const element*> call.x + here
         const element* residual = <const element*> call.residual
         element* total = at(<element*> call.total, here)
@@ -82,9 +97,11 @@ cdef inline void _normalize_strip(const Columns* columns, Py_ssize_t n, Py_ssize
     settle(mu, m2, width, D, call.eps, r, at(<real*> call.mean, statistic), <real*> NULL,
            <real*> call.rstd + statistic)
     set_columns(1, mu, r, <const real*> NULL, <const real*> NULL, width, pivot, scale, shift)
-    affine_strip(x, <element*> call.y + here, D, S, width, pivot, scale, shift,
-                 <const real*> call.weight, <const real*> call.bias, call.streaming,
-                 _ahead(columns, n, s, width))
+    for half in range(2):
+        d = _turn(columns, s, half, &rows)
+        affine_strip(x + d * S, <element*> call.y + here + d * S, rows, S, width, pivot, scale,
+                     shift, at(<const real*> call.weight, d), at(<const real*> call.bias, d),
+                     call.streaming, _ahead(columns, n, s, width))
 
 
 cdef inline void _normalize(void* work, int member, int members) noexcept nogil:
@@ -119,7 +136,7 @@ cdef inline void _backward_strip(const Columns* columns, Py_ssize_t n, Py_ssize_
         double* x_sum = sums + 2 * WIDEST
         const Call* call = columns.call
         bint centred = call.mean is not NULL
-        Py_ssize_t D = call.D, S = call.S, here = n * D * S + s, statistic = n * S + s
+        Py_ssize_t D = call.D, S = call.S, here = n * D * S + s, statistic = n * S + s, d, half, rows
         const element* grad_y = <const element*> call.grad_y + here
         const element* x = <const element*> call.x + here
         const real* mean = at(<const real*> call.mean, statistic)
@@ -133,10 +150,14 @@ cdef inline void _backward_strip(const Columns* columns, Py_ssize_t n, Py_ssize_
                          gx_sum, x_sum)
     finish_backward(g_sum, gx_sum, x_sum, width, D, rstd, centred, shift, b, c)
     if parameter_sums is not NULL or call.grad_x is not NULL:
-        backward_strip(grad_y, x, weight, at(<const element*> call.grad_total, here),
-                       at(<element*> call.grad_x, here), D, S, width, mean, rstd, shift, b, c,
-                       parameter_sums, at(parameter_sums, D), call.streaming,
-                       _ahead(columns, n, s, width))
+        for half in range(2):
+            d = _turn(columns, s, half, &rows)
+            backward_strip(grad_y + d * S, x + d * S, at(weight, d),
+                           at(<const element*> call.grad_total, here + d * S),
+                           at(<element*> call.grad_x, here + d * S), rows, S, width,
+                           mean, rstd, shift, b, c, at(parameter_sums, d),
+                           at(parameter_sums, D + d), call.streaming,
+                           _ahead(columns, n, s, width))
 
 
 cdef inline void _backward(void* work, int member, int members) noexcept nogil:
