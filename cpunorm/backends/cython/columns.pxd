@@ -57,8 +57,8 @@ cdef inline Py_ssize_t _ahead(const Columns* columns, Py_ssize_t n, Py_ssize_t s
 
 cdef inline Py_ssize_t _turn(const Columns* columns, Py_ssize_t s, Py_ssize_t half,
                              Py_ssize_t* rows) noexcept nogil:
-    """Where the upper or lower part of the rows begins or, of every other strip, the lower or upper;
-    and how many there are.
+    """Where the upper or lower part of the rows begins or, of every other strip, the other one, and
+    how many there are.
 
     Two threads side by side would write the same lines where their strips meet, row by row.
     """
@@ -80,7 +80,8 @@ cdef inline void _normalize_strip(const Columns* columns, Py_ssize_t n, Py_ssize
         real scale[WIDEST]
         real shift[WIDEST]
         const Call* call = columns.call
-        Py_ssize_t D = call.D, S = call.S, here = n * D * S + s, statistic = n * S + s, d, half, rows
+        Py_ssize_t D = call.D, S = call.S, here = n * D * S + s, statistic = n * S + s
+        Py_ssize_t d, half, rows
         const element* x = <const element*> call.x + here
         const element* residual = <const element*> call.residual
         element* total = at(<element*> call.total, here)
@@ -136,7 +137,8 @@ cdef inline void _backward_strip(const Columns* columns, Py_ssize_t n, Py_ssize_
         double* x_sum = sums + 2 * WIDEST
         const Call* call = columns.call
         bint centred = call.mean is not NULL
-        Py_ssize_t D = call.D, S = call.S, here = n * D * S + s, statistic = n * S + s, d, half, rows
+        Py_ssize_t D = call.D, S = call.S, here = n * D * S + s, statistic = n * S + s
+        Py_ssize_t d, half, rows
         const element* grad_y = <const element*> call.grad_y + here
         const element* x = <const element*> call.x + here
         const real* mean = at(<const real*> call.mean, statistic)
