@@ -305,8 +305,9 @@ def _task_size(units: tuple[int, ...], itemsize: int) -> tuple[int, int] | None:
     if R > 1:
         # Channels of a batch lie apart: the more side by side, the longer the runs in memory. Short
         # runs cost more than L2 brings.
-        most = max(SLAB, min(LARGER * SLAB, RUN // (K * S * itemsize) * size * itemsize))
-        wide = min(most // (size * itemsize), G // TASKS)
+        fitting = SLAB // (size * itemsize)
+        long = min(RUN // (K * S * itemsize), LARGER * SLAB // (size * itemsize))
+        wide = min(max(fitting, long), G // TASKS)
     groups = min(G, max(1, PIECE // size, wide))
     return (max(1, PIECE // (groups * size)) if groups == G else 1), groups
 
