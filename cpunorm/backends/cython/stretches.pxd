@@ -19,7 +19,7 @@ from libc.string cimport memset
 from .sweeps cimport (
     BACKWARD_ROWS, BACKWARD_SHORT, BLOCK, LANES, PAIR, SHORT_VECTORS, UNITS, add, affine_along, at,
     backward_affine_along, backward_short, element, flush_reals, merge_moments, normalize_short,
-    own_lines, real, scale_short, set_columns, settle, share, stream_fence, stretch_backward_sums,
+    own_lines, pair_backward_sums, real, scale_short, set_columns, settle, share, stream_fence,
     stretch_moments, stretch_squares, sum_parts, team, team_barrier,
 )
 
@@ -240,37 +240,17 @@ cdef inline void normalize_stretches(Stretches* s, int threads) noexcept nogil:
         team(_normalize_whole, s, threads)
 
 
-cdef inline void _terms(const double* sums, Py_ssize_t D, bint centred, double rstd,
-                        double* shift, double* b, double* c) noexcept nogil:
-    """The terms of the transform; shift is what the mean lost when it was rounded."""
-    cdef double rest = sums[2] / D if centred else 0
-    shift[0] = -rest * rstd
-    b[0] = -rstd * rstd * (sums[1] - rest * sums[0]) / D
-    c[0] = -sums[0] / D - b[0] * rest if centred else 0
-
-
 cdef inline void _backward_together(const Stretches* s, Py_ssize_t m, Py_ssize_t count,
                                     real* grad_weight, real* grad_bias) noexcept nogil:
     """Up to PAIR stretches; grad_weight and grad_bias are added to, unless NULL."""
     cdef:
-        double mu[PAIR]
-        double shift[PAIR]
-        double r[PAIR]
-        double b[PAIR]
-        double c[PAIR]
-        double sums[3]
-        Py_ssize_t k, here = m * s.D, along = (m % s.period) * s.D
-    for k in range(count):
-        r[k] = s.rstd[m + k]
-        mu[k] = 0 if s.mean is NULL else s.mean[m + k]
-        sums[0] = sums[1] = sums[2] = 0
-        stretch_backward_sums(s.grad_y + here + k * s.D, s.x + here + k * s.D,
-                              at(s.weight, along), s.D, <real> mu[k], sums,
-                              NULL if s.cached or s.streaming else at(s.grad_x, here + k * s.D))
-        _terms(sums, s.D, s.mean is not NULL, r[k], shift + k, b + k, c + k)
+        double sums[3 * PAIR]
+        Py_ssize_t here = m * s.D, along = (m % s.period) * s.D
+    pair_backward_sums(s.grad_y + here, s.x + here, at(s.weight, along), count, s.D, at(s.mean, m),
+                       sums, NULL if s.cached or s.streaming else at(s.grad_x, here))
     backward_affine_along(s.grad_y + here, s.x + here, at(s.weight, along),
-                          at(s.grad_total, here), at(s.grad_x, here), count, s.D, mu, shift, r,
-                          b, c, grad_weight, grad_bias, s.streaming,
+                          at(s.grad_total, here), at(s.grad_x, here), count, s.D, at(s.mean, m),
+                          s.rstd + m, sums, 1.0 / s.D, grad_weight, grad_bias, s.streaming,
                           s.cached or m + count + PAIR > s.M)
 
 
@@ -336,30 +316,26 @@ cdef inline void _backward_pieces(void* work, int member, int members) noexcept 
         Py_ssize_t last = share(pieces, member + 1, members), m, p, n, start, here, i
         double* sums
         double total[3]
-        double mu, shift, r, b, c
     for m in range(s.M):
-        r = s.rstd[m]
-        mu = 0 if s.mean is NULL else s.mean[m]
         sums = s.wide + (m % 2) * 3 * PIECES
         for p in range(first, last):
-            sums[3 * p] = sums[3 * p + 1] = sums[3 * p + 2] = 0
             start = p * s.piece
             here = m * s.D + start
-            stretch_backward_sums(s.grad_y + here, s.x + here, at(s.weight, start),
-                                  min(s.piece, s.D - start), <real> mu, sums + 3 * p,
-                                  <const element*> NULL)
+            pair_backward_sums(s.grad_y + here, s.x + here, at(s.weight, start), 1,
+                               min(s.piece, s.D - start), at(s.mean, m), sums + 3 * p,
+                               <const element*> NULL)
         team_barrier(members)
         total[0] = total[1] = total[2] = 0
         for i in range(3 * pieces):
             total[i % 3] += sums[i]
-        _terms(total, s.D, s.mean is not NULL, r, &shift, &b, &c)
         for p in range(last - 1, first - 1, -1):
             start = p * s.piece
             here = m * s.D + start
             backward_affine_along(s.grad_y + here, s.x + here, at(s.weight, start),
                                   at(s.grad_total, here), at(s.grad_x, here), 1,
-                                  min(s.piece, s.D - start), &mu, &shift, &r, &b, &c,
-                                  at(s.sums, start), at(s.sums, s.D + start), s.streaming, True)
+                                  min(s.piece, s.D - start), at(s.mean, m), s.rstd + m, total,
+                                  1.0 / s.D, at(s.sums, start), at(s.sums, s.D + start),
+                                  s.streaming, True)
     for p in range(first, last):
         start = p * s.piece
         n = min(s.piece, s.D - start)

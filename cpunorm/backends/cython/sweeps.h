@@ -322,6 +322,9 @@ ALWAYS vec floor_of(int activation)
     return splat(activation == RELU ? (real)0 : (real)-INFINITY);
 }
 
+/* Of what each of some planes or rows has, unless NULL, where that of the p-th is. */
+#define NTH(p, what, step) ((what) ? (what) + (p) * (step) : (what))
+
 /* ------------------------------------------------------------------ along a stretch: sums */
 
 /* Chan, Golub, LeVeque 1979: (mean, m2) of n_a + n_b values from those of n_a and of n_b. */
@@ -720,19 +723,23 @@ ALWAYS void add_wides(const backward_wides *wide, double *g_sum, double *gx_sum,
     *g_sum += wide_sum(&wide->g), *gx_sum += wide_sum(&wide->gx), *x_sum += wide_sum(&wide->x);
 }
 
-/* The sums of a stretch with a weight running along, or none. */
-SWEEP void stretch_backward_sums(const element *grad_y, const element *x, const real *weight, ptrdiff_t n,
-                                 real mean, double *sums, const element *grad_x)
+/* The three sums of each of up to PAIR stretches side by side, with a mean each, or none, and a weight running along, or
+ * none. */
+SWEEP void pair_backward_sums(const element *grad_y, const element *x, const real *weight, ptrdiff_t rows, ptrdiff_t n,
+                              const real *mean, double *sums, const element *grad_x)
 {
-    if (n <= BACKWARD_VECTORS * LANES) {
-        backward_vecs sum = {{0}, {0}, {0}};
-        add_backward(grad_y, x, weight, n, mean, 0, grad_x, &sum);
-        sums[0] += lanes_sum(sum.g), sums[1] += lanes_sum(sum.gx), sums[2] += lanes_sum(sum.x);
-    } else {
-        backward_wides wide;
-        clear(&wide);
-        add_long(grad_y, x, weight, n, mean, 0, grad_x, &wide);
-        add_wides(&wide, sums, sums + 1, sums + 2);
+    for (ptrdiff_t k = 0; k < rows; k++, grad_y += n, x += n, grad_x = NTH(1, grad_x, n), sums += 3) {
+        const real pivot = mean ? mean[k] : 0;
+        if (n <= BACKWARD_VECTORS * LANES) {
+            backward_vecs sum = {{0}, {0}, {0}};
+            add_backward(grad_y, x, weight, n, pivot, 0, grad_x, &sum);
+            sums[0] = lanes_sum(sum.g), sums[1] = lanes_sum(sum.gx), sums[2] = lanes_sum(sum.x);
+        } else {
+            backward_wides wide;
+            clear(&wide);
+            add_long(grad_y, x, weight, n, pivot, 0, grad_x, &wide);
+            sums[0] = wide_sum(&wide.g), sums[1] = wide_sum(&wide.gx), sums[2] = wide_sum(&wide.x);
+        }
     }
 }
 
@@ -838,61 +845,58 @@ SWEEP void add(const element *x, const element *residual, element *total, ptrdif
 
 #undef SUM
 
-/* Runs BODY(1, what, streaming, fetching) with constants, so that there is a loop for each case. */
-#define SPECIALIZE(streaming, ahead, BODY, what)                                        \
+/* Runs BODY(1, what, streaming, other) with constants, so that there is a loop for each case. */
+#define SPECIALIZE(streaming, other, BODY, what)                                        \
     {                                                                                   \
-        if (streaming && ahead)                                                         \
+        if (streaming && other)                                                         \
             BODY(1, what, 1, 1);                                                        \
         else if (streaming)                                                             \
             BODY(1, what, 1, 0);                                                        \
-        else if (ahead)                                                                 \
+        else if (other)                                                                 \
             BODY(1, what, 0, 1);                                                        \
         else                                                                            \
             BODY(1, what, 0, 0);                                                        \
     }
 
-/* What makes y, or grad_x, of the elements of a plane. */
+/* What makes y, or grad_x, of the elements of a plane. In vectors, or the compiler would fill some of them again in
+ * every step. */
 typedef struct {
-    real pivot, scale, shift;
-    real rstd, weight, b, c;
+    vec pivot, scale, shift;
+    vec rstd, weight, b, c;
 } plane_terms;
 
 ALWAYS plane_terms forward_terms(const double *mean, const double *rstd, const real *weight, const real *bias)
 {
     const double scale = weight ? *rstd * *weight : *rstd;
-    plane_terms t = {0};
-    t.pivot = *mean, t.scale = scale;
-    t.shift = (bias ? *bias : 0) - (*mean - t.pivot) * scale;
+    const real pivot = *mean;
+    plane_terms t = {{0}};
+    t.pivot = splat(pivot), t.scale = splat(scale);
+    t.shift = splat((bias ? *bias : 0) - (*mean - pivot) * scale);
     return t;
 }
 
-/* Of what each plane has, unless NULL, where that of plane p is. */
-#define NTH(p, parameter, step) ((parameter) ? (parameter) + (p) * (step) : (parameter))
-
-ALWAYS void affine_planes(const int direct, const int added, const int streaming, const int fetching,
+ALWAYS void affine_planes(const int direct, const int added, const int streaming, const int floored,
                           const element *x, const element *residual, element *y, ptrdiff_t planes, ptrdiff_t n,
                           const double *mean, const double *rstd, ptrdiff_t statistic_step, const real *weight,
                           const real *bias, ptrdiff_t parameter_step, int activation, ptrdiff_t ahead)
 {
-    const vec floor = floor_of(activation);
 #define TERMS(p)                                                                        \
     forward_terms(mean + (p) * statistic_step, rstd + (p) * statistic_step,             \
                   NTH(p, weight, parameter_step), NTH(p, bias, parameter_step))
-#define NEXT(p) (fetching ? prefetch((p) + ahead) : (void)0)
 #define NORMALIZED(t, i, left) \
-    (NEXT(x + (i)), fused(load(x + (i), left, 0) - t.pivot, splat(t.scale), splat(t.shift)))
-#define VALUE(t, i, left)                                                               \
-    at_least(added ? (NEXT(residual + (i)), NORMALIZED(t, i, left) + load(residual + (i), left, 0)) \
-                   : NORMALIZED(t, i, left),                                            \
-             floor)
+    (prefetch(x + (i) + ahead), fused(load(x + (i), left, 0) - t.pivot, t.scale, t.shift))
+#define SUM(t, i, left)                                                                 \
+    (added ? (prefetch(residual + (i) + ahead), NORMALIZED(t, i, left) + load(residual + (i), left, 0)) \
+           : NORMALIZED(t, i, left))
+#define VALUE(t, i, left) (floored ? at_least(SUM(t, i, left), splat(0)) : SUM(t, i, left))
     if (direct) {
         WRITE_PLANES(y, planes, n, streaming, TERMS, VALUE)
     } else {
         WRITE_ACTIVATED_PLANES(y, planes, n, activation, streaming, TERMS, VALUE)
     }
 #undef TERMS
-#undef NEXT
 #undef NORMALIZED
+#undef SUM
 #undef VALUE
 }
 
@@ -905,16 +909,16 @@ EXACT_SWEEP void affine(const element *x, const element *residual, element *y, p
                         ptrdiff_t ahead)
 {
     const ptrdiff_t joined = n == stride ? planes : 1;
-#define PLANES(direct, added, streaming, fetching)                                      \
-    affine_planes(direct, added, streaming, fetching, x, residual, y, joined, n, mean, rstd, statistic_step, weight, \
+#define PLANES(direct, added, streaming, floored)                                       \
+    affine_planes(direct, added, streaming, floored, x, residual, y, joined, n, mean, rstd, statistic_step, weight, \
                   bias, parameter_step, activation, ahead)
     for (ptrdiff_t done = 0; done < planes; done += joined) {
         if (activation > RELU || n < LANES)
-            PLANES(0, residual != 0, streaming, 0);
+            PLANES(0, residual != 0, streaming, activation == RELU);
         else if (residual)
-            SPECIALIZE(streaming, ahead, PLANES, 1)
+            SPECIALIZE(streaming, activation, PLANES, 1)
         else
-            SPECIALIZE(streaming, ahead, PLANES, 0)
+            SPECIALIZE(streaming, activation, PLANES, 0)
         x += stride, y += stride, mean += statistic_step, rstd += statistic_step;
         weight = NTH(1, weight, parameter_step), bias = NTH(1, bias, parameter_step);
         residual = NTH(1, residual, stride);
@@ -1034,10 +1038,11 @@ SWEEP void affine_along(const element *x, const real *weight, const real *bias, 
 
 ALWAYS plane_terms backward_terms(const real *mean, const real *rstd, const real *b, const real *c, const real *weight)
 {
-    plane_terms t = {0};
-    t.rstd = *rstd, t.weight = weight ? *weight : 1, t.scale = t.rstd * t.weight;
+    const real w = weight ? *weight : 1;
+    plane_terms t = {{0}};
+    t.rstd = splat(*rstd), t.weight = splat(w), t.scale = splat(*rstd * w);
     if (b)
-        t.pivot = *mean, t.b = *b, t.c = *c;
+        t.pivot = splat(*mean), t.b = splat(*b), t.c = splat(*c);
     return t;
 }
 
@@ -1050,7 +1055,7 @@ ALWAYS void backward_planes(const int direct, const int through, const int strea
     backward_terms(NTH(p, mean, statistic_step), rstd + (p) * statistic_step,           \
                    NTH(p, b, statistic_step), NTH(p, c, statistic_step), NTH(p, weight, parameter_step))
 #define NEXT(p) (fetching ? prefetch((p) + ahead) : (void)0)
-#define LINE(t, i, left) (NEXT(x + (i)), fused(load(x + (i), left, 0) - t.pivot, splat(t.b), splat(t.c)))
+#define LINE(t, i, left) (NEXT(x + (i)), fused(load(x + (i), left, 0) - t.pivot, t.b, t.c))
 #define VALUE(t, i, left)                                                               \
     (NEXT(grad_y + (i)), through ? t.rstd * (load(grad_y + (i), left, 0) * t.weight + LINE(t, i, left)) \
                                  : t.scale * load(grad_y + (i), left, 0))
@@ -1094,73 +1099,66 @@ EXACT_SWEEP void backward_affine(const element *grad_y, const element *x, elemen
 }
 
 /* The same for some rows with a weight running along, and grad_total added; grad_weight and grad_bias
- * get the sums of grad_y * x_hat and of grad_y, x_hat = (x - mean) * rstd + shift. The rows after these are
- * fetched, unless `cached`. */
-ALWAYS void backward_rows(const int rows, const int parameters, const int streaming, int cached, const element *grad_y,
+ * get the sums of grad_y * x_hat and of grad_y, x_hat = (x - mean) * rstd + s, which is what the mean lost when it was
+ * rounded. The rows after these are
+ * fetched, unless `cached`. `all` says that there is everything but a grad_total. */
+ALWAYS void backward_rows(const int rows, const int all, const int streaming, const int cached, const element *grad_y,
                           const element *x, const real *weight, const element *grad_total, element *grad_x,
-                          ptrdiff_t n, const double *mean, const double *shift, const double *rstd,
-                          const double *b, const double *c, real *grad_weight, real *grad_bias)
+                          ptrdiff_t n, const real *mean, const real *rstd, const double *sums, double inverse,
+                          real *grad_weight, real *grad_bias)
 {
-    real pivot[PAIR], r[PAIR], s[PAIR], b_[PAIR], c_[PAIR];
-    for (int k = 0; k < rows; k++)
-        pivot[k] = mean[k], s[k] = shift[k], r[k] = rstd[k], b_[k] = b[k], c_[k] = c[k];
+    vec pivot[PAIR], r[PAIR], s[PAIR], b[PAIR], c[PAIR];
+    for (int k = 0; k < rows; k++, sums += 3) {
+        const double scale = rstd[k], rest = mean ? sums[2] * inverse : 0;
+        const double slope = -scale * scale * (sums[1] - rest * sums[0]) * inverse;
+        pivot[k] = splat(mean ? mean[k] : 0), r[k] = splat(scale), s[k] = splat(-rest * scale);
+        b[k] = splat(slope), c[k] = splat(mean ? -sums[0] * inverse - slope * rest : 0);
+    }
     FOR_VECTORS(i, left, n, {
-        const vec w = weight ? load_real(weight + i, left, 0) : splat(1);
+        const vec w = all || weight ? load_real(weight + i, left, 0) : splat(1);
         vec weight_sum = {0}, bias_sum = {0};
         for (int k = 0; k < rows; k++) {
             const vec g = load(grad_y + k * n + i, left, 0), t = load(x + k * n + i, left, 0) - pivot[k];
             if (!cached)
                 prefetch(x + (rows + k) * n + i), prefetch(grad_y + (rows + k) * n + i);
-            if (grad_x) {
-                vec out = r[k] * (g * w + fused(t, splat(b_[k]), splat(c_[k])));
-                if (grad_total)
+            if (all || grad_x) {
+                vec out = r[k] * (g * w + fused(t, b[k], c[k]));
+                if (!all && grad_total)
                     out += load(grad_total + k * n + i, left, 0);
                 put(grad_x + k * n + i, out, left, streaming);
             }
-            weight_sum = fused(g, fused(t, splat(r[k]), splat(s[k])), weight_sum);
+            weight_sum = fused(g, fused(t, r[k], s[k]), weight_sum);
             bias_sum += g;
         }
-        if (parameters) {
+        if (all || grad_weight) {
             store_real(grad_weight + i, load_real(grad_weight + i, left, 0) + weight_sum, left);
             store_real(grad_bias + i, load_real(grad_bias + i, left, 0) + bias_sum, left);
         }
     })
 }
 
-/* Up to PAIR rows; grad_weight and grad_bias may be NULL together. */
-EXACT_SWEEP void backward_affine_along(
-    const element *grad_y, const element *x, const real *weight, const element *grad_total, element *grad_x,
-    ptrdiff_t rows, ptrdiff_t n, const double *mean, const double *shift, const double *rstd, const double *b,
-    const double *c, real *grad_weight, real *grad_bias, int streaming, int cached)
+/* Up to PAIR rows of which the sums are known, over 1 / inverse values; no mean: not centred. What is not wanted, and
+ * what there is not, is NULL; grad_weight and grad_bias together. */
+EXACT_SWEEP void backward_affine_along(const element *grad_y, const element *x, const real *weight,
+                                       const element *grad_total, element *grad_x, ptrdiff_t rows, ptrdiff_t n,
+                                       const real *mean, const real *rstd, const double *sums, double inverse,
+                                       real *grad_weight, real *grad_bias, int streaming, int cached)
 {
-#define ROWS(rows, parameters, streaming)                                               \
-    backward_rows(rows, parameters, streaming, cached, grad_y, x, weight, grad_total, grad_x, n, mean, shift, rstd, b, c, \
+    const int all = weight && grad_x && grad_weight && !grad_total;
+#define ROWS(all, rows, streaming, cached)                                              \
+    backward_rows(rows, all, streaming, cached, grad_y, x, weight, grad_total, grad_x, n, mean, rstd, sums, inverse, \
                   grad_weight, grad_bias)
     streaming = streaming && grad_x && until_aligned(grad_x) == 0 && n % LANES == 0;
-    if (rows == PAIR && streaming) {
-        if (grad_weight)
-            ROWS(PAIR, 1, 1);
-        else
-            ROWS(PAIR, 0, 1);
-        return;
-    }
-    if (rows == PAIR) {
-        if (grad_weight)
-            ROWS(PAIR, 1, 0);
-        else
-            ROWS(PAIR, 0, 0);
-        return;
-    }
-    for (ptrdiff_t k = 0; k < rows; k++) {
-        if (grad_weight)
-            ROWS(1, 1, 0);
-        else
-            ROWS(1, 0, 0);
-        grad_y += n, x += n, mean++, shift++, rstd++, b++, c++;
-        if (grad_total)
-            grad_total += n;
-        if (grad_x)
-            grad_x += n;
+    if (rows == PAIR && all) {
+        SPECIALIZE(streaming, cached, ROWS, PAIR)
+    } else if (rows == PAIR) {
+        ROWS(0, PAIR, streaming, cached);
+    } else {
+        for (ptrdiff_t k = 0; k < rows; k++) {
+            ROWS(0, 1, streaming, cached);
+            grad_y += n, x += n, grad_total = NTH(1, grad_total, n), grad_x = NTH(1, grad_x, n);
+            mean = NTH(1, mean, 1), rstd++, sums += 3;
+        }
     }
 #undef ROWS
 }

@@ -46,9 +46,9 @@ cdef extern from "sweeps.h" nogil:
                        Py_ssize_t n, double* mean, double* m2) noexcept
     void stretch_squares(const element* x, Py_ssize_t units, Py_ssize_t n, double* squares,
                          const element* y) noexcept
-    void stretch_backward_sums(const element* grad_y, const element* x, const real* weight,
-                               Py_ssize_t n, real mean, double* sums,
-                               const element* grad_x) noexcept
+    void pair_backward_sums(const element* grad_y, const element* x, const real* weight,
+                            Py_ssize_t rows, Py_ssize_t n, const real* mean, double* sums,
+                            const element* grad_x) noexcept
     void stretches_backward_sums(const element* grad_y, const element* x, Py_ssize_t stretches,
                                  Py_ssize_t n, const real* mean, Py_ssize_t K, double* g_sum,
                                  double* gx_sum, double* x_sum) noexcept
@@ -73,10 +73,9 @@ cdef extern from "sweeps.h" nogil:
                          Py_ssize_t parameter_step, int streaming, Py_ssize_t ahead) noexcept
     void backward_affine_along(const element* grad_y, const element* x, const real* weight,
                                const element* grad_total, element* grad_x, Py_ssize_t rows,
-                               Py_ssize_t n, const double* mean, const double* shift,
-                               const double* rstd, const double* b, const double* c,
-                               real* grad_weight, real* grad_bias, int streaming,
-                               int cached) noexcept
+                               Py_ssize_t n, const real* mean, const real* rstd,
+                               const double* sums, double inverse, real* grad_weight,
+                               real* grad_bias, int streaming, int cached) noexcept
     void flush_reals(double* wide, real* sums, Py_ssize_t n) noexcept
 
     void normalize_short(const element* x, const real* weight, const real* bias, element* y,
