@@ -17,10 +17,10 @@ from .call cimport Call
 from .stretches cimport Stretches, backward_stretches, normalize_stretches
 from .strips cimport Images, apply_images, backward_images, images_of, normalize_images
 from .sweeps cimport (
-    LANES, UNITS, affine, at, backward_affine, combine_channels, element, merge_moments, own_lines,
-    plane_backward_sums, plane_moments, real, repeat_each, settle, share, stream_fence,
+    LANES, UNITS, affine, at, backward_affine, combine_channels, element, merge_moments, new_lines,
+    own_lines, plane_backward_sums, plane_moments, real, repeat_each, settle, share, stream_fence,
     stretch_moments, stretches_backward_sums, sum_parts, take_statistics, team, team_barrier,
-    worth_dealing,
+    whole_lines, worth_dealing,
 )
 
 cdef enum:
@@ -278,10 +278,10 @@ cdef inline int _normalize_short(const Units* u) noexcept nogil:
     """Groups of short planes."""
     cdef:
         Stretches s = _stretches(u)
-        Py_ssize_t length = u.call.C * u.call.S
+        Py_ssize_t length = whole_lines(u.call.C * u.call.S)
         real* repeated = NULL
     if u.call.S > 1:
-        repeated = <real*> malloc(2 * length * sizeof(real))
+        repeated = <real*> new_lines(2 * length * sizeof(real))
         if repeated is NULL:
             return -1
         s.weight = _repeated(s.weight, u.call, repeated)
@@ -528,9 +528,9 @@ cdef inline int _backward_short(const Units* u) noexcept nogil:
     cdef:
         const Call* call = u.call
         Stretches s = _stretches(u)
-        Py_ssize_t length = call.C * call.S, c, i
+        Py_ssize_t length = whole_lines(call.C * call.S), c, i
         double weight_sum, bias_sum
-        real* scratch = <real*> malloc(3 * length * sizeof(real))
+        real* scratch = <real*> new_lines(3 * length * sizeof(real))
         int failed
     if scratch is NULL:
         return -1

@@ -5,13 +5,13 @@
 # keeps its own sums for the parameters, in float64.
 
 from libc.stdlib cimport calloc, free
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 from .call cimport Call
 from .sweeps cimport (
     LANES, add, affine_strip, at, backward_strip, column_backward_sums, column_moments,
-    column_squares, element, finish_backward, real, set_columns, settle, share, stream_fence,
-    sum_parts, team, team_barrier,
+    column_reals, column_squares, element, finish_backward, real, set_columns, settle, share,
+    stream_fence, sum_parts, team, team_barrier,
 )
 
 cdef enum:
@@ -76,9 +76,9 @@ cdef inline void _normalize_strip(const Columns* columns, Py_ssize_t n, Py_ssize
         double mu[WIDEST]
         double m2[WIDEST]
         double r[WIDEST]
-        real pivot[WIDEST]
-        real scale[WIDEST]
-        real shift[WIDEST]
+        column_reals pivot
+        column_reals scale
+        column_reals shift
         const Call* call = columns.call
         Py_ssize_t D = call.D, S = call.S, here = n * D * S + s, statistic = n * S + s
         Py_ssize_t d, half, rows
@@ -128,10 +128,11 @@ cdef inline void _backward_strip(const Columns* columns, Py_ssize_t n, Py_ssize_
     """Adds to parameter_sums, (2, D), unless it is NULL."""
     cdef:
         double sums[3 * WIDEST]
-        real zeros[WIDEST]
-        real shift[WIDEST]
-        real b[WIDEST]
-        real c[WIDEST]
+        column_reals mean
+        column_reals rstd
+        column_reals shift
+        column_reals b
+        column_reals c
         double* g_sum = sums
         double* gx_sum = sums + WIDEST
         double* x_sum = sums + 2 * WIDEST
@@ -141,12 +142,12 @@ cdef inline void _backward_strip(const Columns* columns, Py_ssize_t n, Py_ssize_
         Py_ssize_t d, half, rows
         const element* grad_y = <const element*> call.grad_y + here
         const element* x = <const element*> call.x + here
-        const real* mean = at(<const real*> call.mean, statistic)
-        const real* rstd = <const real*> call.rstd + statistic
         const real* weight = <const real*> call.weight
-    if not centred:
-        memset(zeros, 0, width * sizeof(real))
-        mean = zeros
+    memcpy(rstd, <const real*> call.rstd + statistic, width * sizeof(real))
+    if centred:
+        memcpy(mean, <const real*> call.mean + statistic, width * sizeof(real))
+    else:
+        memset(mean, 0, width * sizeof(real))
     memset(sums, 0, sizeof(sums))
     column_backward_sums(grad_y, x, weight, D, S, width, columns.call.far, mean, g_sum,
                          gx_sum, x_sum)

@@ -13,14 +13,16 @@
 #                       grad_x and the parameters' gradients, which each part keeps in float64;
 #                       short ones stay in registers
 
-from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memset
+from libc.stdint cimport uintptr_t
+from libc.stdlib cimport free
+from libc.string cimport memcpy, memset
 
 from .sweeps cimport (
-    BACKWARD_ROWS, BACKWARD_SHORT, BLOCK, LANES, PAIR, SHORT_VECTORS, UNITS, add, affine_along, at,
-    backward_affine_along, backward_short, element, flush_reals, merge_moments, normalize_short,
-    own_lines, pair_backward_sums, real, scale_short, set_columns, settle, share, stream_fence,
-    stretch_moments, stretch_squares, sum_parts, team, team_barrier,
+    BACKWARD_ROWS, BACKWARD_SHORT, BLOCK, LANES, LINE_BYTES, PAIR, SHORT_VECTORS, UNITS, add,
+    affine_along, at, backward_affine_along, backward_short, element, flush_reals, merge_moments,
+    new_lines, normalize_short, own_lines, pair_backward_sums, real, scale_short, set_columns,
+    settle, share, stream_fence, stretch_moments, stretch_squares, sum_parts, team, team_barrier,
+    whole_lines,
 )
 
 cdef enum:
@@ -35,6 +37,7 @@ cdef enum:
     FEW_PARTS = 4
     PAIR_ROWS = 4       # and of one of the first two
     SPLITS = 8          # of a period where the parts are fewer
+    LINED = 64          # stretches that are worth a copy of parameters that begin no line
 
 
 cdef struct Stretches:
@@ -63,7 +66,9 @@ cdef struct Stretches:
     # Scratch of the whole team.
     Py_ssize_t piece
     double* wide
-    real* sums
+    real* sums                  # (members, 2, pitch)
+    Py_ssize_t pitch
+    real* lined
 
 
 cdef struct Terms:
@@ -225,8 +230,27 @@ cdef inline Py_ssize_t _piece(Py_ssize_t D) noexcept nogil:
     return ((D + PIECES - 1) // PIECES + BLOCK - 1) // BLOCK * BLOCK
 
 
+cdef inline const real* _lined(const real* parameter, real* copy, Py_ssize_t length) noexcept nogil:
+    """The same, beginning a line."""
+    if parameter is NULL or <uintptr_t> parameter % LINE_BYTES == 0:
+        return parameter
+    return <const real*> memcpy(copy, parameter, length * sizeof(real))
+
+
+cdef inline void _line_up(Stretches* s) noexcept nogil:
+    """Weight and bias are read for every few stretches; `lined` is to be freed."""
+    cdef Py_ssize_t length = s.period * s.D, pitch = whole_lines(length)
+    s.lined = NULL
+    if s.M >= LINED * s.period and s.weight is not NULL:
+        s.lined = <real*> new_lines(2 * pitch * sizeof(real))
+    if s.lined is not NULL:
+        s.weight = _lined(s.weight, s.lined, length)
+        s.bias = _lined(s.bias, s.lined + pitch, length)
+
+
 cdef inline void normalize_stretches(Stretches* s, int threads) noexcept nogil:
     cdef double wide[4 * PIECES]
+    _line_up(s)
     if s.D >= LONG and s.M < FEW:
         s.wide = wide
         s.piece = _piece(s.D)
@@ -238,6 +262,7 @@ cdef inline void normalize_stretches(Stretches* s, int threads) noexcept nogil:
         team(_normalize_periods, s, threads)
     else:
         team(_normalize_whole, s, threads)
+    free(s.lined)
 
 
 cdef inline void _backward_together(const Stretches* s, Py_ssize_t m, Py_ssize_t count,
@@ -286,11 +311,11 @@ cdef inline void _backward_part(const Stretches* s, Py_ssize_t part, Py_ssize_t 
     while m < last:
         count = min(some, last - m) if s.period == 1 else 1
         for g in range(g_first, g_last):
-            _backward_together(s, m + g, count, at(sums, g * s.D), at(sums, length + g * s.D))
+            _backward_together(s, m + g, count, at(sums, g * s.D), at(sums, s.pitch + g * s.D))
         m += some
         if wide is not NULL and (m >= last or (m - first) % (FLUSH * PAIR * s.period) == 0):
             flush_reals(wide + along, sums + along, n)
-            flush_reals(wide + length + along, sums + length + along, n)
+            flush_reals(wide + length + along, sums + s.pitch + along, n)
 
 
 cdef inline void _backward_whole(void* work, int member, int members) noexcept nogil:
@@ -298,7 +323,7 @@ cdef inline void _backward_whole(void* work, int member, int members) noexcept n
         const Stretches* s = <const Stretches*> work
         Py_ssize_t length = s.period * s.D, tasks = s.parts * s.splits, p
     for p in range(share(tasks, member, members), share(tasks, member + 1, members)):
-        _backward_part(s, p // s.splits, p % s.splits, at(s.sums, member * own_lines(2 * length)))
+        _backward_part(s, p // s.splits, p % s.splits, at(s.sums, member * own_lines(2 * s.pitch)))
     if s.streaming:
         stream_fence()
     if s.wide is not NULL:
@@ -334,7 +359,7 @@ cdef inline void _backward_pieces(void* work, int member, int members) noexcept 
             backward_affine_along(s.grad_y + here, s.x + here, at(s.weight, start),
                                   at(s.grad_total, here), at(s.grad_x, here), 1,
                                   min(s.piece, s.D - start), at(s.mean, m), s.rstd + m, total,
-                                  1.0 / s.D, at(s.sums, start), at(s.sums, s.D + start),
+                                  1.0 / s.D, at(s.sums, start), at(s.sums, s.pitch + start),
                                   s.streaming, True)
     for p in range(first, last):
         start = p * s.piece
@@ -343,7 +368,7 @@ cdef inline void _backward_pieces(void* work, int member, int members) noexcept 
             if s.grad_weight is not NULL:
                 s.grad_weight[i] = s.sums[i]
             if s.grad_bias is not NULL:
-                s.grad_bias[i] = s.sums[s.D + i]
+                s.grad_bias[i] = s.sums[s.pitch + i]
     if s.streaming:
         stream_fence()
 
@@ -354,22 +379,26 @@ cdef inline int backward_stretches(Stretches* s, Py_ssize_t slab, int threads) n
         Py_ssize_t length = s.period * s.D, repeats = s.M // s.period
         bint parameters = s.grad_weight is not NULL or s.grad_bias is not NULL
         bint pieces = s.D >= LONG and s.M < FEW and s.period == 1
+        size_t nbytes
         double wide[6 * PIECES]
-    s.wide, s.sums = NULL, NULL
+    s.wide, s.sums, s.pitch = NULL, NULL, whole_lines(length)
     s.parts = max(1, min(repeats // PAIR_ROWS, <Py_ssize_t> 2),
                   min(repeats // FEW_ROWS, <Py_ssize_t> FEW_PARTS),
                   min(repeats // ROWS, <Py_ssize_t> PARTS))
     s.splits = min(s.period, <Py_ssize_t> SPLITS) if s.parts < FEW_PARTS else 1
     s.cached = 3 * s.M * s.D * <Py_ssize_t> sizeof(element) <= slab * threads
     if parameters:
-        s.sums = <real*> calloc(own_lines(2 * length) * (1 if pieces else threads), sizeof(real))
+        nbytes = own_lines(2 * s.pitch) * (1 if pieces else threads) * sizeof(real)
+        s.sums = <real*> new_lines(nbytes)
         if s.sums is NULL:
             return -1
+        memset(s.sums, 0, nbytes)
         if not pieces:
-            s.wide = <double*> malloc(2 * s.parts * length * sizeof(double))
+            s.wide = <double*> new_lines(2 * s.parts * length * sizeof(double))
             if s.wide is NULL:
                 free(s.sums)
                 return -1
+    _line_up(s)
     if pieces:
         s.wide = wide
         s.piece = _piece(s.D)
@@ -377,5 +406,6 @@ cdef inline int backward_stretches(Stretches* s, Py_ssize_t slab, int threads) n
     else:
         team(_backward_whole, s, threads)
         free(s.wide)
+    free(s.lined)
     free(s.sums)
     return 0

@@ -14,20 +14,19 @@
 # Rows of few columns are taken side by side: `abreast` of them fill a measured strip, and
 # `in_line` a row of the transform.
 
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport free
 from libc.string cimport memcpy, memset
 
 from .call cimport Call
 from .sweeps cimport (
-    FEW_CHANNELS, LANES, TOGETHER, UNITS, affine_block, at, backward_block, backward_group,
-    column_backward_sums, column_moments, combine_channels, element, evenness, fold_moments,
-    fold_sums, merge_columns, own_lines, plane_moments, real, repeat_each, set_columns, settle,
-    share, stream_fence, stretch_moments, sum_parts, take_statistics, team, team_barrier,
-    worth_dealing,
+    FEW_CHANNELS, LANES, STRIP_COLUMNS, TOGETHER, UNITS, affine_block, at, backward_block,
+    backward_group, column_backward_sums, column_moments, column_reals, combine_channels, element,
+    evenness, fold_moments, fold_sums, merge_columns, new_lines, own_lines, plane_moments, real,
+    repeat_each, set_columns, settle, share, stream_fence, stretch_moments, sum_parts,
+    take_statistics, team, team_barrier, whole_lines, worth_dealing,
 )
 
 cdef enum:
-    COLUMNS = 1024          # of a strip, at most
     NARROW = 64             # columns worth measuring side by side
     LINE = 128              # columns worth transforming in one row,
     IN_LINE_ROWS = 32       # where there are so many rows for each that is put beside another
@@ -53,6 +52,7 @@ cdef struct Images:
     double* wide
     real* terms
     Py_ssize_t wide_size, terms_size
+    Py_ssize_t pitch                        # of the terms, from one to the next
     # Of the backward pass.
     Py_ssize_t parts
     double* sums                            # (parts, 2, C), or NULL
@@ -61,7 +61,7 @@ cdef struct Images:
 
 cdef inline Images images_of(const Call* call, Py_ssize_t count, Py_ssize_t rows,
                              Py_ssize_t inner) noexcept nogil:
-    """`inner` is at most COLUMNS."""
+    """`inner` is at most STRIP_COLUMNS."""
     cdef:
         Images im
         Py_ssize_t width = call.C * inner, K = call.C // call.G, row_bytes, step
@@ -81,8 +81,8 @@ cdef inline Images images_of(const Call* call, Py_ssize_t count, Py_ssize_t rows
         im.per_cell = 1
     im.cells = call.C // im.per_cell
     # Whole groups, if they are not too wide.
-    step = K if K * inner <= COLUMNS else im.per_cell
-    im.strip_channels = min(call.C, max(<Py_ssize_t> 1, COLUMNS // inner // step) * step)
+    step = K if K * inner <= STRIP_COLUMNS else im.per_cell
+    im.strip_channels = min(call.C, max(<Py_ssize_t> 1, STRIP_COLUMNS // inner // step) * step)
     im.strips = (call.C + im.strip_channels - 1) // im.strip_channels
     row_bytes = im.strip_channels * inner * <Py_ssize_t> sizeof(element)
     if im.strips >= MANY and 2 * rows * row_bytes <= call.slab:
@@ -147,8 +147,8 @@ cdef inline void _measure_columns(const element* x, Py_ssize_t rows, Py_ssize_t 
                                   double* m2) noexcept nogil:
     """Moments per channel of some rows of a strip, `abreast` rows taken as one."""
     cdef:
-        double column_mean[COLUMNS]
-        double column_m2[COLUMNS]
+        double column_mean[STRIP_COLUMNS]
+        double column_m2[STRIP_COLUMNS]
         Py_ssize_t width = channels * im.inner, stride = im.channels * im.inner
     if abreast == 1 and im.inner == 1:
         column_moments(x, rows, stride, width, im.call.far, mean, m2)
@@ -179,8 +179,8 @@ cdef inline void _measure(const Images* im, Py_ssize_t start, Py_ssize_t index, 
         Task task = task_of(im, index)
         Py_ssize_t here = index // im.strips * im.cells + task.first_channel // im.per_cell
         Py_ssize_t left = task.rows % im.abreast, whole = task.rows - left
-        double left_mean[COLUMNS]
-        double left_m2[COLUMNS]
+        double left_mean[STRIP_COLUMNS]
+        double left_m2[STRIP_COLUMNS]
         const element* x = <const element*> im.call.x
         const element* y
     start += task.offset
@@ -216,11 +216,11 @@ cdef inline void _merge(const Images* im, Py_ssize_t first, Py_ssize_t last, dou
 
 cdef inline void _set_terms(const Images* im, Py_ssize_t g, Py_ssize_t count, const double* mean,
                             const double* rstd, real* terms) noexcept nogil:
-    """pivot, scale and shift of the channels of `count` groups; terms is (3, C)."""
-    cdef Py_ssize_t C = im.channels, K = C // im.groups, c = g * K
+    """pivot, scale and shift of the channels of `count` groups; terms is (3, pitch)."""
+    cdef Py_ssize_t K = im.channels // im.groups, c = g * K
     set_columns(K, mean, rstd, at(<const real*> im.call.weight, c),
-                at(<const real*> im.call.bias, c), count, terms + c, terms + C + c,
-                terms + 2 * C + c)
+                at(<const real*> im.call.bias, c), count, terms + c, terms + im.pitch + c,
+                terms + 2 * im.pitch + c)
 
 
 cdef inline void _finish(const Images* im, Py_ssize_t image, Py_ssize_t first, Py_ssize_t last,
@@ -230,13 +230,13 @@ cdef inline void _finish(const Images* im, Py_ssize_t image, Py_ssize_t first, P
     cdef:
         Py_ssize_t in_group = im.cells // im.groups, count, start
         Py_ssize_t n = im.rows * im.inner * im.per_cell
-        double mu[COLUMNS]
-        double v[COLUMNS]
-        double r[COLUMNS]
+        double mu[STRIP_COLUMNS]
+        double v[STRIP_COLUMNS]
+        double r[STRIP_COLUMNS]
         const Call* call = im.call
     _merge(im, first * in_group, last * in_group, mean, m2)
     while first < last:
-        count = min(last - first, <Py_ssize_t> COLUMNS)
+        count = min(last - first, <Py_ssize_t> STRIP_COLUMNS)
         fold_moments(n, mean + first * in_group, m2 + first * in_group, 1, count, in_group, mu, v)
         start = image * im.groups + first
         settle(mu, v, count, n * in_group, call.eps, r, <real*> call.mean + start,
@@ -249,17 +249,17 @@ cdef inline void _finish(const Images* im, Py_ssize_t image, Py_ssize_t first, P
 cdef inline void _transform(const Images* im, Py_ssize_t start, Py_ssize_t index,
                             const real* terms) noexcept nogil:
     cdef:
-        real column_pivot[COLUMNS]
-        real column_scale[COLUMNS]
-        real column_shift[COLUMNS]
+        column_reals column_pivot
+        column_reals column_scale
+        column_reals column_shift
         const Call* call = im.call
         Task task = task_of(im, index)
-        Py_ssize_t C = im.channels, stride = C * im.inner * im.in_line
+        Py_ssize_t stride = im.channels * im.inner * im.in_line
         Py_ssize_t width = task.channels * im.inner * im.in_line
         Py_ssize_t here = start + task.offset, rows = task.rows // im.in_line
         const real* pivot = columns_of(im, terms, &task, im.in_line, column_pivot)
-        const real* scale = columns_of(im, terms + C, &task, im.in_line, column_scale)
-        const real* shift = columns_of(im, terms + 2 * C, &task, im.in_line, column_shift)
+        const real* scale = columns_of(im, terms + im.pitch, &task, im.in_line, column_scale)
+        const real* shift = columns_of(im, terms + 2 * im.pitch, &task, im.in_line, column_shift)
     affine_block(<const element*> call.x + here, at(<const element*> call.residual, here),
                  <element*> call.y + here, rows, stride, width, pivot, scale, shift,
                  call.activation, call.streaming, im.cached)
@@ -273,7 +273,7 @@ cdef inline void _transform(const Images* im, Py_ssize_t start, Py_ssize_t index
 
 cdef inline void _normalize_image(const Images* im, Py_ssize_t image, double* wide, real* terms,
                                   int member, int members) noexcept nogil:
-    """wide is (2, chunks, cells), terms (3, C); both are left alone by who is done."""
+    """wide is (2, chunks, cells), terms (3, pitch); both are left alone by who is done."""
     cdef:
         Py_ssize_t K = im.channels // im.groups, tasks = im.chunks * im.strips
         Py_ssize_t first = share(tasks, member, members), last = share(tasks, member + 1, members)
@@ -336,9 +336,10 @@ cdef inline int normalize_images(Images* im) noexcept nogil:
         int places = im.call.threads if dealt else 1
     im.cached = fits(im, 1, dealt)
     im.wide_size = own_lines(2 * im.chunks * im.cells)
-    im.terms_size = own_lines(3 * im.channels)
-    im.wide = <double*> malloc(places * (im.wide_size * sizeof(double)
-                                         + im.terms_size * sizeof(real)))
+    im.pitch = whole_lines(im.channels)
+    im.terms_size = own_lines(3 * im.pitch)
+    im.wide = <double*> new_lines(places * (im.wide_size * sizeof(double)
+                                            + im.terms_size * sizeof(real)))
     if im.wide is NULL:
         return -1
     im.terms = <real*> (im.wide + places * im.wide_size)
@@ -352,11 +353,11 @@ cdef inline void _take_terms(const Images* im, Py_ssize_t first, Py_ssize_t last
     """The terms of some of the B * G groups whose statistics are given."""
     cdef:
         Py_ssize_t g, count
-        double mean[COLUMNS]
-        double rstd[COLUMNS]
+        double mean[STRIP_COLUMNS]
+        double rstd[STRIP_COLUMNS]
     while first < last:
         g = first % im.groups
-        count = min(min(last - first, im.groups - g), <Py_ssize_t> COLUMNS)
+        count = min(min(last - first, im.groups - g), <Py_ssize_t> STRIP_COLUMNS)
         take_statistics(im.call, first, count, mean, rstd)
         _set_terms(im, g, count, mean, rstd, terms + first // im.groups * im.terms_size)
         first += count
@@ -379,8 +380,9 @@ cdef inline void _apply(void* work, int member, int members) noexcept nogil:
 
 cdef inline int apply_images(Images* im) noexcept nogil:
     """Transform with statistics, (B, G), given. -1 if out of memory."""
-    im.terms_size = 3 * im.channels
-    im.terms = <real*> malloc(im.call.B * im.terms_size * sizeof(real))
+    im.pitch = whole_lines(im.channels)
+    im.terms_size = 3 * im.pitch
+    im.terms = <real*> new_lines(im.call.B * im.terms_size * sizeof(real))
     if im.terms is NULL:
         return -1
     team(_apply, im, im.call.threads)
@@ -397,7 +399,7 @@ cdef inline void _sum_columns(
 ) noexcept nogil:
     """Add the three backward sums per channel of some rows of a strip; sums is (3, C)."""
     cdef:
-        double columns[3 * COLUMNS]
+        double columns[3 * STRIP_COLUMNS]
         Py_ssize_t width = task.channels * im.inner * abreast
         Py_ssize_t stride = im.channels * im.inner * abreast, C = im.channels, v
     if abreast == 1 and im.inner == 1:
@@ -415,7 +417,7 @@ cdef inline void _sum(const Images* im, Py_ssize_t start, Py_ssize_t index, cons
                       double* sums) noexcept nogil:
     """The backward sums of one task; sums is (chunks, 3, C)."""
     cdef:
-        real column_mean[COLUMNS]
+        column_reals column_mean
         Task task = task_of(im, index)
         Py_ssize_t left = task.rows % im.abreast, whole = task.rows - left, v
         const element* grad_y = <const element*> im.call.grad_y + start + task.offset
@@ -433,9 +435,9 @@ cdef inline void _sum(const Images* im, Py_ssize_t start, Py_ssize_t index, cons
 
 cdef inline void _differentiate(const Images* im, Py_ssize_t start, Py_ssize_t index,
                                 const real* terms) noexcept nogil:
-    """terms, (5, C): mean, weight, rstd, b and c of backward_block."""
+    """terms, (5, pitch): mean, weight, rstd, b and c of backward_block."""
     cdef:
-        real columns[5 * COLUMNS]
+        column_reals columns[5]
         const real* per_column[5]
         const Call* call = im.call
         Task task = task_of(im, index)
@@ -444,8 +446,7 @@ cdef inline void _differentiate(const Images* im, Py_ssize_t start, Py_ssize_t i
         Py_ssize_t here = start + task.offset, rows = task.rows // im.in_line, v
         const element* x = NULL if im.frozen else <const element*> call.x
     for v in range(5):
-        per_column[v] = columns_of(im, terms + v * im.channels, &task, im.in_line,
-                                   columns + v * COLUMNS)
+        per_column[v] = columns_of(im, terms + v * im.pitch, &task, im.in_line, columns[v])
     backward_block(<const element*> call.grad_y + here, at(x, here), <element*> call.grad_x + here,
                    rows, stride, width, per_column[0], per_column[2], per_column[3], per_column[4],
                    per_column[1], call.streaming, im.cached)
@@ -462,14 +463,14 @@ cdef inline void _set_backward(const Images* im, Py_ssize_t image, Py_ssize_t fi
                                Py_ssize_t last, real* terms) noexcept nogil:
     """mean, weight and rstd of the channels of some groups."""
     cdef:
-        Py_ssize_t C = im.channels, K = C // im.groups, c
+        Py_ssize_t K = im.channels // im.groups, c
         const real* mean = <const real*> im.call.mean + image * im.groups
         const real* rstd = <const real*> im.call.rstd + image * im.groups
         const real* weight = <const real*> im.call.weight
     for c in range(first * K, last * K):
-        terms[C + c] = 1 if weight is NULL else weight[c]
+        terms[im.pitch + c] = 1 if weight is NULL else weight[c]
     repeat_each(mean + first, last - first, K, terms + first * K)
-    repeat_each(rstd + first, last - first, K, terms + 2 * C + first * K)
+    repeat_each(rstd + first, last - first, K, terms + 2 * im.pitch + first * K)
 
 
 cdef inline void _combine(const Images* im, Py_ssize_t image, Py_ssize_t first, Py_ssize_t last,
@@ -479,20 +480,20 @@ cdef inline void _combine(const Images* im, Py_ssize_t image, Py_ssize_t first, 
     cdef:
         Py_ssize_t C = im.channels, K = C // im.groups, c = first * K, end = last * K, i, v, k
         Py_ssize_t count
-        real slope[COLUMNS]
-        real offset[COLUMNS]
+        real slope[STRIP_COLUMNS]
+        real offset[STRIP_COLUMNS]
     for i in range(1, im.chunks):
         for v in range(3):
             for k in range(v * C + c, v * C + end):
                 wide[k] += wide[i * 3 * C + k]
     while first < last:
-        c, count = first * K, min(last - first, <Py_ssize_t> COLUMNS)
+        c, count = first * K, min(last - first, <Py_ssize_t> STRIP_COLUMNS)
         combine_channels(K, count, wide + c, wide + C + c, wide + 2 * C + c,
                          at(<const real*> im.call.weight, c), im.rows * im.inner * K,
                          not im.frozen, <const real*> im.call.rstd + image * im.groups + first,
                          at(grad_weight, c), at(grad_bias, c), slope, offset)
-        repeat_each(slope, count, K, terms + 3 * C + c)
-        repeat_each(offset, count, K, terms + 4 * C + c)
+        repeat_each(slope, count, K, terms + 3 * im.pitch + c)
+        repeat_each(offset, count, K, terms + 4 * im.pitch + c)
         first += count
 
 
@@ -501,24 +502,24 @@ cdef inline void _sum_groups(const Images* im, Py_ssize_t image, const Task* tas
     """The same for the groups of a strip of few rows, from the sums on."""
     cdef:
         Py_ssize_t C = im.channels, K = C // im.groups, first = task.first_channel, here, c, g
-        real slope[COLUMNS]
-        real offset[COLUMNS]
+        real slope[STRIP_COLUMNS]
+        real offset[STRIP_COLUMNS]
     for g in range(task.channels // K):
         c = first + g * K
         here = image * im.size + c
         backward_group(<const element*> im.call.grad_y + here, <const element*> im.call.x + here,
                        im.rows, C, K, at(<const real*> im.call.weight, c), terms[c],
-                       terms[2 * C + c], at(grad_weight, c), at(grad_bias, c), slope + g,
+                       terms[2 * im.pitch + c], at(grad_weight, c), at(grad_bias, c), slope + g,
                        offset + g)
-    repeat_each(slope, task.channels // K, K, terms + 3 * C + first)
-    repeat_each(offset, task.channels // K, K, terms + 4 * C + first)
+    repeat_each(slope, task.channels // K, K, terms + 3 * im.pitch + first)
+    repeat_each(offset, task.channels // K, K, terms + 4 * im.pitch + first)
 
 
 cdef inline void _backward_image(
     const Images* im, Py_ssize_t image, double* wide, real* terms, double* grad_weight,
     double* grad_bias, int member, int members,
 ) noexcept nogil:
-    """wide is (chunks, 3, C), terms (5, C)."""
+    """wide is (chunks, 3, C), terms (5, pitch)."""
     cdef:
         Py_ssize_t K = im.channels // im.groups, tasks = im.chunks * im.strips
         Py_ssize_t first = share(tasks, member, members), last = share(tasks, member + 1, members)
@@ -600,25 +601,24 @@ cdef inline int backward_images(Images* im, bint frozen) noexcept nogil:
         const Call* call = im.call
         bint dealt = dealt_whole(im)
         bint parameters = call.grad_weight is not NULL or call.grad_bias is not NULL
-        Py_ssize_t places = call.threads if dealt else 1, i
+        Py_ssize_t places = call.threads if dealt else 1, sums_size = 0
         double* scratch
     im.frozen = frozen
     im.cached = fits(im, 2, dealt)
     im.parts = min(im.count, <Py_ssize_t> PARTS)
     im.wide_size = own_lines(3 * im.chunks * im.channels)
-    im.terms_size = own_lines(5 * im.channels)
-    scratch = <double*> malloc(
+    im.pitch = whole_lines(im.channels)
+    im.terms_size = own_lines(5 * im.pitch)
+    if parameters:
+        sums_size = whole_lines(2 * im.parts * im.channels)
+    scratch = <double*> new_lines(
         places * (im.wide_size * sizeof(double) + im.terms_size * sizeof(real))
-        + (2 * im.parts * im.channels if parameters else 0) * sizeof(double))
+        + sums_size * sizeof(double))
     if scratch is NULL:
         return -1
-    im.wide = scratch
-    im.sums = NULL
-    if parameters:
-        im.sums = scratch
-        im.wide = scratch + 2 * im.parts * im.channels
-        for i in range(2 * im.parts * im.channels):
-            im.sums[i] = 0
+    memset(scratch, 0, sums_size * sizeof(double))
+    im.sums = scratch if parameters else NULL
+    im.wide = scratch + sums_size
     im.terms = <real*> (im.wide + places * im.wide_size)
     team(_backward_dealt if dealt else _backward_cut, im, call.threads)
     free(scratch)

@@ -11,6 +11,8 @@
 #ifndef CPUNORM_SWEEPS_H
 #define CPUNORM_SWEEPS_H
 
+#include <stdlib.h>
+
 #include "vectors.h"
 
 #ifdef _OPENMP
@@ -20,6 +22,7 @@
 #define BLOCK ((ptrdiff_t)(16384 / sizeof(real)))
 #define SCRATCH 1024        /* reals that wait in L1 for an activation */
 #define RELU 1              /* in the order of ACTIVATIONS */
+#define STRIP_COLUMNS 1024  /* of a strip, at most */
 #define COLUMN_VECTORS 4    /* vectors of columns measured together */
 #define SEGMENT 512         /* columns of a wider strip, whose sums stay in L1 */
 #define COLUMN_ROWS 64      /* rows summed before the sums go to float64 */
@@ -56,6 +59,20 @@
 #define EXACT_SWEEP \
     static __attribute__((noinline, noclone, unused, optimize("fp-contract=off", "no-associative-math")))
 #endif
+
+/* ------------------------------------------------------------------------------------ scratch */
+
+/* What is read or written in vectors over and over begins a line: a vector that lies in two costs twice. Several of
+ * these lie an odd number of lines apart; see whole_lines. */
+typedef real column_reals[STRIP_COLUMNS + 16] __attribute__((aligned(LINE_BYTES)));
+typedef real segment_reals[SEGMENT + 16] __attribute__((aligned(LINE_BYTES)));
+
+/* To be freed; NULL if there is no memory. */
+static inline void *new_lines(size_t bytes)
+{
+    void *block = NULL;
+    return posix_memalign(&block, LINE_BYTES, bytes) ? NULL : block;
+}
 
 /* ------------------------------------------------------------------------------------- teams */
 
@@ -1426,7 +1443,7 @@ ALWAYS void add_rows(const int together, const element *x, ptrdiff_t stride, ptr
 ALWAYS void segment_moments(const element *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t n, double above,
                             ptrdiff_t below, int far, double *mean, double *m2)
 {
-    real pivot[SEGMENT], sum[SEGMENT], squares[SEGMENT];
+    segment_reals pivot, sum, squares;
     const ptrdiff_t some = MIN(rows, 8);
     for (ptrdiff_t k = 0; k < n; k++)
         sum[k] = squares[k] = 0, pivot[k] = above == 0 ? 0 : mean[k];
@@ -1558,7 +1575,7 @@ ALWAYS void segment_backward_sums(const int centred, const element *grad_y, cons
                                   ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t n, ptrdiff_t below,
                                   int far, const real *mean, double *g_sum, double *gx_sum, double *x_sum)
 {
-    real a[SEGMENT], b[SEGMENT], c[SEGMENT];
+    segment_reals a, b, c;
     ptrdiff_t r = 0;
     for (ptrdiff_t k = 0; k < n; k++)
         a[k] = b[k] = c[k] = 0;
@@ -1782,9 +1799,12 @@ SWEEP void affine_block(const element *x, const element *residual, element *y, p
     const vec p = load_real(pivot + j, left, 0), a = load_real(scale + j, left, 0);     \
     const vec b = load_real(shift + j, left, 0);
 #define VALUE(i, left) ((load(x + (i), left, 0) - p) * a + b)
-#define PUT(i, value, left) put(y + (i), at_least(value, floor), left, streaming);
-#define PLAIN(i, left) PUT(i, VALUE(i, left), left)
-#define ADDED(i, left) PUT(i, VALUE(i, left) + load(residual + (i), left, 0), left)
+#define ADDED(i, left) (VALUE(i, left) + load(residual + (i), left, 0))
+#define PUT(i, value, left) put(y + (i), value, left, streaming);
+#define PUT_VALUE(i, left) PUT(i, VALUE(i, left), left)
+#define PUT_ADDED(i, left) PUT(i, ADDED(i, left), left)
+#define CUT_VALUE(i, left) PUT(i, at_least(VALUE(i, left), floor), left)
+#define CUT_ADDED(i, left) PUT(i, at_least(ADDED(i, left), floor), left)
     if (activation > RELU) {
         for (ptrdiff_t row = 0; row < rows; row++)
             for (ptrdiff_t start = 0; start < width; start += SCRATCH) {
@@ -1792,23 +1812,27 @@ SWEEP void affine_block(const element *x, const element *residual, element *y, p
                 const ptrdiff_t count = MIN(SCRATCH, width - start), here = row * stride + start;
                 FOR_VECTORS(i, left, count, {
                     COLUMNS(start + i, left)
-                    vec out = VALUE(here + i, left);
-                    if (residual)
-                        out += load(residual + here + i, left, 0);
-                    store_real(scratch + i, out, left);
+                    store_real(scratch + i, residual ? ADDED(here + i, left) : VALUE(here + i, left), left);
                 })
                 activate(scratch, count, activation);
                 deliver(scratch, y + here, count, streaming);
             }
+    } else if (residual && activation) {
+        FOR_BLOCK(rows, stride, width, COLUMNS, CUT_ADDED)
     } else if (residual) {
-        FOR_BLOCK(rows, stride, width, COLUMNS, ADDED)
+        FOR_BLOCK(rows, stride, width, COLUMNS, PUT_ADDED)
+    } else if (activation) {
+        FOR_BLOCK(rows, stride, width, COLUMNS, CUT_VALUE)
     } else {
-        FOR_BLOCK(rows, stride, width, COLUMNS, PLAIN)
+        FOR_BLOCK(rows, stride, width, COLUMNS, PUT_VALUE)
     }
-#undef PUT
-#undef PLAIN
-#undef ADDED
 #undef VALUE
+#undef ADDED
+#undef PUT
+#undef PUT_VALUE
+#undef PUT_ADDED
+#undef CUT_VALUE
+#undef CUT_ADDED
 #undef COLUMNS
 }
 

@@ -12,14 +12,19 @@ cdef extern from "sweeps.h" nogil:
 
     enum:
         LANES
+        LINE_BYTES
         BLOCK
         PAIR
         BACKWARD_ROWS
         BACKWARD_SHORT
         FEW_CHANNELS
         SHORT_VECTORS
+        STRIP_COLUMNS
         TOGETHER
         UNITS
+
+    ctypedef real column_reals[1040]
+    void* new_lines(size_t nbytes) noexcept
 
     ctypedef void (*team_body)(void* work, int member, int members) noexcept nogil
     void team(team_body body, void* work, int threads) noexcept
@@ -173,6 +178,12 @@ cdef inline Py_ssize_t own_lines(Py_ssize_t count) noexcept nogil:
     """At least as many, so that no cache line (or pair of them) is written by two members, wherever
     memory begins."""
     return (count + 31) // 32 * 32 + 32
+
+
+cdef inline Py_ssize_t whole_lines(Py_ssize_t count) noexcept nogil:
+    """At least as many, so that what comes after them begins a line as they do: an odd number of
+    lines, or columns of the one and the other would lie in the same set of L1."""
+    return ((count + 15) // 16 | 1) * 16
 
 
 cdef inline double rstd_of(double var, double eps) noexcept nogil:
