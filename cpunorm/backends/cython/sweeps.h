@@ -1116,9 +1116,9 @@ EXACT_SWEEP void backward_affine(const element *grad_y, const element *x, elemen
 }
 
 /* The same for some rows with a weight running along, and grad_total added; grad_weight and grad_bias
- * get the sums of grad_y * x_hat and of grad_y, x_hat = (x - mean) * rstd + s, which is what the mean lost when it was
- * rounded. The rows after these are
- * fetched, unless `cached`. `all` says that there is everything but a grad_total. */
+ * get the sums of grad_y * x_hat and of grad_y, x_hat = (x - mean) * rstd + s, where s is what the mean lost when it
+ * was rounded. The rows after these are fetched, unless `cached`. `all` says that there is everything but a
+ * grad_total. */
 ALWAYS void backward_rows(const int rows, const int all, const int streaming, const int cached, const element *grad_y,
                           const element *x, const real *weight, const element *grad_total, element *grad_x,
                           ptrdiff_t n, const real *mean, const real *rstd, const double *sums, double inverse,
