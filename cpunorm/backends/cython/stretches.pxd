@@ -230,18 +230,22 @@ cdef inline Py_ssize_t _piece(Py_ssize_t D) noexcept nogil:
     return ((D + PIECES - 1) // PIECES + BLOCK - 1) // BLOCK * BLOCK
 
 
+cdef inline bint _begins_line(const real* parameter) noexcept nogil:
+    return <uintptr_t> parameter % LINE_BYTES == 0
+
+
 cdef inline const real* _lined(const real* parameter, real* copy, Py_ssize_t length) noexcept nogil:
     """The same, beginning a line."""
-    if parameter is NULL or <uintptr_t> parameter % LINE_BYTES == 0:
+    if _begins_line(parameter):
         return parameter
     return <const real*> memcpy(copy, parameter, length * sizeof(real))
 
 
 cdef inline void _line_up(Stretches* s) noexcept nogil:
-    """Weight and bias are read for every few stretches; `lined` is to be freed."""
+    """Weight and bias, or NULL, are read for every few stretches; `lined` is to be freed."""
     cdef Py_ssize_t length = s.period * s.D, pitch = whole_lines(length)
     s.lined = NULL
-    if s.M >= LINED * s.period and s.weight is not NULL:
+    if s.M >= LINED * s.period and not (_begins_line(s.weight) and _begins_line(s.bias)):
         s.lined = <real*> new_lines(2 * pitch * sizeof(real))
     if s.lined is not NULL:
         s.weight = _lined(s.weight, s.lined, length)

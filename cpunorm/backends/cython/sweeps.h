@@ -1115,10 +1115,22 @@ EXACT_SWEEP void backward_affine(const element *grad_y, const element *x, elemen
 #undef PLANES
 }
 
-/* The same for some rows with a weight running along, and grad_total added; grad_weight and grad_bias
- * get the sums of grad_y * x_hat and of grad_y, x_hat = (x - mean) * rstd + s, where s is what the mean lost when it
- * was rounded. The rows after these are fetched, unless `cached`. `all` says that there is everything but a
- * grad_total. */
+/* Of a row, from its three sums over 1 / inverse values: grad_x = rstd * (grad_y * weight + b * (x - mean) + c), and
+ * x_hat = (x - mean) * rstd + s, where s is what the mean lost when it was rounded. */
+typedef struct {
+    double b, c, s;
+} row_terms;
+
+ALWAYS row_terms terms_of_row(double g, double gx, double x, double inverse, int centred, double rstd)
+{
+    const double rest = centred ? x * inverse : 0, b = -rstd * rstd * (gx - rest * g) * inverse;
+    const row_terms t = {b, centred ? -g * inverse - b * rest : 0, -rest * rstd};
+    return t;
+}
+
+/* The same for some rows with a weight running along, and grad_total added; grad_weight and grad_bias get the sums of
+ * grad_y * x_hat and of grad_y. The rows after these are fetched, unless `cached`. `all` says that there is everything
+ * but a grad_total. */
 ALWAYS void backward_rows(const int rows, const int all, const int streaming, const int cached, const element *grad_y,
                           const element *x, const real *weight, const element *grad_total, element *grad_x,
                           ptrdiff_t n, const real *mean, const real *rstd, const double *sums, double inverse,
@@ -1126,10 +1138,9 @@ ALWAYS void backward_rows(const int rows, const int all, const int streaming, co
 {
     vec pivot[PAIR], r[PAIR], s[PAIR], b[PAIR], c[PAIR];
     for (int k = 0; k < rows; k++, sums += 3) {
-        const double scale = rstd[k], rest = mean ? sums[2] * inverse : 0;
-        const double slope = -scale * scale * (sums[1] - rest * sums[0]) * inverse;
-        pivot[k] = splat(mean ? mean[k] : 0), r[k] = splat(scale), s[k] = splat(-rest * scale);
-        b[k] = splat(slope), c[k] = splat(mean ? -sums[0] * inverse - slope * rest : 0);
+        const row_terms t = terms_of_row(sums[0], sums[1], sums[2], inverse, mean != 0, rstd[k]);
+        pivot[k] = splat(mean ? mean[k] : 0), r[k] = splat(rstd[k]);
+        b[k] = splat(t.b), c[k] = splat(t.c), s[k] = splat(t.s);
     }
     FOR_VECTORS(i, left, n, {
         const vec w = all || weight ? load_real(weight + i, left, 0) : splat(1);
@@ -1289,8 +1300,7 @@ ALWAYS void backward_in_registers(const int vectors, const element *grad_y, cons
         weight_sum[v] = bias_sum[v] = splat(0);
     }
     for (ptrdiff_t m = 0; m < M; m++, grad_y += period * n, x += period * n) {
-        const double r = rstd[m * period];
-        const real pivot = mean ? mean[m * period] : 0, r_ = r;
+        const real pivot = mean ? mean[m * period] : 0, r = rstd[m * period];
         const ptrdiff_t here = m * period * n;
         vec t[BACKWARD_SHORT], g[BACKWARD_SHORT], g_sum = {0}, gx_sum = {0}, x_sum = {0};
         for (int v = 0; v < vectors; v++) {
@@ -1298,17 +1308,17 @@ ALWAYS void backward_in_registers(const int vectors, const element *grad_y, cons
             g[v] = load(grad_y + v * LANES, LEFT(v), 0);
             g_sum += g[v] * w[v], gx_sum += g[v] * w[v] * t[v], x_sum += t[v];
         }
-        const double total = lanes_sum(g_sum), rest = mean ? lanes_sum(x_sum) * inverse : 0;
-        const double b = -r * r * (lanes_sum(gx_sum) - rest * total) * inverse;
-        const real b_ = b, c_ = mean ? -total * inverse - b * rest : 0, s = -rest * r;
+        const row_terms terms =
+            terms_of_row(lanes_sum(g_sum), lanes_sum(gx_sum), mean ? lanes_sum(x_sum) : 0, inverse, mean != 0, r);
+        const real b = terms.b, c = terms.c, s = terms.s;
         for (int v = 0; v < vectors; v++) {
             if (grad_x) {
-                vec out = r_ * (g[v] * w[v] + fused(t[v], splat(b_), splat(c_)));
+                vec out = r * (g[v] * w[v] + fused(t[v], splat(b), splat(c)));
                 if (grad_total)
                     out += load(grad_total + here + v * LANES, LEFT(v), 0);
                 put(grad_x + here + v * LANES, out, LEFT(v), streaming);
             }
-            weight_sum[v] = fused(g[v], fused(t[v], splat(r_), splat(s)), weight_sum[v]);
+            weight_sum[v] = fused(g[v], fused(t[v], splat(r), splat(s)), weight_sum[v]);
             bias_sum[v] += g[v];
         }
         if (grad_weight && (m % BACKWARD_ROWS == BACKWARD_ROWS - 1 || m == M - 1))
