@@ -158,13 +158,13 @@ cdef inline void finish(const Units* u, Py_ssize_t unit, Py_ssize_t count, const
 
 cdef inline void transform_planes(
     const Units* u, Py_ssize_t here, Py_ssize_t planes, Py_ssize_t length, Py_ssize_t c,
-    const double* mean, const double* rstd, Py_ssize_t statistic_step, Py_ssize_t ahead,
+    const double* mean, const double* rstd, Py_ssize_t ahead,
 ) noexcept nogil:
-    """Planes side by side, of channels from c on."""
+    """Planes side by side, or a piece of one, of channels from c on, statistics from the first."""
     cdef const Call* call = u.call
     affine(<const element*> call.x + here, at(<const element*> call.residual, here),
-           <element*> call.y + here, planes, call.S, length, mean, rstd, statistic_step,
-           at(<const real*> call.weight, c), at(<const real*> call.bias, c), 1, call.activation,
+           <element*> call.y + here, planes, length, u.K, mean, rstd,
+           at(<const real*> call.weight, c), at(<const real*> call.bias, c), call.activation,
            call.streaming, ahead)
 
 
@@ -178,13 +178,11 @@ cdef inline void transform_chunk(const Units* u, Py_ssize_t unit, Py_ssize_t cou
         Py_ssize_t ahead = next_slab(u, unit, count)
     if u.batch:
         for p in range(chunk.planes - 1, -1, -1):
-            transform_planes(u, here + p * u.stride, count, chunk.length, c, mean, rstd, 1, ahead)
-    elif u.K == 1:
-        transform_planes(u, here, count, chunk.length, c, mean, rstd, 1, ahead)
+            transform_planes(u, here + p * u.stride, count, chunk.length, c, mean, rstd, ahead)
     else:
-        for p in range(count):
-            transform_planes(u, here + unit_at(u, p), chunk.planes, chunk.length,
-                             c + p * u.K + chunk.first, mean + p, rstd + p, 0, ahead)
+        # Units of more than one chunk come one at a time.
+        transform_planes(u, here, count * chunk.planes, chunk.length, c + chunk.first, mean, rstd,
+                         ahead)
 
 
 cdef inline void normalize_slab(const Units* u, Py_ssize_t unit,
@@ -336,7 +334,7 @@ cdef inline void _apply(void* work, int member, int members) noexcept nogil:
         unit = c // u.K if u.batch else plane // u.K
         transform_planes(u, plane * S + start, run,
                          S if pieces == 1 else min(<Py_ssize_t> CHUNK, S - start), c, mean + unit,
-                         rstd + unit, 1 if u.K == 1 else 0, 0)
+                         rstd + unit, 0)
         q += run
     if call.streaming:
         stream_fence()
@@ -391,15 +389,15 @@ cdef inline void sum_chunk(const Units* u, Py_ssize_t unit, Py_ssize_t count, Py
 
 cdef inline void differentiate_planes(
     const Units* u, Py_ssize_t here, Py_ssize_t planes, Py_ssize_t length, Py_ssize_t c,
-    Py_ssize_t unit, const real* b, const real* c_, Py_ssize_t statistic_step, Py_ssize_t ahead,
+    Py_ssize_t unit, const real* b, const real* c_, Py_ssize_t ahead,
 ) noexcept nogil:
-    """Planes side by side, of channels from c on, statistics from those of a unit on."""
+    """The same, with the statistics from those of a unit on."""
     cdef const Call* call = u.call
     backward_affine(<const element*> call.grad_y + here,
                     NULL if u.frozen else <const element*> call.x + here,
-                    <element*> call.grad_x + here, planes, call.S, length,
+                    <element*> call.grad_x + here, planes, length, u.K,
                     <const real*> call.mean + unit, <const real*> call.rstd + unit, b, c_,
-                    statistic_step, at(<const real*> call.weight, c), 1, call.streaming, ahead)
+                    at(<const real*> call.weight, c), call.streaming, ahead)
 
 
 cdef inline void differentiate_chunk(const Units* u, Py_ssize_t unit, Py_ssize_t count,
@@ -408,17 +406,14 @@ cdef inline void differentiate_chunk(const Units* u, Py_ssize_t unit, Py_ssize_t
     cdef:
         Chunk chunk = chunk_of(u, index)
         Py_ssize_t here = unit_at(u, unit) + chunk.offset, c = unit % u.call.G * u.K, p
-        Py_ssize_t ahead = next_slab(u, unit, count) if u.batch else 0
+        Py_ssize_t ahead
     if u.batch:
+        ahead = next_slab(u, unit, count)
         for p in range(chunk.planes - 1, -1, -1):
-            differentiate_planes(u, here + p * u.stride, count, chunk.length, c, unit, b, c_, 1,
-                                 ahead)
-    elif u.K == 1:
-        differentiate_planes(u, here, count, chunk.length, c, unit, b, c_, 1, ahead)
+            differentiate_planes(u, here + p * u.stride, count, chunk.length, c, unit, b, c_, ahead)
     else:
-        for p in range(count):
-            differentiate_planes(u, here + unit_at(u, p), chunk.planes, chunk.length,
-                                 c + p * u.K + chunk.first, unit + p, b + p, c_ + p, 0, ahead)
+        differentiate_planes(u, here, count * chunk.planes, chunk.length, c + chunk.first, unit, b,
+                             c_, 0)
 
 
 cdef inline void first_sweep(const Units* u, Py_ssize_t unit, Py_ssize_t count, Py_ssize_t first,

@@ -270,17 +270,17 @@ ALWAYS void deliver(const real *scratch, element *y, ptrdiff_t n, int streaming)
 }
 
 /* Writes VALUE(terms, i, left) to planes of n elements side by side, n >= LANES: one stretch, whose terms become
- * TERMS(p) where plane p begins. A vector that ends one plane and begins the next is computed with the terms of
- * both; lines are stored once. */
-#define WRITE_PLANES(y, planes, n, streaming, TERMS, VALUE)                             \
+ * TERMS(p, p / K) where plane p begins. A vector that ends one plane and begins the next is computed with the terms
+ * of both; lines are stored once. */
+#define WRITE_PLANES(y, planes, n, K, streaming, TERMS, VALUE)                          \
     {                                                                                   \
         const ptrdiff_t all = (planes) * (n);                                           \
         const ptrdiff_t head = (streaming) ? until_aligned(y) : head_of(y, all);        \
-        plane_terms t = TERMS(0);                                                       \
-        ptrdiff_t p = 0, i = head, end = n;                                             \
+        plane_terms t = TERMS(0, 0);                                                    \
+        ptrdiff_t p = 0, unit = 0, more = K, i = head, end = n;                         \
         vec first = splat(0), last = splat(0);                                          \
         if (!(streaming)) {                                                             \
-            const plane_terms final = TERMS((planes) - 1);                              \
+            const plane_terms final = TERMS((planes) - 1, ((planes) - 1) / (K));        \
             first = head ? VALUE(t, 0, LANES) : splat(0);                               \
             last = VALUE(final, all - LANES, LANES);                                    \
         } else if (head)                                                                \
@@ -296,7 +296,9 @@ ALWAYS void deliver(const real *scratch, element *y, ptrdiff_t n, int streaming)
             }                                                                           \
             if (++p == (planes))                                                        \
                 break;                                                                  \
-            const plane_terms next = TERMS(p);                                          \
+            if (--more == 0)                                                            \
+                more = K, unit++;                                                       \
+            const plane_terms next = TERMS(p, unit);                                    \
             if (i < end) {                                                              \
                 const vec here = VALUE(t, i, LANES), there = VALUE(next, i, LANES);     \
                 put((y) + i, choose(first_mask(end - i), here, there), LANES, streaming); \
@@ -313,13 +315,15 @@ ALWAYS void deliver(const real *scratch, element *y, ptrdiff_t n, int streaming)
     }
 
 /* The same for planes of any length, of what an activation makes of it. */
-#define WRITE_ACTIVATED_PLANES(y, planes, n, activation, streaming, TERMS, VALUE)       \
+#define WRITE_ACTIVATED_PLANES(y, planes, n, K, activation, streaming, TERMS, VALUE)    \
     {                                                                                   \
         real scratch[SCRATCH + SOME_LANES];                                             \
         element *to = y;                                                                \
-        ptrdiff_t waiting = 0, at = 0;                                                  \
+        ptrdiff_t waiting = 0, at = 0, unit = 0, more = K;                              \
         for (ptrdiff_t p = 0; p < (planes); p++) {                                      \
-            const plane_terms t = TERMS(p);                                             \
+            const plane_terms t = TERMS(p, unit);                                       \
+            if (--more == 0)                                                            \
+                more = K, unit++;                                                       \
             for (ptrdiff_t done = 0; done < (n);) {                                     \
                 const ptrdiff_t count = MIN(SCRATCH - waiting, (n) - done);             \
                 FOR_VECTORS(i, left, count, store_real(scratch + waiting + i, VALUE(t, at + i, left), LANES);) \
@@ -894,12 +898,10 @@ ALWAYS plane_terms forward_terms(const double *mean, const double *rstd, const r
 
 ALWAYS void affine_planes(const int direct, const int added, const int streaming, const int floored,
                           const element *x, const element *residual, element *y, ptrdiff_t planes, ptrdiff_t n,
-                          const double *mean, const double *rstd, ptrdiff_t statistic_step, const real *weight,
-                          const real *bias, ptrdiff_t parameter_step, int activation, ptrdiff_t ahead)
+                          ptrdiff_t K, const double *mean, const double *rstd, const real *weight, const real *bias,
+                          int activation, ptrdiff_t ahead)
 {
-#define TERMS(p)                                                                        \
-    forward_terms(mean + (p) * statistic_step, rstd + (p) * statistic_step,             \
-                  NTH(p, weight, parameter_step), NTH(p, bias, parameter_step))
+#define TERMS(p, unit) forward_terms(mean + (unit), rstd + (unit), NTH(p, weight, 1), NTH(p, bias, 1))
 #define NORMALIZED(t, i, left) \
     (prefetch(x + (i) + ahead), fused(load(x + (i), left, 0) - t.pivot, t.scale, t.shift))
 #define SUM(t, i, left)                                                                 \
@@ -907,9 +909,9 @@ ALWAYS void affine_planes(const int direct, const int added, const int streaming
            : NORMALIZED(t, i, left))
 #define VALUE(t, i, left) (floored ? at_least(SUM(t, i, left), splat(0)) : SUM(t, i, left))
     if (direct) {
-        WRITE_PLANES(y, planes, n, streaming, TERMS, VALUE)
+        WRITE_PLANES(y, planes, n, K, streaming, TERMS, VALUE)
     } else {
-        WRITE_ACTIVATED_PLANES(y, planes, n, activation, streaming, TERMS, VALUE)
+        WRITE_ACTIVATED_PLANES(y, planes, n, K, activation, streaming, TERMS, VALUE)
     }
 #undef TERMS
 #undef NORMALIZED
@@ -917,29 +919,21 @@ ALWAYS void affine_planes(const int direct, const int added, const int streaming
 #undef VALUE
 }
 
-/* y = activation((x - mean) * rstd * weight + bias + residual) for planes side by side or `stride` apart;
- * a plane's mean and rstd are `statistic_step` from those of the one before, its weight and bias
- * `parameter_step`. What lies `ahead`, if not 0, is wanted next. */
-EXACT_SWEEP void affine(const element *x, const element *residual, element *y, ptrdiff_t planes, ptrdiff_t stride,
-                        ptrdiff_t n, const double *mean, const double *rstd, ptrdiff_t statistic_step,
-                        const real *weight, const real *bias, ptrdiff_t parameter_step, int activation, int streaming,
-                        ptrdiff_t ahead)
+/* y = activation((x - mean) * rstd * weight + bias + residual) for planes of n elements side by side, with a weight and
+ * a bias each; K of them share a mean and rstd. What lies `ahead`, if not 0, is wanted next. */
+EXACT_SWEEP void affine(const element *x, const element *residual, element *y, ptrdiff_t planes, ptrdiff_t n,
+                        ptrdiff_t K, const double *mean, const double *rstd, const real *weight, const real *bias,
+                        int activation, int streaming, ptrdiff_t ahead)
 {
-    const ptrdiff_t joined = n == stride ? planes : 1;
 #define PLANES(direct, added, streaming, floored)                                       \
-    affine_planes(direct, added, streaming, floored, x, residual, y, joined, n, mean, rstd, statistic_step, weight, \
-                  bias, parameter_step, activation, ahead)
-    for (ptrdiff_t done = 0; done < planes; done += joined) {
-        if (activation > RELU || n < LANES)
-            PLANES(0, residual != 0, streaming, activation == RELU);
-        else if (residual)
-            SPECIALIZE(streaming, activation, PLANES, 1)
-        else
-            SPECIALIZE(streaming, activation, PLANES, 0)
-        x += stride, y += stride, mean += statistic_step, rstd += statistic_step;
-        weight = NTH(1, weight, parameter_step), bias = NTH(1, bias, parameter_step);
-        residual = NTH(1, residual, stride);
-    }
+    affine_planes(direct, added, streaming, floored, x, residual, y, planes, n, K, mean, rstd, weight, bias, activation, \
+                  ahead)
+    if (activation > RELU || n < LANES)
+        PLANES(0, residual != 0, streaming, activation == RELU);
+    else if (residual)
+        SPECIALIZE(streaming, activation, PLANES, 1)
+    else
+        SPECIALIZE(streaming, activation, PLANES, 0)
 #undef PLANES
 }
 
@@ -1065,21 +1059,20 @@ ALWAYS plane_terms backward_terms(const real *mean, const real *rstd, const real
 
 ALWAYS void backward_planes(const int direct, const int through, const int streaming, const int fetching,
                             const element *grad_y, const element *x, element *grad_x, ptrdiff_t planes, ptrdiff_t n,
-                            const real *mean, const real *rstd, const real *b, const real *c,
-                            ptrdiff_t statistic_step, const real *weight, ptrdiff_t parameter_step, ptrdiff_t ahead)
+                            ptrdiff_t K, const real *mean, const real *rstd, const real *b, const real *c,
+                            const real *weight, ptrdiff_t ahead)
 {
-#define TERMS(p)                                                                        \
-    backward_terms(NTH(p, mean, statistic_step), rstd + (p) * statistic_step,           \
-                   NTH(p, b, statistic_step), NTH(p, c, statistic_step), NTH(p, weight, parameter_step))
+#define TERMS(p, unit)                                                                  \
+    backward_terms(mean + (unit), rstd + (unit), NTH(unit, b, 1), NTH(unit, c, 1), NTH(p, weight, 1))
 #define NEXT(p) (fetching ? prefetch((p) + ahead) : (void)0)
 #define LINE(t, i, left) (NEXT(x + (i)), fused(load(x + (i), left, 0) - t.pivot, t.b, t.c))
 #define VALUE(t, i, left)                                                               \
     (NEXT(grad_y + (i)), through ? t.rstd * (load(grad_y + (i), left, 0) * t.weight + LINE(t, i, left)) \
                                  : t.scale * load(grad_y + (i), left, 0))
     if (direct) {
-        WRITE_PLANES(grad_x, planes, n, streaming, TERMS, VALUE)
+        WRITE_PLANES(grad_x, planes, n, K, streaming, TERMS, VALUE)
     } else {
-        WRITE_ACTIVATED_PLANES(grad_x, planes, n, 0, streaming, TERMS, VALUE)
+        WRITE_ACTIVATED_PLANES(grad_x, planes, n, K, 0, streaming, TERMS, VALUE)
     }
 #undef TERMS
 #undef NEXT
@@ -1087,31 +1080,23 @@ ALWAYS void backward_planes(const int direct, const int through, const int strea
 #undef VALUE
 }
 
-/* grad_x = rstd * (grad_y * weight + b * (x - mean) + c) for planes side by side or `stride` apart; no x:
- * statistics held constant, grad_x = rstd * grad_y * weight. A plane's mean, rstd, b and c are
- * `statistic_step`, 0 or 1, from those of the one before, its weight `parameter_step`. What lies `ahead`, if not
- * 0, is wanted next. Where a unit is constant the terms cancel, and rstd is large: the product is rounded as in the
- * sums, before anything is added. */
+/* grad_x = rstd * (grad_y * weight + b * (x - mean) + c) for planes of n elements side by side, with a weight each; K of
+ * them share the rest. No x: statistics held constant, grad_x = rstd * grad_y * weight. What lies `ahead`, if not 0, is
+ * wanted next. Where a unit is constant the terms cancel, and rstd is large: the product is rounded as in the sums,
+ * before anything is added. */
 EXACT_SWEEP void backward_affine(const element *grad_y, const element *x, element *grad_x, ptrdiff_t planes,
-                                 ptrdiff_t stride, ptrdiff_t n, const real *mean, const real *rstd,
-                                 const real *b, const real *c, ptrdiff_t statistic_step,
-                                 const real *weight, ptrdiff_t parameter_step, int streaming, ptrdiff_t ahead)
+                                 ptrdiff_t n, ptrdiff_t K, const real *mean, const real *rstd, const real *b,
+                                 const real *c, const real *weight, int streaming, ptrdiff_t ahead)
 {
-    const ptrdiff_t joined = n == stride ? planes : 1;
 #define PLANES(direct, through, streaming, fetching)                                    \
-    backward_planes(direct, through, streaming, fetching, grad_y, x, grad_x, joined, n, mean, rstd, b, c, \
-                    statistic_step, weight, parameter_step, ahead)
-    for (ptrdiff_t done = 0; done < planes; done += joined) {
-        if (n < LANES)
-            PLANES(0, x != 0, streaming, 0);
-        else if (x)
-            SPECIALIZE(streaming, ahead, PLANES, 1)
-        else
-            SPECIALIZE(streaming, ahead, PLANES, 0)
-        grad_y += stride, grad_x += stride, rstd += statistic_step;
-        x = NTH(1, x, stride), weight = NTH(1, weight, parameter_step);
-        mean = NTH(1, mean, statistic_step), b = NTH(1, b, statistic_step), c = NTH(1, c, statistic_step);
-    }
+    backward_planes(direct, through, streaming, fetching, grad_y, x, grad_x, planes, n, K, mean, rstd, b, c, weight, \
+                    ahead)
+    if (n < LANES)
+        PLANES(0, x != 0, streaming, 0);
+    else if (x)
+        SPECIALIZE(streaming, ahead, PLANES, 1)
+    else
+        SPECIALIZE(streaming, ahead, PLANES, 0)
 #undef PLANES
 }
 

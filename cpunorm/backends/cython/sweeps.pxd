@@ -63,19 +63,17 @@ cdef extern from "sweeps.h" nogil:
 
     void add(const element* x, const element* residual, element* total, Py_ssize_t n) noexcept
     void affine(const element* x, const element* residual, element* y, Py_ssize_t planes,
-                Py_ssize_t stride, Py_ssize_t n, const double* mean, const double* rstd,
-                Py_ssize_t statistic_step, const real* weight, const real* bias,
-                Py_ssize_t parameter_step, int activation, int streaming,
+                Py_ssize_t n, Py_ssize_t K, const double* mean, const double* rstd,
+                const real* weight, const real* bias, int activation, int streaming,
                 Py_ssize_t ahead) noexcept
     void affine_along(const element* x, const real* weight, const real* bias,
                       const element* residual, element* y, Py_ssize_t rows, Py_ssize_t n,
                       Py_ssize_t stride, const real* pivot, const real* scale, const real* shift,
                       int activation, int far, int streaming, Py_ssize_t ahead) noexcept
     void backward_affine(const element* grad_y, const element* x, element* grad_x,
-                         Py_ssize_t planes, Py_ssize_t stride, Py_ssize_t n, const real* mean,
-                         const real* rstd, const real* b, const real* c,
-                         Py_ssize_t statistic_step, const real* weight,
-                         Py_ssize_t parameter_step, int streaming, Py_ssize_t ahead) noexcept
+                         Py_ssize_t planes, Py_ssize_t n, Py_ssize_t K, const real* mean,
+                         const real* rstd, const real* b, const real* c, const real* weight,
+                         int streaming, Py_ssize_t ahead) noexcept
     void backward_affine_along(const element* grad_y, const element* x, const real* weight,
                                const element* grad_total, element* grad_x, Py_ssize_t rows,
                                Py_ssize_t n, const real* mean, const real* rstd,
