@@ -19,9 +19,9 @@ from libc.string cimport memcpy, memset
 
 from .sweeps cimport (
     BACKWARD_ROWS, BACKWARD_SHORT, BLOCK, LANES, LINE_BYTES, PAIR, SHORT_VECTORS, UNITS, add,
-    affine_along, at, backward_affine_along, backward_short, element, flush_reals, merge_moments,
-    new_lines, normalize_short, own_lines, pair_backward_sums, real, scale_short, set_columns,
-    settle, share, stream_fence, stretch_moments, stretch_squares, sum_parts, team, team_barrier,
+    affine_along, at, backward_affine_along, backward_short, close_seam, element, flush_reals,
+    merge_moments, new_lines, normalize_short, own_lines, pair_backward_sums, real, scale_short,
+    seam, set_columns, settle, share, stream_fence, stretch_moments, stretch_squares, sum_parts, team, team_barrier,
     whole_lines,
 )
 
@@ -116,14 +116,16 @@ cdef inline void _measure(const Stretches* s, Py_ssize_t start, Py_ssize_t count
 
 
 cdef inline void _transform(const Stretches* s, Py_ssize_t m, Py_ssize_t start, Py_ssize_t count,
-                            Py_ssize_t n, const Terms* terms, Py_ssize_t k) noexcept nogil:
+                            Py_ssize_t n, const Terms* terms, Py_ssize_t k,
+                            seam* past) noexcept nogil:
     """`count` stretches, a period apart, or from `start` on n elements of one; with the terms from
     the k-th on."""
     cdef Py_ssize_t here = m * s.D + start, along = (m % s.period) * s.D + start
     affine_along((s.x if s.total is NULL else s.total) + here, at(s.weight, along),
                  at(s.bias, along), at(s.residual, here), s.y + here, count, n, s.period * s.D,
                  terms.pivot + k, terms.scale + k, terms.shift + k, s.activation, s.far,
-                 s.streaming, count * n if s.period == 1 and m + count < s.M else 0)
+                 past if s.streaming else NULL,
+                 count * n if s.period == 1 and m + count < s.M else 0)
 
 
 cdef inline void _normalize_whole(void* work, int member, int members) noexcept nogil:
@@ -135,16 +137,19 @@ cdef inline void _normalize_whole(void* work, int member, int members) noexcept 
         double mu[UNITS]
         double m2[UNITS]
         Terms terms
+        seam past
+    memset(&past, 0, sizeof(past))
     while m < last:
         count = min(some, last - m)
         _measure(s, m * s.D, count, s.D, s.D, mu, m2)
         _finish(s, m, count, 1, mu, m2, &terms)
         if s.period == 1:
-            _transform(s, m, 0, count, s.D, &terms, 0)
+            _transform(s, m, 0, count, s.D, &terms, 0, &past)
         else:
             for k in range(count):
-                _transform(s, m + k, 0, 1, s.D, &terms, k)
+                _transform(s, m + k, 0, 1, s.D, &terms, k, &past)
         m += count
+    close_seam(&past)
     if s.streaming:
         stream_fence()
 
@@ -160,12 +165,15 @@ cdef inline void _normalize_periods(void* work, int member, int members) noexcep
         double mu[UNITS]
         double m2[UNITS]
         Terms terms
+        seam past
+    memset(&past, 0, sizeof(past))
     for task in range(share(tasks, member, members), share(tasks, member + 1, members)):
         m = task // s.period * some * s.period + task % s.period
         count = min(some, repeats - task // s.period * some)
         _measure(s, m * s.D, count, s.D, s.period * s.D, mu, m2)
         _finish(s, m, count, s.period, mu, m2, &terms)
-        _transform(s, m, 0, count, s.D, &terms, 0)
+        _transform(s, m, 0, count, s.D, &terms, 0, &past)
+    close_seam(&past)
     if s.streaming:
         stream_fence()
 
@@ -177,18 +185,22 @@ cdef inline void _normalize_short(void* work, int member, int members) noexcept 
         Py_ssize_t first = share(s.M, member, members), last = share(s.M, member + 1, members)
         Py_ssize_t some = last - first if s.addend is NULL else BLOCK // s.D, m, count, here
         const element* x = s.x if s.addend is NULL else s.total
+        seam past
+    memset(&past, 0, sizeof(past))
     m = first
     while m < last:
         count, here = min(some, last - m), m * s.D
         if s.addend is not NULL:
             add(s.x + here, s.addend + here, s.total + here, count * s.D)
         if s.mean is NULL:
-            scale_short(x + here, s.weight, s.y + here, count, s.D, s.eps, s.rstd + m, s.streaming)
+            scale_short(x + here, s.weight, s.y + here, count, s.D, s.eps, s.rstd + m,
+                        &past if s.streaming else NULL)
         else:
             normalize_short(x + here, s.weight, s.bias, s.y + here, count, s.D,
                             m % s.period * s.D, s.period * s.D, s.eps, s.mean + m,
-                            at(s.var, m), s.rstd + m, s.streaming)
+                            at(s.var, m), s.rstd + m, &past if s.streaming else NULL)
         m += count
+    close_seam(&past)
     if s.streaming:
         stream_fence()
 
@@ -203,6 +215,8 @@ cdef inline void _normalize_pieces(void* work, int member, int members) noexcept
         double* piece_m2
         double mu, m2
         Terms terms
+        seam past
+    memset(&past, 0, sizeof(past))
     for m in range(s.M):
         # By turns, so that nobody has to wait before the next stretch.
         piece_mu = s.wide + (m % 2) * 2 * PIECES
@@ -221,7 +235,8 @@ cdef inline void _normalize_pieces(void* work, int member, int members) noexcept
         _finish(s, m, 1, 1, &mu, &m2, &terms)
         # Backwards, to meet what the first sweep left in the cache.
         for p in range(last - 1, first - 1, -1):
-            _transform(s, m, p * s.piece, 1, min(s.piece, s.D - p * s.piece), &terms, 0)
+            _transform(s, m, p * s.piece, 1, min(s.piece, s.D - p * s.piece), &terms, 0, &past)
+    close_seam(&past)
     if s.streaming:
         stream_fence()
 
@@ -270,7 +285,7 @@ cdef inline void normalize_stretches(Stretches* s, int threads) noexcept nogil:
 
 
 cdef inline void _backward_together(const Stretches* s, Py_ssize_t m, Py_ssize_t count,
-                                    real* grad_weight, real* grad_bias) noexcept nogil:
+                                    real* grad_weight, real* grad_bias, seam* past) noexcept nogil:
     """Up to PAIR stretches; grad_weight and grad_bias are added to, unless NULL."""
     cdef:
         double sums[3 * PAIR]
@@ -279,12 +294,12 @@ cdef inline void _backward_together(const Stretches* s, Py_ssize_t m, Py_ssize_t
                        sums, NULL if s.cached or s.streaming else at(s.grad_x, here))
     backward_affine_along(s.grad_y + here, s.x + here, at(s.weight, along),
                           at(s.grad_total, here), at(s.grad_x, here), count, s.D, at(s.mean, m),
-                          s.rstd + m, sums, 1.0 / s.D, grad_weight, grad_bias, s.streaming,
-                          s.cached or m + count + PAIR > s.M)
+                          s.rstd + m, sums, 1.0 / s.D, grad_weight, grad_bias,
+                          past if s.streaming else NULL, s.cached or m + count + PAIR > s.M)
 
 
 cdef inline void _backward_part(const Stretches* s, Py_ssize_t part, Py_ssize_t split,
-                                real* sums) noexcept nogil:
+                                real* sums, seam* past) noexcept nogil:
     """`sums` are this member's, zero before and after."""
     cdef:
         Py_ssize_t repeats = s.M // s.period, length = s.period * s.D, m, g, count, some
@@ -308,14 +323,15 @@ cdef inline void _backward_part(const Stretches* s, Py_ssize_t part, Py_ssize_t 
                                at(s.grad_total, here), at(s.grad_x, here),
                                min(some, last - m) // s.period, s.D, s.period, at(s.mean, m + g),
                                s.rstd + m + g, at(wide, g * s.D), at(wide, length + g * s.D),
-                               s.streaming)
+                               past if s.streaming else NULL)
             m += some
         return
     some = PAIR if s.period == 1 else s.period
     while m < last:
         count = min(some, last - m) if s.period == 1 else 1
         for g in range(g_first, g_last):
-            _backward_together(s, m + g, count, at(sums, g * s.D), at(sums, s.pitch + g * s.D))
+            _backward_together(s, m + g, count, at(sums, g * s.D), at(sums, s.pitch + g * s.D),
+                               past)
         m += some
         if wide is not NULL and (m >= last or (m - first) % (FLUSH * PAIR * s.period) == 0):
             flush_reals(wide + along, sums + along, n)
@@ -326,8 +342,12 @@ cdef inline void _backward_whole(void* work, int member, int members) noexcept n
     cdef:
         const Stretches* s = <const Stretches*> work
         Py_ssize_t length = s.period * s.D, tasks = s.parts * s.splits, p
+        seam past
+    memset(&past, 0, sizeof(past))
     for p in range(share(tasks, member, members), share(tasks, member + 1, members)):
-        _backward_part(s, p // s.splits, p % s.splits, at(s.sums, member * own_lines(2 * s.pitch)))
+        _backward_part(s, p // s.splits, p % s.splits, at(s.sums, member * own_lines(2 * s.pitch)),
+                       &past)
+    close_seam(&past)
     if s.streaming:
         stream_fence()
     if s.wide is not NULL:
@@ -345,6 +365,8 @@ cdef inline void _backward_pieces(void* work, int member, int members) noexcept 
         Py_ssize_t last = share(pieces, member + 1, members), m, p, n, start, here, i
         double* sums
         double total[3]
+        seam past
+    memset(&past, 0, sizeof(past))
     for m in range(s.M):
         sums = s.wide + (m % 2) * 3 * PIECES
         for p in range(first, last):
@@ -364,7 +386,8 @@ cdef inline void _backward_pieces(void* work, int member, int members) noexcept 
                                   at(s.grad_total, here), at(s.grad_x, here), 1,
                                   min(s.piece, s.D - start), at(s.mean, m), s.rstd + m, total,
                                   1.0 / s.D, at(s.sums, start), at(s.sums, s.pitch + start),
-                                  s.streaming, True)
+                                  &past if s.streaming else NULL, True)
+    close_seam(&past)
     for p in range(first, last):
         start = p * s.piece
         n = min(s.piece, s.D - start)

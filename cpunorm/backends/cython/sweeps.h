@@ -252,6 +252,95 @@ ALWAYS void put_two(element *y, vec one, vec two, const int streaming)
         store_two(y, one, two);
 }
 
+/* Past the caches, what a stretch leaves over of its last vector: the `count` elements before `to`. It is stored with
+ * the first of the stretch that follows. In parts, a line would have to come from memory first, and all stores after
+ * it would wait for that. */
+typedef struct {
+    vec over;
+    element *to;
+    ptrdiff_t count;
+} seam;
+
+SWEEP void close_seam(seam *s)
+{
+    if (s->count)
+        store(s->to - s->count, s->over, s->count);
+    s->to = 0, s->count = 0;
+}
+
+/* Stores the n elements of v before the first aligned one, with what is left over from before them. */
+ALWAYS void join(seam *s, element *y, vec v, ptrdiff_t n)
+{
+    if (s->count == 0) {
+        store(y, v, n);
+        return;
+    }
+    s->over = choose(first_mask(s->count), s->over, picked(v, turn(s->count)));
+    s->count += n;
+    if (s->count == LANES) {
+        stream(y + n - LANES, s->over);
+        s->count = 0;
+    }
+}
+
+/* The ways of a row: plainly; past the caches in its own vectors, which are all aligned; in those of memory. */
+enum { PLAIN, WHOLE, JOINED };
+
+/* How far into a vector a row begins, and what brings its own vectors there. */
+typedef struct {
+    ptrdiff_t count;
+    bits_vec order, before;
+} phase;
+
+ALWAYS phase phase_of(const element *y)
+{
+    const ptrdiff_t count = (LANES - until_aligned(y)) % LANES;
+    const phase p = {count, turn(count), first_mask(count)};
+    return p;
+}
+
+/* Stores a vector of a row, turned, of which there is `left`; `over` is the one before. Returns what is over then. */
+ALWAYS vec go_on(element *y, vec turned, ptrdiff_t left, const phase *p, vec over)
+{
+    const vec whole = choose(p->before, over, turned);
+    if (left + p->count < LANES)
+        return whole;
+    stream(y - p->count, whole);
+    return turned;
+}
+
+/* The same of the first one. */
+ALWAYS vec begin_row(seam *s, element *y, vec turned, ptrdiff_t left, const phase *p)
+{
+    if (y != s->to)
+        close_seam(s);
+    if (s->count == p->count)
+        return go_on(y, turned, left, p, s->over);
+    store(y, picked(turned, turn(-p->count)), MIN(left, LANES - p->count));
+    return turned;
+}
+
+ALWAYS void end_row(seam *s, element *y, ptrdiff_t n, const phase *p, vec over)
+{
+    const int stored = s->count != p->count && p->count + n < LANES;
+    s->over = over, s->to = y + n, s->count = stored ? 0 : (p->count + n) % LANES;
+}
+
+/* Writes VALUE(i, left) to n elements of y past the caches. */
+#define WRITE_PAST(y, n, s, VALUE)                                                      \
+    {                                                                                   \
+        ptrdiff_t i = MIN(n, until_aligned(y));                                         \
+        if ((y) != (s)->to)                                                             \
+            close_seam(s);                                                              \
+        if (i)                                                                          \
+            join(s, y, VALUE(0, i), i);                                                 \
+        for (; i + LANES <= (n); i += LANES)                                            \
+            stream((y) + i, VALUE(i, LANES));                                           \
+        if (i < (n))                                                                    \
+            (s)->over = VALUE(i, (n) - i), (s)->count = (n) - i;                        \
+        (s)->to = (y) + (n);                                                            \
+    }
+
 /* Writes what an activation makes of VALUE(i, left), i counted from the start of each piece of n. */
 #define WRITE_ACTIVATED(y, n, activation, streaming, START, VALUE)                      \
     for (ptrdiff_t START = 0; START < (n); START += SCRATCH) {                          \
@@ -1001,7 +1090,7 @@ ALWAYS void affine_rows_along(const int rows, const int weighted, const int bias
  * does, is wanted next. Rows `far` from the caches are taken one by one: the hardware follows fewer streams better. */
 SWEEP void affine_along(const element *x, const real *weight, const real *bias, const element *residual,
                         element *y, ptrdiff_t rows, ptrdiff_t n, ptrdiff_t stride, const real *pivot,
-                        const real *scale, const real *shift, int activation, int far, int streaming, ptrdiff_t ahead)
+                        const real *scale, const real *shift, int activation, int far, seam *past, ptrdiff_t ahead)
 {
     const vec floor = floor_of(activation);
 #define W(i, left) (weight ? load_real(weight + (i), left, 0) : splat(1))
@@ -1026,9 +1115,9 @@ SWEEP void affine_along(const element *x, const real *weight, const real *bias, 
         const vec p = splat(*pivot), a = splat(*scale), s = splat(*shift);
         ptrdiff_t done = 1;
         if (residual || activation) {
-            WRITE_ACTIVATED(y, n, activation, streaming, start, WITH_TAIL)
-        } else if (streaming) {
-            WRITE(y, n, 1, VALUE)
+            WRITE_ACTIVATED(y, n, activation, past != 0, start, WITH_TAIL)
+        } else if (past) {
+            WRITE_PAST(y, n, past, VALUE)
         } else if (rows >= PAIR && !far) {
             ROWS(PAIR)
             done = PAIR;
@@ -1116,13 +1205,16 @@ ALWAYS row_terms terms_of_row(double g, double gx, double x, double inverse, int
 /* The same for some rows with a weight running along, and grad_total added; grad_weight and grad_bias get the sums of
  * grad_y * x_hat and of grad_y. The rows after these are fetched, unless `cached`. `all` says that there is everything
  * but a grad_total. */
-ALWAYS void backward_rows(const int rows, const int all, const int streaming, const int cached, const element *grad_y,
+ALWAYS void backward_rows(const int rows, const int all, const int way, const int cached, const element *grad_y,
                           const element *x, const real *weight, const element *grad_total, element *grad_x,
                           ptrdiff_t n, const real *mean, const real *rstd, const double *sums, double inverse,
-                          real *grad_weight, real *grad_bias)
+                          real *grad_weight, real *grad_bias, seam *past)
 {
-    vec pivot[PAIR], r[PAIR], s[PAIR], b[PAIR], c[PAIR];
+    vec pivot[PAIR], r[PAIR], s[PAIR], b[PAIR], c[PAIR], first[PAIR], over[PAIR];
+    phase p[PAIR];
     for (int k = 0; k < rows; k++, sums += 3) {
+        if (way == JOINED)
+            p[k] = phase_of(grad_x + k * n), first[k] = over[k] = splat(0);
         const row_terms t = terms_of_row(sums[0], sums[1], sums[2], inverse, mean != 0, rstd[k]);
         pivot[k] = splat(mean ? mean[k] : 0), r[k] = splat(rstd[k]);
         b[k] = splat(t.b), c[k] = splat(t.c), s[k] = splat(t.s);
@@ -1138,7 +1230,12 @@ ALWAYS void backward_rows(const int rows, const int all, const int streaming, co
                 vec out = r[k] * (g * w + fused(t, b[k], c[k]));
                 if (!all && grad_total)
                     out += load(grad_total + k * n + i, left, 0);
-                put(grad_x + k * n + i, out, left, streaming);
+                if (way != JOINED)
+                    put(grad_x + k * n + i, out, left, way);
+                else if (i == 0)
+                    first[k] = over[k] = picked(out, p[k].order);
+                else
+                    over[k] = go_on(grad_x + k * n + i, picked(out, p[k].order), left, p + k, over[k]);
             }
             weight_sum = fused(g, fused(t, r[k], s[k]), weight_sum);
             bias_sum += g;
@@ -1148,6 +1245,10 @@ ALWAYS void backward_rows(const int rows, const int all, const int streaming, co
             store_real(grad_bias + i, load_real(grad_bias + i, left, 0) + bias_sum, left);
         }
     })
+    for (int k = 0; way == JOINED && k < rows; k++) {
+        begin_row(past, grad_x + k * n, first[k], LANES, p + k);
+        end_row(past, grad_x + k * n, n, p + k, over[k]);
+    }
 }
 
 /* Up to PAIR rows of which the sums are known, over 1 / inverse values; no mean: not centred. What is not wanted, and
@@ -1155,20 +1256,27 @@ ALWAYS void backward_rows(const int rows, const int all, const int streaming, co
 EXACT_SWEEP void backward_affine_along(const element *grad_y, const element *x, const real *weight,
                                        const element *grad_total, element *grad_x, ptrdiff_t rows, ptrdiff_t n,
                                        const real *mean, const real *rstd, const double *sums, double inverse,
-                                       real *grad_weight, real *grad_bias, int streaming, int cached)
+                                       real *grad_weight, real *grad_bias, seam *past, int cached)
 {
     const int all = weight && grad_x && grad_weight && !grad_total;
-#define ROWS(all, rows, streaming, cached)                                              \
-    backward_rows(rows, all, streaming, cached, grad_y, x, weight, grad_total, grad_x, n, mean, rstd, sums, inverse, \
-                  grad_weight, grad_bias)
-    streaming = streaming && grad_x && until_aligned(grad_x) == 0 && n % LANES == 0;
-    if (rows == PAIR && all) {
-        SPECIALIZE(streaming, cached, ROWS, PAIR)
+    const int way = !past || !grad_x ? PLAIN : rows_aligned(grad_x, n) || n < LANES ? WHOLE : JOINED;
+#define ROWS(all, rows, way, cached)                                                    \
+    backward_rows(rows, all, way, cached, grad_y, x, weight, grad_total, grad_x, n, mean, rstd, sums, inverse, \
+                  grad_weight, grad_bias, past)
+    if (rows == PAIR && all && way == JOINED) {
+        ROWS(1, PAIR, JOINED, 0);
+    } else if (rows == PAIR && all) {
+        SPECIALIZE(way, cached, ROWS, PAIR)
+    } else if (rows == PAIR && way == JOINED) {
+        ROWS(0, PAIR, JOINED, cached);
     } else if (rows == PAIR) {
-        ROWS(0, PAIR, streaming, cached);
+        ROWS(0, PAIR, way, cached);
     } else {
         for (ptrdiff_t k = 0; k < rows; k++) {
-            ROWS(0, 1, streaming, cached);
+            if (way == JOINED)
+                ROWS(0, 1, JOINED, cached);
+            else
+                ROWS(0, 1, way, cached);
             grad_y += n, x += n, grad_total = NTH(1, grad_total, n), grad_x = NTH(1, grad_x, n);
             mean = NTH(1, mean, 1), rstd++, sums += 3;
         }
@@ -1189,9 +1297,10 @@ SWEEP void flush_reals(double *restrict wide, real *restrict sums, ptrdiff_t n)
  * filled. Of weight and bias, `length` long, the first row takes the n from `along` on, the others what follows. */
 ALWAYS void rows_in_registers(const int vectors, const int centred, const element *x, const real *weight,
                               const real *bias, element *y, ptrdiff_t M, ptrdiff_t n, ptrdiff_t along,
-                              ptrdiff_t length, double eps, real *mean, real *var, real *rstd, int streaming)
+                              ptrdiff_t length, double eps, real *mean, real *var, real *rstd, seam *past)
 {
     const ptrdiff_t left = n - (vectors - 1) * LANES;
+    const int way = !past ? PLAIN : rows_aligned(y, n) ? WHOLE : JOINED;
     const double inverse = 1.0 / n;
 #define LEFT(v) ((v) < vectors - 1 ? LANES : left)
     for (ptrdiff_t m = 0; m < M; m++, x += n, y += n) {
@@ -1217,6 +1326,8 @@ ALWAYS void rows_in_registers(const int vectors, const int centred, const elemen
         const real scale = rstd[m] = 1 / sqrt(variance + eps);
         if (var)
             var[m] = variance;
+        vec over = splat(0);
+        const phase p = phase_of(y);
 #pragma GCC unroll 8 /* or t would lie in memory */
         for (int v = 0; v < vectors; v++) {
             vec out = t[v] * scale;
@@ -1226,21 +1337,27 @@ ALWAYS void rows_in_registers(const int vectors, const int centred, const elemen
                             bias ? load_real(bias + i, LEFT(v), 0) : splat(0));
             } else if (weight)
                 out *= load_real(weight + v * LANES, LEFT(v), 0);
-            put(y + v * LANES, out, LEFT(v), streaming);
+            if (way != JOINED)
+                put(y + v * LANES, out, LEFT(v), way);
+            else if (v == 0)
+                over = begin_row(past, y, picked(out, p.order), LEFT(v), &p);
+            else
+                over = go_on(y + v * LANES, picked(out, p.order), LEFT(v), &p, over);
         }
+        if (way == JOINED)
+            end_row(past, y, n, &p, over);
         along = along + n < length ? along + n : 0;
     }
 #undef LEFT
 }
 
 #define SHORT_ROWS(centred)                                                             \
-    streaming = streaming && until_aligned(y) == 0 && n % LANES == 0;                   \
     switch ((n + LANES - 1) / LANES) {                                                  \
         CASE(1, centred) CASE(2, centred) CASE(3, centred) CASE(4, centred) MORE(centred) \
     }
 #define CASE(v, centred)                                                                \
     case v:                                                                             \
-        rows_in_registers(v, centred, x, weight, bias, y, M, n, along, length, eps, mean, var, rstd, streaming); \
+        rows_in_registers(v, centred, x, weight, bias, y, M, n, along, length, eps, mean, var, rstd, past); \
         break;
 #if SHORT_VECTORS > 4
 #define MORE(centred) CASE(5, centred) CASE(6, centred) CASE(7, centred) CASE(8, centred)
@@ -1251,14 +1368,14 @@ ALWAYS void rows_in_registers(const int vectors, const int centred, const elemen
 /* The same for rows of at most SHORT_VECTORS vectors. */
 EXACT_SWEEP void normalize_short(const element *x, const real *weight, const real *bias, element *y, ptrdiff_t M,
                                  ptrdiff_t n, ptrdiff_t along, ptrdiff_t length, double eps, real *mean, real *var,
-                                 real *rstd, int streaming)
+                                 real *rstd, seam *past)
 {
     SHORT_ROWS(1)
 }
 
 /* The same, not centred: y = x * rstd * weight with one weight for all rows. */
 SWEEP void scale_short(const element *x, const real *weight, element *y, ptrdiff_t M, ptrdiff_t n, double eps,
-                       real *rstd, int streaming)
+                       real *rstd, seam *past)
 {
     const real *const bias = 0;
     real *const mean = 0, *const var = 0;
@@ -1274,9 +1391,10 @@ SWEEP void scale_short(const element *x, const real *weight, element *y, ptrdiff
 ALWAYS void backward_in_registers(const int vectors, const element *grad_y, const element *x, const real *weight,
                                   const element *grad_total, element *grad_x, ptrdiff_t M, ptrdiff_t n,
                                   ptrdiff_t period, const real *mean, const real *rstd, double *grad_weight,
-                                  double *grad_bias, int streaming)
+                                  double *grad_bias, seam *past)
 {
     const ptrdiff_t left = n - (vectors - 1) * LANES;
+    const int way = !past || !grad_x ? PLAIN : rows_aligned(grad_x, n) ? WHOLE : period == 1 ? JOINED : PLAIN;
     const double inverse = 1.0 / n;
     vec w[BACKWARD_SHORT], weight_sum[BACKWARD_SHORT], bias_sum[BACKWARD_SHORT];
 #define LEFT(v) ((v) < vectors - 1 ? LANES : left)
@@ -1296,16 +1414,25 @@ ALWAYS void backward_in_registers(const int vectors, const element *grad_y, cons
         const row_terms terms =
             terms_of_row(lanes_sum(g_sum), lanes_sum(gx_sum), mean ? lanes_sum(x_sum) : 0, inverse, mean != 0, r);
         const real b = terms.b, c = terms.c, s = terms.s;
+        vec over = splat(0);
+        const phase p = phase_of(grad_x + here);
         for (int v = 0; v < vectors; v++) {
             if (grad_x) {
                 vec out = r * (g[v] * w[v] + fused(t[v], splat(b), splat(c)));
                 if (grad_total)
                     out += load(grad_total + here + v * LANES, LEFT(v), 0);
-                put(grad_x + here + v * LANES, out, LEFT(v), streaming);
+                if (way != JOINED)
+                    put(grad_x + here + v * LANES, out, LEFT(v), way);
+                else if (v == 0)
+                    over = begin_row(past, grad_x + here, picked(out, p.order), LEFT(v), &p);
+                else
+                    over = go_on(grad_x + here + v * LANES, picked(out, p.order), LEFT(v), &p, over);
             }
             weight_sum[v] = fused(g[v], fused(t[v], splat(r), splat(s)), weight_sum[v]);
             bias_sum[v] += g[v];
         }
+        if (way == JOINED)
+            end_row(past, grad_x + here, n, &p, over);
         if (grad_weight && (m % BACKWARD_ROWS == BACKWARD_ROWS - 1 || m == M - 1))
             for (int v = 0; v < vectors; v++) {
                 for (ptrdiff_t k = 0; k < LEFT(v); k++) {
@@ -1321,13 +1448,12 @@ ALWAYS void backward_in_registers(const int vectors, const element *grad_y, cons
 EXACT_SWEEP void backward_short(const element *grad_y, const element *x, const real *weight,
                                 const element *grad_total, element *grad_x, ptrdiff_t M, ptrdiff_t n,
                                 ptrdiff_t period, const real *mean, const real *rstd, double *grad_weight,
-                                double *grad_bias, int streaming)
+                                double *grad_bias, seam *past)
 {
-    streaming = streaming && grad_x && until_aligned(grad_x) == 0 && n % LANES == 0;
 #define CASE(v)                                                                         \
     case v:                                                                             \
         backward_in_registers(v, grad_y, x, weight, grad_total, grad_x, M, n, period, mean, rstd, grad_weight, \
-                              grad_bias, streaming);                                    \
+                              grad_bias, past);                                         \
         break;
     switch ((n + LANES - 1) / LANES) {
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
@@ -1789,7 +1915,7 @@ SWEEP void affine_block(const element *x, const element *residual, element *y, p
 #undef VALUE
         return;
     }
-    streaming = streaming && until_aligned(y) == 0 && stride % LANES == 0;
+    streaming = streaming && rows_aligned(y, stride);
 #define COLUMNS(j, left)                                                                \
     const vec p = load_real(pivot + j, left, 0), a = load_real(scale + j, left, 0);     \
     const vec b = load_real(shift + j, left, 0);
@@ -1837,7 +1963,7 @@ EXACT_SWEEP void backward_block(const element *grad_y, const element *x, element
                                 ptrdiff_t stride, ptrdiff_t width, const real *mean, const real *rstd,
                                 const real *b, const real *c, const real *weight, int streaming, int cached)
 {
-    streaming = streaming && until_aligned(grad_x) == 0 && stride % LANES == 0;
+    streaming = streaming && rows_aligned(grad_x, stride);
 #define COLUMNS(j, left) \
     const vec r = load_real(rstd + j, left, 0), w = load_real(weight + j, left, 0);
 #define ALL_COLUMNS(j, left)                                                            \
@@ -1896,7 +2022,7 @@ SWEEP void affine_strip(const element *x, element *y, ptrdiff_t rows, ptrdiff_t 
                         const real *pivot, const real *scale, const real *shift, const real *weight,
                         const real *bias, int streaming, ptrdiff_t ahead)
 {
-    streaming = streaming && until_aligned(y) == 0 && stride % LANES == 0;
+    streaming = streaming && rows_aligned(y, stride);
 #define AT(together, row)                                                               \
     affine_rows(together, x + row * stride, y + row * stride, stride, width, pivot, scale, shift, \
                 weight ? weight + row : weight, bias ? bias + row : bias, streaming, ahead)
@@ -1949,7 +2075,7 @@ EXACT_SWEEP void backward_strip(const element *grad_y, const element *x, const r
                                 const real *b, const real *c, double *grad_weight, double *grad_bias,
                                 int streaming, ptrdiff_t ahead)
 {
-    streaming = streaming && grad_x && until_aligned(grad_x) == 0 && stride % LANES == 0;
+    streaming = streaming && grad_x && rows_aligned(grad_x, stride);
 #define ROWS(together, parameters, row)                                                 \
     backward_strip_rows(together, parameters, grad_y + row * stride, x + row * stride,  \
                         weight ? weight + row : weight, grad_total ? grad_total + row * stride : grad_total, \

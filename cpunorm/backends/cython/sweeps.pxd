@@ -31,6 +31,10 @@ cdef extern from "sweeps.h" nogil:
     void team_barrier(int members) noexcept
     void stream_fence() noexcept
 
+    ctypedef struct seam:
+        pass
+    void close_seam(seam* s) noexcept
+
     void merge_moments(double n_a, double* mean_a, double* m2_a,
                        double n_b, double mean_b, double m2_b) noexcept
     void merge_columns(double n_a, double* mean_a, double* m2_a, double n_b, const double* mean_b,
@@ -69,7 +73,7 @@ cdef extern from "sweeps.h" nogil:
     void affine_along(const element* x, const real* weight, const real* bias,
                       const element* residual, element* y, Py_ssize_t rows, Py_ssize_t n,
                       Py_ssize_t stride, const real* pivot, const real* scale, const real* shift,
-                      int activation, int far, int streaming, Py_ssize_t ahead) noexcept
+                      int activation, int far, seam* past, Py_ssize_t ahead) noexcept
     void backward_affine(const element* grad_y, const element* x, element* grad_x,
                          Py_ssize_t planes, Py_ssize_t n, Py_ssize_t K, const real* mean,
                          const real* rstd, const real* b, const real* c, const real* weight,
@@ -78,18 +82,18 @@ cdef extern from "sweeps.h" nogil:
                                const element* grad_total, element* grad_x, Py_ssize_t rows,
                                Py_ssize_t n, const real* mean, const real* rstd,
                                const double* sums, double inverse, real* grad_weight,
-                               real* grad_bias, int streaming, int cached) noexcept
+                               real* grad_bias, seam* past, int cached) noexcept
     void flush_reals(double* wide, real* sums, Py_ssize_t n) noexcept
 
     void normalize_short(const element* x, const real* weight, const real* bias, element* y,
                          Py_ssize_t M, Py_ssize_t n, Py_ssize_t along, Py_ssize_t length,
-                         double eps, real* mean, real* var, real* rstd, int streaming) noexcept
+                         double eps, real* mean, real* var, real* rstd, seam* past) noexcept
     void scale_short(const element* x, const real* weight, element* y, Py_ssize_t M, Py_ssize_t n,
-                     double eps, real* rstd, int streaming) noexcept
+                     double eps, real* rstd, seam* past) noexcept
     void backward_short(const element* grad_y, const element* x, const real* weight,
                         const element* grad_total, element* grad_x, Py_ssize_t M, Py_ssize_t n,
                         Py_ssize_t period, const real* mean, const real* rstd,
-                        double* grad_weight, double* grad_bias, int streaming) noexcept
+                        double* grad_weight, double* grad_bias, seam* past) noexcept
 
     void column_moments(const element* x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t width,
                         int far, double* mean, double* m2) noexcept

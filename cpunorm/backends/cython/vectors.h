@@ -485,6 +485,12 @@ ALWAYS ptrdiff_t until_aligned(const element *p)
     return (ptrdiff_t)((uintptr_t)(-(intptr_t)p) % STORE_BYTES / sizeof(element));
 }
 
+/* Whether rows that are `stride` apart begin with aligned stores. */
+ALWAYS int rows_aligned(const element *p, ptrdiff_t stride)
+{
+    return until_aligned(p) == 0 && stride % LANES == 0;
+}
+
 /* ------------------------------------------------------------------------------- within a vector */
 
 #if defined(__AVX512F__)
@@ -567,6 +573,15 @@ ALWAYS vec picked(vec v, bits_vec which)
 #else
     return __builtin_shuffle(v, which);
 #endif
+}
+
+/* What to pick to move lanes on by `count`, the last ones to the front. */
+ALWAYS bits_vec turn(ptrdiff_t count)
+{
+    bits_vec lane;
+    for (ptrdiff_t i = 0; i < LANES; i++)
+        lane[i] = i;
+    return (lane - (lane_bits)count) & (lane_bits)(LANES - 1);
 }
 
 /* a * b + c, rounded once where the processor can. */
