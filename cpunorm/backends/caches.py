@@ -52,7 +52,7 @@ def stream_bytes() -> tuple[int, int]:
     Forward, where x and y just exceed the last cache, part of y would still be found there.
     Backward, what grad_x would push out of it is worth more: x and grad_y, of which much is there.
     """
-    return _last() * 3 // 4, _last() * 2 // 9
+    return _last() * 9 // 16, _last() * 2 // 9
 
 
 def far_bytes() -> int:
