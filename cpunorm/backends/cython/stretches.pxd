@@ -20,9 +20,9 @@ from libc.string cimport memcpy, memset
 from .sweeps cimport (
     BACKWARD_ROWS, BACKWARD_SHORT, BLOCK, LANES, LINE_BYTES, PAIR, SHORT_VECTORS, UNITS, add,
     affine_along, at, backward_affine_along, backward_short, close_seam, element, flush_reals,
-    merge_moments, new_lines, normalize_short, own_lines, pair_backward_sums, real, scale_short,
-    seam, set_columns, settle, share, stream_fence, stretch_moments, stretch_squares, sum_parts, team, team_barrier,
-    whole_lines,
+    merge_moments, new_lines, normalize_short, own_lines, pair_backward_sums, real, rows_aligned,
+    scale_short, seam, set_columns, settle, share, stream_fence, stretch_moments, stretch_squares,
+    sum_parts, team, team_barrier, whole_lines,
 )
 
 cdef enum:
@@ -413,6 +413,8 @@ cdef inline int backward_stretches(Stretches* s, Py_ssize_t slab, int threads) n
                   min(repeats // FEW_ROWS, <Py_ssize_t> FEW_PARTS),
                   min(repeats // ROWS, <Py_ssize_t> PARTS))
     s.splits = min(s.period, <Py_ssize_t> SPLITS) if s.parts < FEW_PARTS else 1
+    # To turn vectors costs more than stores past the caches bring where much is still in them.
+    s.streaming = s.streaming and (s.far or rows_aligned(s.grad_x, s.D))
     s.cached = 3 * s.M * s.D * <Py_ssize_t> sizeof(element) <= slab * threads
     if parameters:
         nbytes = own_lines(2 * s.pitch) * (1 if pieces else threads) * sizeof(real)

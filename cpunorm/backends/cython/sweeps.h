@@ -300,30 +300,30 @@ ALWAYS phase phase_of(const element *y)
 }
 
 /* Stores a vector of a row, turned, of which there is `left`; `over` is the one before. Returns what is over then. */
-ALWAYS vec go_on(element *y, vec turned, ptrdiff_t left, const phase *p, vec over)
+ALWAYS vec go_on(element *y, vec turned, ptrdiff_t left, phase p, vec over)
 {
-    const vec whole = choose(p->before, over, turned);
-    if (left + p->count < LANES)
+    const vec whole = choose(p.before, over, turned);
+    if (left + p.count < LANES)
         return whole;
-    stream(y - p->count, whole);
+    stream(y - p.count, whole);
     return turned;
 }
 
 /* The same of the first one. */
-ALWAYS vec begin_row(seam *s, element *y, vec turned, ptrdiff_t left, const phase *p)
+ALWAYS vec begin_row(seam *s, element *y, vec turned, ptrdiff_t left, phase p)
 {
     if (y != s->to)
         close_seam(s);
-    if (s->count == p->count)
+    if (s->count == p.count)
         return go_on(y, turned, left, p, s->over);
-    store(y, picked(turned, turn(-p->count)), MIN(left, LANES - p->count));
+    store(y, picked(turned, turn(-p.count)), MIN(left, LANES - p.count));
     return turned;
 }
 
-ALWAYS void end_row(seam *s, element *y, ptrdiff_t n, const phase *p, vec over)
+ALWAYS void end_row(seam *s, element *y, ptrdiff_t n, phase p, vec over)
 {
-    const int stored = s->count != p->count && p->count + n < LANES;
-    s->over = over, s->to = y + n, s->count = stored ? 0 : (p->count + n) % LANES;
+    const int stored = s->count != p.count && p.count + n < LANES;
+    s->over = over, s->to = y + n, s->count = stored ? 0 : (p.count + n) % LANES;
 }
 
 /* Writes VALUE(i, left) to n elements of y past the caches. */
@@ -1222,6 +1222,7 @@ ALWAYS void backward_rows(const int rows, const int all, const int way, const in
     FOR_VECTORS(i, left, n, {
         const vec w = all || weight ? load_real(weight + i, left, 0) : splat(1);
         vec weight_sum = {0}, bias_sum = {0};
+        _Pragma("GCC unroll 2") /* or what is kept of each row would lie in memory */
         for (int k = 0; k < rows; k++) {
             const vec g = load(grad_y + k * n + i, left, 0), t = load(x + k * n + i, left, 0) - pivot[k];
             if (!cached)
@@ -1235,7 +1236,7 @@ ALWAYS void backward_rows(const int rows, const int all, const int way, const in
                 else if (i == 0)
                     first[k] = over[k] = picked(out, p[k].order);
                 else
-                    over[k] = go_on(grad_x + k * n + i, picked(out, p[k].order), left, p + k, over[k]);
+                    over[k] = go_on(grad_x + k * n + i, picked(out, p[k].order), left, p[k], over[k]);
             }
             weight_sum = fused(g, fused(t, r[k], s[k]), weight_sum);
             bias_sum += g;
@@ -1246,8 +1247,8 @@ ALWAYS void backward_rows(const int rows, const int all, const int way, const in
         }
     })
     for (int k = 0; way == JOINED && k < rows; k++) {
-        begin_row(past, grad_x + k * n, first[k], LANES, p + k);
-        end_row(past, grad_x + k * n, n, p + k, over[k]);
+        begin_row(past, grad_x + k * n, first[k], LANES, p[k]);
+        end_row(past, grad_x + k * n, n, p[k], over[k]);
     }
 }
 
@@ -1340,12 +1341,12 @@ ALWAYS void rows_in_registers(const int vectors, const int centred, const elemen
             if (way != JOINED)
                 put(y + v * LANES, out, LEFT(v), way);
             else if (v == 0)
-                over = begin_row(past, y, picked(out, p.order), LEFT(v), &p);
+                over = begin_row(past, y, picked(out, p.order), LEFT(v), p);
             else
-                over = go_on(y + v * LANES, picked(out, p.order), LEFT(v), &p, over);
+                over = go_on(y + v * LANES, picked(out, p.order), LEFT(v), p, over);
         }
         if (way == JOINED)
-            end_row(past, y, n, &p, over);
+            end_row(past, y, n, p, over);
         along = along + n < length ? along + n : 0;
     }
 #undef LEFT
@@ -1424,15 +1425,15 @@ ALWAYS void backward_in_registers(const int vectors, const element *grad_y, cons
                 if (way != JOINED)
                     put(grad_x + here + v * LANES, out, LEFT(v), way);
                 else if (v == 0)
-                    over = begin_row(past, grad_x + here, picked(out, p.order), LEFT(v), &p);
+                    over = begin_row(past, grad_x + here, picked(out, p.order), LEFT(v), p);
                 else
-                    over = go_on(grad_x + here + v * LANES, picked(out, p.order), LEFT(v), &p, over);
+                    over = go_on(grad_x + here + v * LANES, picked(out, p.order), LEFT(v), p, over);
             }
             weight_sum[v] = fused(g[v], fused(t[v], splat(r), splat(s)), weight_sum[v]);
             bias_sum[v] += g[v];
         }
         if (way == JOINED)
-            end_row(past, grad_x + here, n, &p, over);
+            end_row(past, grad_x + here, n, p, over);
         if (grad_weight && (m % BACKWARD_ROWS == BACKWARD_ROWS - 1 || m == M - 1))
             for (int v = 0; v < vectors; v++) {
                 for (ptrdiff_t k = 0; k < LEFT(v); k++) {

@@ -31,6 +31,7 @@ cdef extern from "sweeps.h" nogil:
     void team_barrier(int members) noexcept
     void stream_fence() noexcept
 
+    bint rows_aligned(const element* p, Py_ssize_t stride) noexcept
     ctypedef struct seam:
         pass
     void close_seam(seam* s) noexcept
