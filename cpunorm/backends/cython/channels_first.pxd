@@ -17,10 +17,10 @@ from .call cimport Call
 from .stretches cimport Stretches, backward_stretches, normalize_stretches
 from .strips cimport Images, apply_images, backward_images, images_of, normalize_images
 from .sweeps cimport (
-    LANES, UNITS, affine, at, backward_affine, combine_channels, element, merge_moments, new_lines,
-    own_lines, plane_backward_sums, plane_moments, real, repeat_each, settle, share, stream_fence,
-    stretch_moments, stretches_backward_sums, sum_parts, take_statistics, team, team_barrier,
-    whole_lines, worth_dealing,
+    LANES, LINE_BYTES, UNITS, affine, at, backward_affine, combine_channels, element,
+    merge_moments, new_lines, own_lines, plane_backward_sums, plane_moments, real, repeat_each,
+    settle, share, stream_fence, stretch_moments, stretches_backward_sums, sum_parts,
+    take_statistics, team, team_barrier, whole_lines, worth_dealing,
 )
 
 cdef enum:
@@ -64,6 +64,14 @@ cdef inline Py_ssize_t unit_bytes(const Units* u) noexcept nogil:
     return u.planes * u.call.S * sizeof(element)
 
 
+cdef inline Py_ssize_t ending_lines(Py_ssize_t count, Py_ssize_t S) noexcept nogil:
+    """At most `count` planes, and so many that they end with a line; of too few, all."""
+    cdef Py_ssize_t line = LINE_BYTES // sizeof(element), step = line
+    while step % 2 == 0 and step // 2 * S % line == 0:
+        step //= 2
+    return count // step * step if count >= step else count
+
+
 cdef inline Units units_of(const Call* call, bint backward) noexcept nogil:
     cdef:
         Units u
@@ -81,6 +89,8 @@ cdef inline Units units_of(const Call* call, bint backward) noexcept nogil:
         u.some = min(RUN // (call.S * <Py_ssize_t> sizeof(element)),
                      LARGER * call.slab // unit_bytes(&u))
         u.some = min(u.some, <Py_ssize_t> UNITS)
+        if call.streaming:
+            u.some = ending_lines(u.some, call.S)
     elif backward and u.chunks == 1:
         # Of two arrays, runs so short as those that stay in L1 cost more than L2 does.
         u.some = min(call.slab // 2 // unit_bytes(&u), <Py_ssize_t> MANY)
