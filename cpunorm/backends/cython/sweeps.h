@@ -46,7 +46,6 @@
 #define PAIR 2              /* the same, where each row is three streams of memory */
 #define UNITS 32            /* units measured together, at most */
 #define LINE_BYTES 64
-#define JOINED_COLUMNS 1024 /* of rows that are stored past the caches as one stretch, at most */
 
 /* Code that is inlined in two places may be rounded in two ways, and which place runs may depend on the
  * number of threads. So there is one copy of every sweep, in which sums may be reordered and multiply-adds
@@ -1878,18 +1877,20 @@ SWEEP void backward_group(const element *grad_y, const element *x, ptrdiff_t row
             FOR_VECTORS(j, left, width, PREPARE(j, left) AT(row * (stride) + j, left))  \
     }
 
-/* Whether rows lie side by side and are stored past the caches as one stretch, since a line holds parts of two. */
-ALWAYS int worth_joining(const element *y, ptrdiff_t stride, ptrdiff_t width)
+/* Whether rows of a strip end within lines and lie side by side: past the caches they are one stretch. */
+ALWAYS int side_by_side(const element *y, ptrdiff_t stride, ptrdiff_t width)
 {
-    return stride == width && LANES <= width && width <= JOINED_COLUMNS && (until_aligned(y) || width % LANES);
+    return stride == width && !rows_aligned(y, stride);
 }
 
-/* What is per column, with the first of it once more at its end: for vectors that reach into the next row. */
-ALWAYS void wrap_columns(const real *columns, ptrdiff_t width, real *wrapped)
-{
-    memcpy(wrapped, columns, width * sizeof(real));
-    memcpy(wrapped + width, columns, LANES * sizeof(real));
-}
+/* Writes VALUE(j, left) to such rows; `start` is where the row of column j begins. */
+#define JOIN_ROWS(y, rows, width, VALUE)                                                \
+    {                                                                                   \
+        seam s = {{0}, 0, 0};                                                           \
+        for (ptrdiff_t start = 0; start < (rows) * (width); start += (width))           \
+            WRITE_PAST((y) + start, width, &s, VALUE)                                   \
+        close_seam(&s);                                                                 \
+    }
 
 /* y = activation((x - pivot) * scale + shift + residual): pivot, scale and shift per column. */
 SWEEP void affine_block(const element *x, const element *residual, element *y, ptrdiff_t rows, ptrdiff_t stride,
@@ -1897,25 +1898,7 @@ SWEEP void affine_block(const element *x, const element *residual, element *y, p
                         int activation, int streaming, int cached)
 {
     const vec floor = floor_of(activation);
-    if (streaming && activation <= RELU && !residual && worth_joining(y, stride, width)) {
-        real p[JOINED_COLUMNS + SOME_LANES], a[JOINED_COLUMNS + SOME_LANES], b[JOINED_COLUMNS + SOME_LANES];
-        const ptrdiff_t n = rows * width, head = MIN(n, until_aligned(y));
-        ptrdiff_t i = head, j = head;
-        wrap_columns(pivot, width, p), wrap_columns(scale, width, a), wrap_columns(shift, width, b);
-#define VALUE(i, j, left)                                                               \
-    at_least((load(x + (i), left, 0) - load_real(p + (j), left, 0)) * load_real(a + (j), left, 0) \
-             + load_real(b + (j), left, 0), floor)
-        if (head)
-            store(y, VALUE(0, 0, head), head);
-        for (; i + LANES <= n; i += LANES) {
-            stream(y + i, VALUE(i, j, LANES));
-            j += j + LANES < width ? LANES : LANES - width;
-        }
-        if (i < n)
-            store(y + i, VALUE(i, j, n - i), n - i);
-#undef VALUE
-        return;
-    }
+    const int joined = streaming && side_by_side(y, stride, width);
     streaming = streaming && rows_aligned(y, stride);
 #define COLUMNS(j, left)                                                                \
     const vec p = load_real(pivot + j, left, 0), a = load_real(scale + j, left, 0);     \
@@ -1927,7 +1910,10 @@ SWEEP void affine_block(const element *x, const element *residual, element *y, p
 #define PUT_ADDED(i, left) PUT(i, ADDED(i, left), left)
 #define CUT_VALUE(i, left) PUT(i, at_least(VALUE(i, left), floor), left)
 #define CUT_ADDED(i, left) PUT(i, at_least(ADDED(i, left), floor), left)
-    if (activation > RELU) {
+#define JOINED(j, left) ({ COLUMNS(j, left) at_least(VALUE(start + (j), left), floor); })
+    if (joined && activation <= RELU && !residual) {
+        JOIN_ROWS(y, rows, width, JOINED)
+    } else if (activation > RELU) {
         for (ptrdiff_t row = 0; row < rows; row++)
             for (ptrdiff_t start = 0; start < width; start += SCRATCH) {
                 real scratch[SCRATCH];
@@ -1955,6 +1941,7 @@ SWEEP void affine_block(const element *x, const element *residual, element *y, p
 #undef PUT_ADDED
 #undef CUT_VALUE
 #undef CUT_ADDED
+#undef JOINED
 #undef COLUMNS
 }
 
@@ -1964,6 +1951,7 @@ EXACT_SWEEP void backward_block(const element *grad_y, const element *x, element
                                 ptrdiff_t stride, ptrdiff_t width, const real *mean, const real *rstd,
                                 const real *b, const real *c, const real *weight, int streaming, int cached)
 {
+    const int joined = streaming && side_by_side(grad_x, stride, width);
     streaming = streaming && rows_aligned(grad_x, stride);
 #define COLUMNS(j, left) \
     const vec r = load_real(rstd + j, left, 0), w = load_real(weight + j, left, 0);
@@ -1972,16 +1960,27 @@ EXACT_SWEEP void backward_block(const element *grad_y, const element *x, element
     const vec m = load_real(mean + j, left, 0), b_ = load_real(b + j, left, 0);         \
     const vec c_ = load_real(c + j, left, 0);
 #define PUT(i, value, left) put(grad_x + (i), value, left, streaming);
-#define FROZEN(i, left) PUT(i, r * w * load(grad_y + (i), left, 0), left)
-#define THROUGH(i, left) \
-    PUT(i, r * (load(grad_y + (i), left, 0) * w + fused(load(x + (i), left, 0) - m, b_, c_)), left)
-    if (!x) {
+#define HELD(i, left) (r * w * load(grad_y + (i), left, 0))
+#define ALL(i, left) (r * (load(grad_y + (i), left, 0) * w + fused(load(x + (i), left, 0) - m, b_, c_)))
+#define FROZEN(i, left) PUT(i, HELD(i, left), left)
+#define THROUGH(i, left) PUT(i, ALL(i, left), left)
+#define JOINED_FROZEN(j, left) ({ COLUMNS(j, left) HELD(start + (j), left); })
+#define JOINED_THROUGH(j, left) ({ ALL_COLUMNS(j, left) ALL(start + (j), left); })
+    if (joined && !x) {
+        JOIN_ROWS(grad_x, rows, width, JOINED_FROZEN)
+    } else if (joined) {
+        JOIN_ROWS(grad_x, rows, width, JOINED_THROUGH)
+    } else if (!x) {
         FOR_BLOCK(rows, stride, width, COLUMNS, FROZEN)
     } else {
         FOR_BLOCK(rows, stride, width, ALL_COLUMNS, THROUGH)
     }
+#undef HELD
+#undef ALL
 #undef FROZEN
 #undef THROUGH
+#undef JOINED_FROZEN
+#undef JOINED_THROUGH
 #undef COLUMNS
 #undef ALL_COLUMNS
 #undef PUT
