@@ -2022,11 +2022,22 @@ SWEEP void affine_strip(const element *x, element *y, ptrdiff_t rows, ptrdiff_t 
                         const real *pivot, const real *scale, const real *shift, const real *weight,
                         const real *bias, int streaming, ptrdiff_t ahead)
 {
+    const int joined = streaming && side_by_side(y, stride, width);
     streaming = streaming && rows_aligned(y, stride);
+#define JOINED(j, left)                                                                 \
+    (prefetch(x + start + (j) + ahead),                                                 \
+     ((load(x + start + (j), left, 0) - load_real(pivot + (j), left, 0)) * load_real(scale + (j), left, 0) \
+      + load_real(shift + (j), left, 0)) * (weight ? weight[start / width] : (real)1)   \
+         + (bias ? bias[start / width] : (real)0))
 #define AT(together, row)                                                               \
     affine_rows(together, x + row * stride, y + row * stride, stride, width, pivot, scale, shift, \
                 weight ? weight + row : weight, bias ? bias + row : bias, streaming, ahead)
-    FOR_ROWS(row, rows, ahead, AT)
+    if (joined) {
+        JOIN_ROWS(y, rows, width, JOINED)
+    } else {
+        FOR_ROWS(row, rows, ahead, AT)
+    }
+#undef JOINED
 #undef AT
 }
 
@@ -2034,9 +2045,10 @@ ALWAYS void backward_strip_rows(const int together, const int parameters, const 
                                 const element *x, const real *weight, const element *grad_total,
                                 element *grad_x, ptrdiff_t stride, ptrdiff_t width, const real *mean,
                                 const real *rstd, const real *shift, const real *b, const real *c,
-                                double *grad_weight, double *grad_bias, int streaming, ptrdiff_t ahead)
+                                double *grad_weight, double *grad_bias, int streaming, seam *past, ptrdiff_t ahead)
 {
-    vec weight_sum[TOGETHER], bias_sum[TOGETHER];
+    const phase p = phase_of(grad_x);
+    vec weight_sum[TOGETHER], bias_sum[TOGETHER], over = splat(0);
     for (int k = 0; k < together; k++)
         weight_sum[k] = bias_sum[k] = splat(0);
     FOR_VECTORS(j, left, width, {
@@ -2052,7 +2064,12 @@ ALWAYS void backward_strip_rows(const int together, const int parameters, const 
                 vec out = r * (g * (weight ? weight[k] : (real)1) + (b_ * t + c_));
                 if (grad_total)
                     out += load(grad_total + i, left, 0);
-                put(grad_x + i, out, left, streaming);
+                if (together > 1 || !past)
+                    put(grad_x + i, out, left, streaming);
+                else if (j == 0)
+                    over = begin_row(past, grad_x, picked(out, p.order), left, p);
+                else
+                    over = go_on(grad_x + j, picked(out, p.order), left, p, over);
             }
             if (parameters) {
                 weight_sum[k] += g * (t * r + s);
@@ -2064,6 +2081,8 @@ ALWAYS void backward_strip_rows(const int together, const int parameters, const 
         grad_weight[k] += lanes_sum(weight_sum[k]);
         grad_bias[k] += lanes_sum(bias_sum[k]);
     }
+    if (together == 1 && past)
+        end_row(past, grad_x, width, p, over);
 }
 
 /* grad_x = rstd * (grad_y * weight + b * (x - mean) + c) + grad_total with the weight per row, all else per
@@ -2075,12 +2094,13 @@ EXACT_SWEEP void backward_strip(const element *grad_y, const element *x, const r
                                 const real *b, const real *c, double *grad_weight, double *grad_bias,
                                 int streaming, ptrdiff_t ahead)
 {
+    seam s = {{0}, 0, 0}, *const past = streaming && grad_x && side_by_side(grad_x, stride, width) ? &s : 0;
     streaming = streaming && grad_x && rows_aligned(grad_x, stride);
 #define ROWS(together, parameters, row)                                                 \
     backward_strip_rows(together, parameters, grad_y + row * stride, x + row * stride,  \
                         weight ? weight + row : weight, grad_total ? grad_total + row * stride : grad_total, \
                         grad_x ? grad_x + row * stride : grad_x, stride, width, mean, rstd, shift, b, c, \
-                        grad_weight + row, grad_bias + row, streaming, ahead)
+                        grad_weight + row, grad_bias + row, streaming, past, ahead)
 #define SUMMED(together, row) ROWS(together, 1, row)
 #define ALONE(together, row) ROWS(together, 0, row)
     if (grad_weight) {
@@ -2088,6 +2108,7 @@ EXACT_SWEEP void backward_strip(const element *grad_y, const element *x, const r
     } else {
         FOR_ROWS(row, rows, ahead, ALONE)
     }
+    close_seam(&s);
 #undef ROWS
 #undef SUMMED
 #undef ALONE
