@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -16,6 +17,7 @@ from .support import (
     DTYPES,
     HALF_DTYPES,
     assert_gradients_close,
+    assert_same_bits,
     assert_values_close,
     first,
     run,
@@ -28,6 +30,8 @@ if "cython" not in AVAILABLE:
     pytest.skip("the compiled backend was not built", allow_module_level=True)
 
 from cpunorm.backends import cython
+
+TOLERANCES = {"float64": 1e-12, "float32": 1e-5, "float16": 2e-2}
 
 
 @pytest.fixture(params=cython.LEVELS)
@@ -46,6 +50,22 @@ def past_the_caches(monkeypatch):
     yield
     monkeypatch.undo()
     cython.install(cython.ISA)
+
+
+@pytest.fixture
+def both_ways(level, monkeypatch):
+    """Compute something with the stores of small arrays, and with those of large ones."""
+
+    def results(function):
+        with monkeypatch.context() as patched:
+            patched.setenv("CPUNORM_L3", str(1 << 40))
+            cython.install(level)
+            plainly = function()
+            patched.setenv("CPUNORM_L3", "1")
+            cython.install(level)
+            return plainly, function()
+
+    return results
 
 
 def assert_right(case, dtype):
@@ -99,6 +119,63 @@ def test_planes_that_end_within_lines(spatial, with_residual, activation, past_t
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("width", [1, 3, 8, 15, 16, 17, 33, 70, 129, 130, 285, 1001, 5000])
+def test_rows_that_end_within_lines(width, dtype, both_ways):
+    """The same bits wherever out begins, of what is right, and nothing else is written."""
+    rng = np.random.default_rng(width)
+    shape = (max(5, 700 // width), width)
+    x, grad_y = (rng.normal(size=shape).astype(dtype) for _ in range(2))
+    weight, bias = rng.normal(size=(2, width)).astype("float64" if dtype == "float64" else "float32")
+
+    def forward(start):
+        room = np.full(x.size + 16, np.nan, dtype)
+        out = room[start : start + x.size].reshape(shape)
+        for operation in (partial(cpunorm.layer_norm, bias=bias), cpunorm.rms_norm):
+            operation(x, width, weight=weight, out=out, backend="cython")
+            assert np.isnan(room[:start]).all() and np.isnan(room[start + x.size :]).all()
+            yield out.copy()
+        running = np.zeros(width, weight.dtype), np.ones(width, weight.dtype)
+        cpunorm.batch_norm(x, *running, weight, bias, out=out, backend="cython")
+        assert np.isnan(room[:start]).all() and np.isnan(room[start + x.size :]).all()
+        yield out
+
+    def backward():
+        _, stats = cpunorm.layer_norm(x, width, return_stats=True, backend="cython")
+        yield from cpunorm.layer_norm_backward(grad_y, x, width, stats, weight, backend="cython")
+        stats = cpunorm.Stats(None, stats.rstd)
+        yield cpunorm.rms_norm_backward(grad_y, x, width, stats, backend="cython").x
+        stats = cpunorm.Stats(*np.ones((2, width), weight.dtype))
+        yield from cpunorm.batch_norm_backward(grad_y, x, stats, weight, False, backend="cython")
+        yield from cpunorm.batch_norm_backward(grad_y, x, stats, weight, backend="cython")
+
+    plainly, past = both_ways(lambda: [list(forward(start)) for start in (0, 1, 3)])
+    for results in (*plainly[1:], *past):
+        for found, expected in zip(results, plainly[0], strict=True):
+            assert_same_bits(found, expected)
+    plainly, past = both_ways(lambda: list(backward()))
+    for found, expected in zip(past, plainly, strict=True):
+        largest = np.abs(expected).max(initial=1, where=np.isfinite(expected))
+        tolerance = TOLERANCES[dtype] * largest
+        np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("positions", [3, 9, 16, 49, 100, 600])
+def test_positions_that_end_within_lines(positions, both_ways):
+    """The same of layer norm over the channels of NCHW."""
+    rng = np.random.default_rng(positions)
+    x, grad_y = rng.normal(size=(2, 3, 21, positions)).astype("float32")
+    weight, bias = rng.normal(size=(2, 21)).astype("float32")
+    options = {"axis": 1, "backend": "cython"}
+
+    def everything():
+        y, stats = cpunorm.layer_norm(x, 21, weight, bias, return_stats=True, **options)
+        return y, *cpunorm.layer_norm_backward(grad_y, x, 21, stats, weight, **options)
+
+    for plainly, past in zip(*both_ways(everything), strict=True):
+        np.testing.assert_allclose(past, plainly, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
 @pytest.mark.parametrize("size", [3, 15, 16, 17, 33, 49, 100])
 def test_planes_side_by_side(size, dtype, level):
     """A vector that ends one plane begins the next, which has terms of its own."""
@@ -117,7 +194,7 @@ def test_planes_side_by_side(size, dtype, level):
         yield cpunorm.instance_norm_backward(grad_y, x, stats, weight, backend=backend)[0]
         yield cpunorm.batch_norm_backward(grad_y, x, fixed, weight, False, backend=backend)[0]
 
-    tolerance = {"float64": 1e-12, "float32": 1e-5, "float16": 2e-2}[dtype]
+    tolerance = TOLERANCES[dtype]
     for found, expected in zip(results("cython"), results("numpy"), strict=True):
         np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
 

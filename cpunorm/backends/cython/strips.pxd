@@ -22,7 +22,7 @@ from .sweeps cimport (
     FEW_CHANNELS, LANES, STRIP_COLUMNS, TOGETHER, UNITS, affine_block, at, backward_block,
     backward_group, column_backward_sums, column_moments, column_reals, combine_channels, element,
     evenness, fold_moments, fold_sums, merge_columns, new_lines, own_lines, plane_moments, real,
-    repeat_each, set_columns, settle, share, stream_fence, stretch_moments, sum_parts,
+    repeat_each, rows_aligned, set_columns, settle, share, stream_fence, stretch_moments, sum_parts,
     take_statistics, team, team_barrier, whole_lines, worth_dealing,
 )
 
@@ -380,6 +380,13 @@ cdef inline void _apply(void* work, int member, int members) noexcept nogil:
 
 cdef inline int apply_images(Images* im) noexcept nogil:
     """Transform with statistics, (B, G), given. -1 if out of memory."""
+    if (im.strips > 1 and im.inner == 1 and im.call.streaming
+            and not rows_aligned(<element*> im.call.y, im.channels)):
+        # Whole rows, however wide, are one stretch: where inner is 1 nothing is copied for them.
+        im.strips, im.strip_channels = 1, im.channels
+        im.chunks = min(im.rows, <Py_ssize_t> CHUNKS)
+        im.chunk_rows = (im.rows + im.chunks - 1) // im.chunks
+        im.chunks = (im.rows + im.chunk_rows - 1) // im.chunk_rows
     im.pitch = whole_lines(im.channels)
     im.terms_size = 3 * im.pitch
     im.terms = <real*> new_lines(im.call.B * im.terms_size * sizeof(real))

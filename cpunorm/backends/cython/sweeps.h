@@ -1321,7 +1321,7 @@ ALWAYS void rows_in_registers(const int vectors, const int centred, const elemen
             mean[m] = pivot;
         }
         for (int v = 0; v < vectors; v++)
-            squares += t[v] * t[v];
+            squares = fused(t[v], t[v], squares);
         const double variance = lanes_sum(squares) * inverse;
         const real scale = rstd[m] = 1 / sqrt(variance + eps);
         if (var)
@@ -1374,7 +1374,7 @@ EXACT_SWEEP void normalize_short(const element *x, const real *weight, const rea
 }
 
 /* The same, not centred: y = x * rstd * weight with one weight for all rows. */
-SWEEP void scale_short(const element *x, const real *weight, element *y, ptrdiff_t M, ptrdiff_t n, double eps,
+EXACT_SWEEP void scale_short(const element *x, const real *weight, element *y, ptrdiff_t M, ptrdiff_t n, double eps,
                        real *rstd, seam *past)
 {
     const real *const bias = 0;
