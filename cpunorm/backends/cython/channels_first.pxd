@@ -17,10 +17,11 @@ from .call cimport Call
 from .stretches cimport Stretches, backward_stretches, normalize_stretches
 from .strips cimport Images, apply_images, backward_images, images_of, normalize_images
 from .sweeps cimport (
-    LANES, LINE_BYTES, UNITS, affine, at, backward_affine, combine_channels, element,
-    merge_moments, new_lines, own_lines, plane_backward_sums, plane_moments, real, repeat_each,
-    settle, share, stream_fence, stretch_moments, stretches_backward_sums, sum_parts,
-    take_statistics, team, team_barrier, whole_lines, worth_dealing,
+    LANES, LINE_BYTES, UNITS, affine, at, backward_affine, clear_seam, close_seam,
+    combine_channels, element, merge_moments, new_lines, own_lines, plane_backward_sums,
+    plane_moments, real, repeat_each, seam, settle, share, stream_fence, stretch_moments,
+    stretches_backward_sums, sum_parts, take_statistics, team, team_barrier, whole_lines,
+    worth_dealing,
 )
 
 cdef enum:
@@ -168,19 +169,19 @@ cdef inline void finish(const Units* u, Py_ssize_t unit, Py_ssize_t count, const
 
 cdef inline void transform_planes(
     const Units* u, Py_ssize_t here, Py_ssize_t planes, Py_ssize_t length, Py_ssize_t c,
-    const double* mean, const double* rstd, Py_ssize_t ahead,
+    const double* mean, const double* rstd, Py_ssize_t ahead, seam* past,
 ) noexcept nogil:
     """Planes side by side, or a piece of one, of channels from c on, statistics from the first."""
     cdef const Call* call = u.call
     affine(<const element*> call.x + here, at(<const element*> call.residual, here),
            <element*> call.y + here, planes, length, u.K, mean, rstd,
            at(<const real*> call.weight, c), at(<const real*> call.bias, c), call.activation,
-           call.streaming, ahead)
+           past if call.streaming else NULL, ahead)
 
 
 cdef inline void transform_chunk(const Units* u, Py_ssize_t unit, Py_ssize_t count,
-                                 Py_ssize_t index, const double* mean,
-                                 const double* rstd) noexcept nogil:
+                                 Py_ssize_t index, const double* mean, const double* rstd,
+                                 seam* past) noexcept nogil:
     """A chunk of `count` units; what comes next is the same of the units after them."""
     cdef:
         Chunk chunk = chunk_of(u, index)
@@ -188,15 +189,16 @@ cdef inline void transform_chunk(const Units* u, Py_ssize_t unit, Py_ssize_t cou
         Py_ssize_t ahead = next_slab(u, unit, count)
     if u.batch:
         for p in range(chunk.planes - 1, -1, -1):
-            transform_planes(u, here + p * u.stride, count, chunk.length, c, mean, rstd, ahead)
+            transform_planes(u, here + p * u.stride, count, chunk.length, c, mean, rstd, ahead,
+                             past)
     else:
         # Units of more than one chunk come one at a time.
         transform_planes(u, here, count * chunk.planes, chunk.length, c + chunk.first, mean, rstd,
-                         ahead)
+                         ahead, past)
 
 
-cdef inline void normalize_slab(const Units* u, Py_ssize_t unit,
-                                Py_ssize_t count) noexcept nogil:
+cdef inline void normalize_slab(const Units* u, Py_ssize_t unit, Py_ssize_t count,
+                                seam* past) noexcept nogil:
     cdef:
         double mean[UNITS]
         double m2[UNITS]
@@ -214,16 +216,19 @@ cdef inline void normalize_slab(const Units* u, Py_ssize_t unit,
     if u.call.y is not NULL:
         # Backwards, to meet what the first sweep left in the cache.
         for q in range(u.chunks - 1, -1, -1):
-            transform_chunk(u, unit, count, q, mean, rstd)
+            transform_chunk(u, unit, count, q, mean, rstd, past)
 
 
 cdef inline void _normalize_dealt(void* work, int member, int members) noexcept nogil:
     cdef:
         const Units* u = <const Units*> work
         Py_ssize_t tasks = u.call.B * u.slabs, task, g
+        seam past
+    clear_seam(&past)
     for task in range(share(tasks, member, members), share(tasks, member + 1, members)):
         g = task % u.slabs * u.some
-        normalize_slab(u, task // u.slabs * u.call.G + g, min(u.some, u.call.G - g))
+        normalize_slab(u, task // u.slabs * u.call.G + g, min(u.some, u.call.G - g), &past)
+    close_seam(&past)
     if u.call.streaming:
         stream_fence()
 
@@ -237,6 +242,8 @@ cdef inline void _normalize_cut(void* work, int member, int members) noexcept no
         double* chunk_m2
         double mean, m2, r
         Chunk chunk
+        seam past
+    clear_seam(&past)
     for unit in range(u.call.B * u.call.G):
         # By turns, so that nobody has to wait before the next unit.
         chunk_mean = u.scratch + (unit % 2) * 2 * u.chunks
@@ -254,7 +261,8 @@ cdef inline void _normalize_cut(void* work, int member, int members) noexcept no
         finish(u, unit, 1, &mean, &m2, &r)
         if u.call.y is not NULL:
             for q in range(last - 1, first - 1, -1):
-                transform_chunk(u, unit, 1, q, &mean, &r)
+                transform_chunk(u, unit, 1, q, &mean, &r, &past)
+    close_seam(&past)
     if u.call.streaming:
         stream_fence()
 
@@ -335,6 +343,8 @@ cdef inline void _apply(void* work, int member, int members) noexcept nogil:
         Py_ssize_t last = share(planes * pieces, member + 1, members)
         const double* mean = u.scratch
         const double* rstd = mean + call.B * call.G
+        seam past
+    clear_seam(&past)
     while q < last:
         plane = q // pieces
         c = plane % C
@@ -344,8 +354,9 @@ cdef inline void _apply(void* work, int member, int members) noexcept nogil:
         unit = c // u.K if u.batch else plane // u.K
         transform_planes(u, plane * S + start, run,
                          S if pieces == 1 else min(<Py_ssize_t> CHUNK, S - start), c, mean + unit,
-                         rstd + unit, 0)
+                         rstd + unit, 0, &past)
         q += run
+    close_seam(&past)
     if call.streaming:
         stream_fence()
 
@@ -399,7 +410,7 @@ cdef inline void sum_chunk(const Units* u, Py_ssize_t unit, Py_ssize_t count, Py
 
 cdef inline void differentiate_planes(
     const Units* u, Py_ssize_t here, Py_ssize_t planes, Py_ssize_t length, Py_ssize_t c,
-    Py_ssize_t unit, const real* b, const real* c_, Py_ssize_t ahead,
+    Py_ssize_t unit, const real* b, const real* c_, Py_ssize_t ahead, seam* past,
 ) noexcept nogil:
     """The same, with the statistics from those of a unit on."""
     cdef const Call* call = u.call
@@ -407,12 +418,12 @@ cdef inline void differentiate_planes(
                     NULL if u.frozen else <const element*> call.x + here,
                     <element*> call.grad_x + here, planes, length, u.K,
                     <const real*> call.mean + unit, <const real*> call.rstd + unit, b, c_,
-                    at(<const real*> call.weight, c), call.streaming, ahead)
+                    at(<const real*> call.weight, c), past if call.streaming else NULL, ahead)
 
 
 cdef inline void differentiate_chunk(const Units* u, Py_ssize_t unit, Py_ssize_t count,
-                                     Py_ssize_t index, const real* b,
-                                     const real* c_) noexcept nogil:
+                                     Py_ssize_t index, const real* b, const real* c_,
+                                     seam* past) noexcept nogil:
     cdef:
         Chunk chunk = chunk_of(u, index)
         Py_ssize_t here = unit_at(u, unit) + chunk.offset, c = unit % u.call.G * u.K, p
@@ -420,21 +431,23 @@ cdef inline void differentiate_chunk(const Units* u, Py_ssize_t unit, Py_ssize_t
     if u.batch:
         ahead = next_slab(u, unit, count)
         for p in range(chunk.planes - 1, -1, -1):
-            differentiate_planes(u, here + p * u.stride, count, chunk.length, c, unit, b, c_, ahead)
+            differentiate_planes(u, here + p * u.stride, count, chunk.length, c, unit, b, c_, ahead,
+                                 past)
     else:
         differentiate_planes(u, here, count * chunk.planes, chunk.length, c + chunk.first, unit, b,
-                             c_, 0)
+                             c_, 0, past)
 
 
 cdef inline void first_sweep(const Units* u, Py_ssize_t unit, Py_ssize_t count, Py_ssize_t first,
-                             Py_ssize_t last, double* sums, Py_ssize_t pieces) noexcept nogil:
+                             Py_ssize_t last, double* sums, Py_ssize_t pieces,
+                             seam* past) noexcept nogil:
     """The sums of some chunks; past constant statistics it is the only sweep."""
     cdef Py_ssize_t q
     for q in range(first, last):
         if not u.frozen or u.sums is not NULL:
             sum_chunk(u, unit, count, q, sums, pieces)
         if u.frozen and u.call.grad_x is not NULL:
-            differentiate_chunk(u, unit, count, q, NULL, NULL)
+            differentiate_chunk(u, unit, count, q, NULL, NULL, past)
 
 
 cdef inline void combine(const Units* u, Py_ssize_t unit, Py_ssize_t count, const double* sums,
@@ -450,7 +463,7 @@ cdef inline void combine(const Units* u, Py_ssize_t unit, Py_ssize_t count, cons
 
 cdef inline void backward_slab(const Units* u, Py_ssize_t unit, Py_ssize_t count,
                                Py_ssize_t images, double* sums, double* grad_weight,
-                               double* grad_bias) noexcept nogil:
+                               double* grad_bias, seam* past) noexcept nogil:
     """`count` units of each of some images."""
     cdef:
         real b[MANY]
@@ -458,7 +471,7 @@ cdef inline void backward_slab(const Units* u, Py_ssize_t unit, Py_ssize_t count
         Py_ssize_t G = u.call.G, image, q
     for image in range(images):
         memset(sums, 0, 3 * width_of(u, count) * sizeof(double))
-        first_sweep(u, unit + image * G, count, 0, u.chunks, sums, 1)
+        first_sweep(u, unit + image * G, count, 0, u.chunks, sums, 1, past)
         combine(u, unit + image * G, count, sums, grad_weight, grad_bias, b + image * count,
                 c + image * count)
     if u.frozen or u.call.grad_x is NULL:
@@ -466,7 +479,7 @@ cdef inline void backward_slab(const Units* u, Py_ssize_t unit, Py_ssize_t count
     for image in range(images - 1, -1, -1):
         for q in range(u.chunks - 1, -1, -1):
             differentiate_chunk(u, unit + image * G, count, q, b + image * count,
-                                c + image * count)
+                                c + image * count, past)
 
 
 cdef inline void _backward_dealt(void* work, int member, int members) noexcept nogil:
@@ -476,14 +489,17 @@ cdef inline void _backward_dealt(void* work, int member, int members) noexcept n
         const Call* call = u.call
         double* sums = u.scratch + member * u.size
         Py_ssize_t tasks = u.parts * u.slabs, C = call.C, task, part, g, image, last
+        seam past
+    clear_seam(&past)
     for task in range(share(tasks, member, members), share(tasks, member + 1, members)):
         part, g = task // u.slabs, task % u.slabs * u.some
         image, last = call.B * part // u.parts, call.B * (part + 1) // u.parts
         while image < last:
             backward_slab(u, image * call.G + g, min(u.some, call.G - g),
                           min(u.images, last - image), sums, at(u.sums, 2 * part * C),
-                          at(u.sums, (2 * part + 1) * C))
+                          at(u.sums, (2 * part + 1) * C), &past)
             image += u.images
+    close_seam(&past)
     if call.streaming:
         stream_fence()
     if u.sums is not NULL:
@@ -503,6 +519,8 @@ cdef inline void _backward_cut(void* work, int member, int members) noexcept nog
         double* own = u.scratch + 2 * u.size + member * own_lines(3 * width)
         double* kept = u.sums if member == 0 else NULL
         real b, c
+        seam past
+    clear_seam(&past)
     for unit in range(call.B * call.G):
         # The part whose images end after this one.
         part = ((unit // call.G + 1) * u.parts - 1) // call.B
@@ -512,7 +530,7 @@ cdef inline void _backward_cut(void* work, int member, int members) noexcept nog
             if member == 0:
                 memset(sums, 0, u.size * sizeof(double))
             team_barrier(members)
-        first_sweep(u, unit, 1, first, last, sums, pieces)
+        first_sweep(u, unit, 1, first, last, sums, pieces, &past)
         team_barrier(members)
         for i in range(3 * width):
             own[i] = 0
@@ -521,7 +539,8 @@ cdef inline void _backward_cut(void* work, int member, int members) noexcept nog
         combine(u, unit, 1, own, at(kept, 2 * part * C), at(kept, (2 * part + 1) * C), &b, &c)
         if not u.frozen and call.grad_x is not NULL:
             for q in range(last - 1, first - 1, -1):
-                differentiate_chunk(u, unit, 1, q, &b, &c)
+                differentiate_chunk(u, unit, 1, q, &b, &c, &past)
+    close_seam(&past)
     if call.streaming:
         stream_fence()
     if u.sums is not NULL and member == 0:

@@ -19,10 +19,10 @@ from libc.string cimport memcpy, memset
 
 from .sweeps cimport (
     BACKWARD_ROWS, BACKWARD_SHORT, BLOCK, LANES, LINE_BYTES, PAIR, SHORT_VECTORS, UNITS, add,
-    affine_along, at, backward_affine_along, backward_short, close_seam, element, flush_reals,
-    merge_moments, new_lines, normalize_short, own_lines, pair_backward_sums, real, rows_aligned,
-    scale_short, seam, set_columns, settle, share, stream_fence, stretch_moments, stretch_squares,
-    sum_parts, team, team_barrier, whole_lines,
+    affine_along, at, backward_affine_along, backward_short, clear_seam, close_seam, element,
+    flush_reals, merge_moments, new_lines, normalize_short, own_lines, pair_backward_sums, real,
+    rows_aligned, scale_short, seam, set_columns, settle, share, stream_fence, stretch_moments,
+    stretch_squares, sum_parts, team, team_barrier, whole_lines,
 )
 
 cdef enum:
@@ -138,7 +138,7 @@ cdef inline void _normalize_whole(void* work, int member, int members) noexcept 
         double m2[UNITS]
         Terms terms
         seam past
-    memset(&past, 0, sizeof(past))
+    clear_seam(&past)
     while m < last:
         count = min(some, last - m)
         _measure(s, m * s.D, count, s.D, s.D, mu, m2)
@@ -166,7 +166,7 @@ cdef inline void _normalize_periods(void* work, int member, int members) noexcep
         double m2[UNITS]
         Terms terms
         seam past
-    memset(&past, 0, sizeof(past))
+    clear_seam(&past)
     for task in range(share(tasks, member, members), share(tasks, member + 1, members)):
         m = task // s.period * some * s.period + task % s.period
         count = min(some, repeats - task // s.period * some)
@@ -186,7 +186,7 @@ cdef inline void _normalize_short(void* work, int member, int members) noexcept 
         Py_ssize_t some = last - first if s.addend is NULL else BLOCK // s.D, m, count, here
         const element* x = s.x if s.addend is NULL else s.total
         seam past
-    memset(&past, 0, sizeof(past))
+    clear_seam(&past)
     m = first
     while m < last:
         count, here = min(some, last - m), m * s.D
@@ -216,7 +216,7 @@ cdef inline void _normalize_pieces(void* work, int member, int members) noexcept
         double mu, m2
         Terms terms
         seam past
-    memset(&past, 0, sizeof(past))
+    clear_seam(&past)
     for m in range(s.M):
         # By turns, so that nobody has to wait before the next stretch.
         piece_mu = s.wide + (m % 2) * 2 * PIECES
@@ -343,7 +343,7 @@ cdef inline void _backward_whole(void* work, int member, int members) noexcept n
         const Stretches* s = <const Stretches*> work
         Py_ssize_t length = s.period * s.D, tasks = s.parts * s.splits, p
         seam past
-    memset(&past, 0, sizeof(past))
+    clear_seam(&past)
     for p in range(share(tasks, member, members), share(tasks, member + 1, members)):
         _backward_part(s, p // s.splits, p % s.splits, at(s.sums, member * own_lines(2 * s.pitch)),
                        &past)
@@ -366,7 +366,7 @@ cdef inline void _backward_pieces(void* work, int member, int members) noexcept 
         double* sums
         double total[3]
         seam past
-    memset(&past, 0, sizeof(past))
+    clear_seam(&past)
     for m in range(s.M):
         sums = s.wide + (m % 2) * 3 * PIECES
         for p in range(first, last):

@@ -205,19 +205,10 @@ ALWAYS ptrdiff_t head_of(const element *y, ptrdiff_t n)
     return n >= ALIGNED_VECTORS * LANES ? until_aligned(y) : 0;
 }
 
-/* Writes VALUE(i, left) to n elements of y, plainly or past the caches. Plainly, both ends are whole
- * vectors where there is one: they are computed first, since y may be what it is computed from. */
-#define WRITE(y, n, streaming, VALUE)                                                   \
-    if (streaming) {                                                                    \
-        const ptrdiff_t head = MIN(n, until_aligned(y));                                \
-        ptrdiff_t i = head;                                                             \
-        if (head)                                                                       \
-            store(y, VALUE(0, head), head);                                             \
-        for (; i + LANES <= (n); i += LANES)                                            \
-            stream((y) + i, VALUE(i, LANES));                                           \
-        if (i < (n))                                                                    \
-            store((y) + i, VALUE(i, (n) - i), (n) - i);                                 \
-    } else if ((n) >= LANES) {                                                          \
+/* Writes VALUE(i, left) to n elements of y, at whose ends are whole vectors where there is one: they are computed first,
+ * since y may be what it is computed from. */
+#define WRITE(y, n, VALUE)                                                              \
+    if ((n) >= LANES) {                                                                 \
         const ptrdiff_t head = head_of(y, n);                                           \
         const vec first = head ? VALUE(0, LANES) : splat(0);                            \
         const vec last = VALUE((n) - LANES, LANES);                                     \
@@ -260,11 +251,30 @@ typedef struct {
     ptrdiff_t count;
 } seam;
 
+ALWAYS void clear_seam(seam *s)
+{
+    s->to = 0, s->count = 0;
+}
+
 SWEEP void close_seam(seam *s)
 {
     if (s->count)
         store(s->to - s->count, s->over, s->count);
-    s->to = 0, s->count = 0;
+    clear_seam(s);
+}
+
+/* Goes on at y. Returns how many elements come before the first aligned one. */
+ALWAYS ptrdiff_t follow(seam *s, const element *y)
+{
+    if (y != s->to)
+        close_seam(s);
+    return until_aligned(y);
+}
+
+/* Leaves the `count` elements before y, fewer than a vector. */
+ALWAYS void leave(seam *s, element *y, vec over, ptrdiff_t count)
+{
+    s->over = over, s->to = y, s->count = count;
 }
 
 /* Stores the n elements of v before the first aligned one, with what is left over from before them. */
@@ -311,8 +321,7 @@ ALWAYS vec go_on(element *y, vec turned, ptrdiff_t left, phase p, vec over)
 /* The same of the first one. */
 ALWAYS vec begin_row(seam *s, element *y, vec turned, ptrdiff_t left, phase p)
 {
-    if (y != s->to)
-        close_seam(s);
+    follow(s, y);
     if (s->count == p.count)
         return go_on(y, turned, left, p, s->over);
     store(y, picked(turned, turn(-p.count)), MIN(left, LANES - p.count));
@@ -322,48 +331,52 @@ ALWAYS vec begin_row(seam *s, element *y, vec turned, ptrdiff_t left, phase p)
 ALWAYS void end_row(seam *s, element *y, ptrdiff_t n, phase p, vec over)
 {
     const int stored = s->count != p.count && p.count + n < LANES;
-    s->over = over, s->to = y + n, s->count = stored ? 0 : (p.count + n) % LANES;
+    leave(s, y + n, over, stored ? 0 : (p.count + n) % LANES);
 }
 
 /* Writes VALUE(i, left) to n elements of y past the caches. */
 #define WRITE_PAST(y, n, s, VALUE)                                                      \
     {                                                                                   \
-        ptrdiff_t i = MIN(n, until_aligned(y));                                         \
-        if ((y) != (s)->to)                                                             \
-            close_seam(s);                                                              \
+        ptrdiff_t i = follow(s, y);                                                     \
+        i = MIN(n, i);                                                                  \
         if (i)                                                                          \
             join(s, y, VALUE(0, i), i);                                                 \
         for (; i + LANES <= (n); i += LANES)                                            \
             stream((y) + i, VALUE(i, LANES));                                           \
         if (i < (n))                                                                    \
-            (s)->over = VALUE(i, (n) - i), (s)->count = (n) - i;                        \
-        (s)->to = (y) + (n);                                                            \
+            leave(s, (y) + (n), VALUE(i, (n) - i), (n) - i);                            \
+        else                                                                            \
+            (s)->to = (y) + (n);                                                        \
     }
 
 /* Writes what an activation makes of VALUE(i, left), i counted from the start of each piece of n. */
-#define WRITE_ACTIVATED(y, n, activation, streaming, START, VALUE)                      \
+#define WRITE_ACTIVATED(y, n, activation, past, START, VALUE)                           \
     for (ptrdiff_t START = 0; START < (n); START += SCRATCH) {                          \
         real scratch[SCRATCH];                                                          \
         const ptrdiff_t count = MIN(SCRATCH, (n) - START);                              \
         FOR_VECTORS(i, left, count, store_real(scratch + i, VALUE(START + i, left), left);) \
         activate(scratch, count, activation);                                           \
-        deliver(scratch, (y) + START, count, streaming);                                \
+        deliver(scratch, (y) + START, count, past);                                     \
     }
 
 #define SCRATCHED(i, left) load_real(scratch + (i), left, 0)
 
-ALWAYS void deliver(const real *scratch, element *y, ptrdiff_t n, int streaming)
+ALWAYS void deliver(const real *scratch, element *y, ptrdiff_t n, seam *past)
 {
-    WRITE(y, n, streaming, SCRATCHED)
+    if (past) {
+        WRITE_PAST(y, n, past, SCRATCHED)
+    } else {
+        WRITE(y, n, SCRATCHED)
+    }
 }
 
 /* Writes VALUE(terms, i, left) to planes of n elements side by side, n >= LANES: one stretch, whose terms become
  * TERMS(p, p / K) where plane p begins. A vector that ends one plane and begins the next is computed with the terms
  * of both; lines are stored once. */
-#define WRITE_PLANES(y, planes, n, K, streaming, TERMS, VALUE)                          \
+#define WRITE_PLANES(y, planes, n, K, streaming, past, TERMS, VALUE)                    \
     {                                                                                   \
         const ptrdiff_t all = (planes) * (n);                                           \
-        const ptrdiff_t head = (streaming) ? until_aligned(y) : head_of(y, all);        \
+        const ptrdiff_t head = (streaming) ? follow(past, y) : head_of(y, all);         \
         plane_terms t = TERMS(0, 0);                                                    \
         ptrdiff_t p = 0, unit = 0, more = K, i = head, end = n;                         \
         vec first = splat(0), last = splat(0);                                          \
@@ -372,7 +385,7 @@ ALWAYS void deliver(const real *scratch, element *y, ptrdiff_t n, int streaming)
             first = head ? VALUE(t, 0, LANES) : splat(0);                               \
             last = VALUE(final, all - LANES, LANES);                                    \
         } else if (head)                                                                \
-            store(y, VALUE(t, 0, head), head);                                          \
+            join(past, y, VALUE(t, 0, head), head);                                     \
         for (;;) {                                                                      \
             for (; i + 2 * LANES <= end; i += 2 * LANES) {                              \
                 const vec one = VALUE(t, i, LANES), two = VALUE(t, i + LANES, LANES);   \
@@ -398,12 +411,12 @@ ALWAYS void deliver(const real *scratch, element *y, ptrdiff_t n, int streaming)
             if (head)                                                                   \
                 store(y, first, LANES);                                                 \
             store((y) + all - LANES, last, LANES);                                      \
-        } else if (i < all)                                                             \
-            store((y) + i, VALUE(t, i, all - i), all - i);                              \
+        } else                                                                          \
+            leave(past, (y) + all, i < all ? VALUE(t, i, all - i) : splat(0), all - i); \
     }
 
 /* The same for planes of any length, of what an activation makes of it. */
-#define WRITE_ACTIVATED_PLANES(y, planes, n, K, activation, streaming, TERMS, VALUE)    \
+#define WRITE_ACTIVATED_PLANES(y, planes, n, K, activation, past, TERMS, VALUE)         \
     {                                                                                   \
         real scratch[SCRATCH + SOME_LANES];                                             \
         element *to = y;                                                                \
@@ -418,7 +431,7 @@ ALWAYS void deliver(const real *scratch, element *y, ptrdiff_t n, int streaming)
                 waiting += count, done += count, at += count;                           \
                 if (waiting == SCRATCH || at == (planes) * (n)) {                       \
                     activate(scratch, waiting, activation);                             \
-                    deliver(scratch, to, waiting, streaming);                           \
+                    deliver(scratch, to, waiting, past);                                \
                     to += waiting, waiting = 0;                                         \
                 }                                                                       \
             }                                                                           \
@@ -987,7 +1000,7 @@ ALWAYS plane_terms forward_terms(const double *mean, const double *rstd, const r
 ALWAYS void affine_planes(const int direct, const int added, const int streaming, const int floored,
                           const element *x, const element *residual, element *y, ptrdiff_t planes, ptrdiff_t n,
                           ptrdiff_t K, const double *mean, const double *rstd, const real *weight, const real *bias,
-                          int activation, ptrdiff_t ahead)
+                          int activation, seam *past, ptrdiff_t ahead)
 {
 #define TERMS(p, unit) forward_terms(mean + (unit), rstd + (unit), NTH(p, weight, 1), NTH(p, bias, 1))
 #define NORMALIZED(t, i, left) \
@@ -997,9 +1010,9 @@ ALWAYS void affine_planes(const int direct, const int added, const int streaming
            : NORMALIZED(t, i, left))
 #define VALUE(t, i, left) (floored ? at_least(SUM(t, i, left), splat(0)) : SUM(t, i, left))
     if (direct) {
-        WRITE_PLANES(y, planes, n, K, streaming, TERMS, VALUE)
+        WRITE_PLANES(y, planes, n, K, streaming, past, TERMS, VALUE)
     } else {
-        WRITE_ACTIVATED_PLANES(y, planes, n, K, activation, streaming, TERMS, VALUE)
+        WRITE_ACTIVATED_PLANES(y, planes, n, K, activation, past, TERMS, VALUE)
     }
 #undef TERMS
 #undef NORMALIZED
@@ -1011,17 +1024,17 @@ ALWAYS void affine_planes(const int direct, const int added, const int streaming
  * a bias each; K of them share a mean and rstd. What lies `ahead`, if not 0, is wanted next. */
 EXACT_SWEEP void affine(const element *x, const element *residual, element *y, ptrdiff_t planes, ptrdiff_t n,
                         ptrdiff_t K, const double *mean, const double *rstd, const real *weight, const real *bias,
-                        int activation, int streaming, ptrdiff_t ahead)
+                        int activation, seam *past, ptrdiff_t ahead)
 {
 #define PLANES(direct, added, streaming, floored)                                       \
     affine_planes(direct, added, streaming, floored, x, residual, y, planes, n, K, mean, rstd, weight, bias, activation, \
-                  ahead)
+                  past, ahead)
     if (activation > RELU || n < LANES)
-        PLANES(0, residual != 0, streaming, activation == RELU);
+        PLANES(0, residual != 0, 0, activation == RELU);
     else if (residual)
-        SPECIALIZE(streaming, activation, PLANES, 1)
+        SPECIALIZE(past, activation, PLANES, 1)
     else
-        SPECIALIZE(streaming, activation, PLANES, 0)
+        SPECIALIZE(past, activation, PLANES, 0)
 #undef PLANES
 }
 
@@ -1114,7 +1127,7 @@ SWEEP void affine_along(const element *x, const real *weight, const real *bias, 
         const vec p = splat(*pivot), a = splat(*scale), s = splat(*shift);
         ptrdiff_t done = 1;
         if (residual || activation) {
-            WRITE_ACTIVATED(y, n, activation, past != 0, start, WITH_TAIL)
+            WRITE_ACTIVATED(y, n, activation, past, start, WITH_TAIL)
         } else if (past) {
             WRITE_PAST(y, n, past, VALUE)
         } else if (rows >= PAIR && !far) {
@@ -1148,7 +1161,7 @@ ALWAYS plane_terms backward_terms(const real *mean, const real *rstd, const real
 ALWAYS void backward_planes(const int direct, const int through, const int streaming, const int fetching,
                             const element *grad_y, const element *x, element *grad_x, ptrdiff_t planes, ptrdiff_t n,
                             ptrdiff_t K, const real *mean, const real *rstd, const real *b, const real *c,
-                            const real *weight, ptrdiff_t ahead)
+                            const real *weight, seam *past, ptrdiff_t ahead)
 {
 #define TERMS(p, unit)                                                                  \
     backward_terms(mean + (unit), rstd + (unit), NTH(unit, b, 1), NTH(unit, c, 1), NTH(p, weight, 1))
@@ -1158,9 +1171,9 @@ ALWAYS void backward_planes(const int direct, const int through, const int strea
     (NEXT(grad_y + (i)), through ? t.rstd * (load(grad_y + (i), left, 0) * t.weight + LINE(t, i, left)) \
                                  : t.scale * load(grad_y + (i), left, 0))
     if (direct) {
-        WRITE_PLANES(grad_x, planes, n, K, streaming, TERMS, VALUE)
+        WRITE_PLANES(grad_x, planes, n, K, streaming, past, TERMS, VALUE)
     } else {
-        WRITE_ACTIVATED_PLANES(grad_x, planes, n, K, 0, streaming, TERMS, VALUE)
+        WRITE_ACTIVATED_PLANES(grad_x, planes, n, K, 0, past, TERMS, VALUE)
     }
 #undef TERMS
 #undef NEXT
@@ -1174,17 +1187,17 @@ ALWAYS void backward_planes(const int direct, const int through, const int strea
  * before anything is added. */
 EXACT_SWEEP void backward_affine(const element *grad_y, const element *x, element *grad_x, ptrdiff_t planes,
                                  ptrdiff_t n, ptrdiff_t K, const real *mean, const real *rstd, const real *b,
-                                 const real *c, const real *weight, int streaming, ptrdiff_t ahead)
+                                 const real *c, const real *weight, seam *past, ptrdiff_t ahead)
 {
 #define PLANES(direct, through, streaming, fetching)                                    \
     backward_planes(direct, through, streaming, fetching, grad_y, x, grad_x, planes, n, K, mean, rstd, b, c, weight, \
-                    ahead)
+                    past, ahead)
     if (n < LANES)
-        PLANES(0, x != 0, streaming, 0);
+        PLANES(0, x != 0, 0, 0);
     else if (x)
-        SPECIALIZE(streaming, ahead, PLANES, 1)
+        SPECIALIZE(past, ahead, PLANES, 1)
     else
-        SPECIALIZE(streaming, ahead, PLANES, 0)
+        SPECIALIZE(past, ahead, PLANES, 0)
 #undef PLANES
 }
 
@@ -1900,6 +1913,7 @@ SWEEP void affine_block(const element *x, const element *residual, element *y, p
     const vec floor = floor_of(activation);
     const int joined = streaming && side_by_side(y, stride, width);
     streaming = streaming && rows_aligned(y, stride);
+    seam s = {{0}, 0, 0}, *const past = joined || streaming ? &s : 0;
 #define COLUMNS(j, left)                                                                \
     const vec p = load_real(pivot + j, left, 0), a = load_real(scale + j, left, 0);     \
     const vec b = load_real(shift + j, left, 0);
@@ -1923,7 +1937,7 @@ SWEEP void affine_block(const element *x, const element *residual, element *y, p
                     store_real(scratch + i, residual ? ADDED(here + i, left) : VALUE(here + i, left), left);
                 })
                 activate(scratch, count, activation);
-                deliver(scratch, y + here, count, streaming);
+                deliver(scratch, y + here, count, past);
             }
     } else if (residual && activation) {
         FOR_BLOCK(rows, stride, width, COLUMNS, CUT_ADDED)
@@ -1934,6 +1948,7 @@ SWEEP void affine_block(const element *x, const element *residual, element *y, p
     } else {
         FOR_BLOCK(rows, stride, width, COLUMNS, PUT_VALUE)
     }
+    close_seam(&s);
 #undef VALUE
 #undef ADDED
 #undef PUT
@@ -2180,14 +2195,22 @@ SWEEP void narrow_stretch(const real *x, element *y, ptrdiff_t n)
 SWEEP void copy_stretch(const element *x, element *y, ptrdiff_t n, int streaming)
 {
 #define VALUE(i, left) load(x + (i), left, 0)
-    WRITE(y, n, streaming, VALUE)
+    if (streaming) {
+        JOIN_ROWS(y, 1, n, VALUE)
+    } else {
+        WRITE(y, n, VALUE)
+    }
 #undef VALUE
 }
 
 SWEEP void triad_stretch(const element *grad_y, const element *x, element *grad_x, ptrdiff_t n, int streaming)
 {
 #define VALUE(i, left) (load(grad_y + (i), left, 0) - load(x + (i), left, 0))
-    WRITE(grad_x, n, streaming, VALUE)
+    if (streaming) {
+        JOIN_ROWS(grad_x, 1, n, VALUE)
+    } else {
+        WRITE(grad_x, n, VALUE)
+    }
 #undef VALUE
 }
 

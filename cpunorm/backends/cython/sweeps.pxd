@@ -34,6 +34,7 @@ cdef extern from "sweeps.h" nogil:
     bint rows_aligned(const element* p, Py_ssize_t stride) noexcept
     ctypedef struct seam:
         pass
+    void clear_seam(seam* s) noexcept
     void close_seam(seam* s) noexcept
 
     void merge_moments(double n_a, double* mean_a, double* m2_a,
@@ -69,7 +70,7 @@ cdef extern from "sweeps.h" nogil:
     void add(const element* x, const element* residual, element* total, Py_ssize_t n) noexcept
     void affine(const element* x, const element* residual, element* y, Py_ssize_t planes,
                 Py_ssize_t n, Py_ssize_t K, const double* mean, const double* rstd,
-                const real* weight, const real* bias, int activation, int streaming,
+                const real* weight, const real* bias, int activation, seam* past,
                 Py_ssize_t ahead) noexcept
     void affine_along(const element* x, const real* weight, const real* bias,
                       const element* residual, element* y, Py_ssize_t rows, Py_ssize_t n,
@@ -78,7 +79,7 @@ cdef extern from "sweeps.h" nogil:
     void backward_affine(const element* grad_y, const element* x, element* grad_x,
                          Py_ssize_t planes, Py_ssize_t n, Py_ssize_t K, const real* mean,
                          const real* rstd, const real* b, const real* c, const real* weight,
-                         int streaming, Py_ssize_t ahead) noexcept
+                         seam* past, Py_ssize_t ahead) noexcept
     void backward_affine_along(const element* grad_y, const element* x, const real* weight,
                                const element* grad_total, element* grad_x, Py_ssize_t rows,
                                Py_ssize_t n, const real* mean, const real* rstd,
