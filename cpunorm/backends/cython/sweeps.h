@@ -205,7 +205,7 @@ ALWAYS ptrdiff_t head_of(const element *y, ptrdiff_t n)
     return n >= ALIGNED_VECTORS * LANES ? until_aligned(y) : 0;
 }
 
-/* Writes VALUE(i, left) to n elements of y, at whose ends are whole vectors where there is one: they are computed first,
+/* Writes VALUE(i, left) to n elements of y. Both ends are whole vectors where there is one: they are computed first,
  * since y may be what it is computed from. */
 #define WRITE(y, n, VALUE)                                                              \
     if ((n) >= LANES) {                                                                 \
@@ -1020,8 +1020,8 @@ ALWAYS void affine_planes(const int direct, const int added, const int streaming
 #undef VALUE
 }
 
-/* y = activation((x - mean) * rstd * weight + bias + residual) for planes of n elements side by side, with a weight and
- * a bias each; K of them share a mean and rstd. What lies `ahead`, if not 0, is wanted next. */
+/* y = activation((x - mean) * rstd * weight + bias + residual) for planes of n elements side by side, with a weight
+ * and a bias each; K of them share a mean and rstd. What lies `ahead`, if not 0, is wanted next. */
 EXACT_SWEEP void affine(const element *x, const element *residual, element *y, ptrdiff_t planes, ptrdiff_t n,
                         ptrdiff_t K, const double *mean, const double *rstd, const real *weight, const real *bias,
                         int activation, seam *past, ptrdiff_t ahead)
@@ -1181,10 +1181,10 @@ ALWAYS void backward_planes(const int direct, const int through, const int strea
 #undef VALUE
 }
 
-/* grad_x = rstd * (grad_y * weight + b * (x - mean) + c) for planes of n elements side by side, with a weight each; K of
- * them share the rest. No x: statistics held constant, grad_x = rstd * grad_y * weight. What lies `ahead`, if not 0, is
- * wanted next. Where a unit is constant the terms cancel, and rstd is large: the product is rounded as in the sums,
- * before anything is added. */
+/* grad_x = rstd * (grad_y * weight + b * (x - mean) + c) for planes of n elements side by side, with a weight each; K
+ * of them share the rest. No x: statistics held constant, grad_x = rstd * grad_y * weight. What lies `ahead`, if not
+ * 0, is wanted next. Where a unit is constant the terms cancel, and rstd is large: the product is rounded as in the
+ * sums, before anything is added. */
 EXACT_SWEEP void backward_affine(const element *grad_y, const element *x, element *grad_x, ptrdiff_t planes,
                                  ptrdiff_t n, ptrdiff_t K, const real *mean, const real *rstd, const real *b,
                                  const real *c, const real *weight, seam *past, ptrdiff_t ahead)
