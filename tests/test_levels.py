@@ -102,16 +102,18 @@ def test_stored_past_the_caches(case, dtype, past_the_caches):
 
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
 @pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 @pytest.mark.parametrize("spatial", [(7, 7), (13, 11), (8, 8)])
-def test_planes_that_end_within_lines(spatial, with_residual, activation, past_the_caches):
+def test_planes_that_end_within_lines(spatial, layout, with_residual, activation, past_the_caches):
     """Every line is stored once, and nothing else is written, wherever out begins."""
     rng = np.random.default_rng(0)
-    shape = (2, 70, *spatial)
+    shape = (2, 70, *spatial) if layout == "NCHW" else (2, *spatial, 70)
     x, residual = (rng.normal(size=shape).astype("float32") for _ in range(2))
     for start in range(4):
         room = np.full(x.size + 8, np.nan, "float32")
         out = room[start : start + x.size].reshape(shape)
         options = {"activation": activation, "residual": residual if with_residual else None}
+        options["layout"] = layout
         cpunorm.group_norm(x, 7, out=out, backend="cython", **options)
         expected = cpunorm.group_norm(x, 7, backend="numpy", **options)
         np.testing.assert_allclose(out, expected, rtol=0, atol=3e-6)

@@ -49,7 +49,7 @@ def slab_bytes() -> int:
 def stream_bytes() -> tuple[int, int]:
     """Return the sizes of a result, forward and backward, from which on it bypasses the caches.
 
-    Forward, where x and y just exceed the last cache, part of y would still be found there.
+    Forward, where x and y exceed the last cache by less than an eighth, much of y is still there.
     Backward, what grad_x would push out of it is worth more: x and grad_y, of which much is there.
     """
     return _last() * 9 // 16, _last() * 2 // 9

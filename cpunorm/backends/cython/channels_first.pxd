@@ -17,11 +17,10 @@ from .call cimport Call
 from .stretches cimport Stretches, backward_stretches, normalize_stretches
 from .strips cimport Images, apply_images, backward_images, images_of, normalize_images
 from .sweeps cimport (
-    LANES, LINE_BYTES, UNITS, affine, at, backward_affine, clear_seam, close_seam,
-    combine_channels, element, merge_moments, new_lines, own_lines, plane_backward_sums,
-    plane_moments, real, repeat_each, seam, settle, share, stream_fence, stretch_moments,
-    stretches_backward_sums, sum_parts, take_statistics, team, team_barrier, whole_lines,
-    worth_dealing,
+    LANES, LINE_BYTES, UNITS, affine, at, backward_affine, combine_channels, element, end_seam,
+    merge_moments, new_lines, open_seam, own_lines, plane_backward_sums, plane_moments, real,
+    repeat_each, seam, settle, share, stretch_moments, stretches_backward_sums, sum_parts,
+    take_statistics, team, team_barrier, whole_lines, worth_dealing,
 )
 
 cdef enum:
@@ -90,14 +89,14 @@ cdef inline Units units_of(const Call* call, bint backward) noexcept nogil:
         u.some = min(RUN // (call.S * <Py_ssize_t> sizeof(element)),
                      LARGER * call.slab // unit_bytes(&u))
         u.some = min(u.some, <Py_ssize_t> UNITS)
-        if call.streaming:
-            u.some = ending_lines(u.some, call.S)
     elif backward and u.chunks == 1:
         # Of two arrays, runs so short as those that stay in L1 cost more than L2 does.
         u.some = min(call.slab // 2 // unit_bytes(&u), <Py_ssize_t> MANY)
     else:
         u.some = min(SMALL // unit_bytes(&u), <Py_ssize_t> UNITS)
     u.some = max(1, min(u.some, (call.B * call.G + tasks - 1) // tasks))
+    if u.batch and call.streaming:
+        u.some = ending_lines(u.some, call.S)
     u.images = max(1, u.some // call.G)
     u.some = min(u.some, call.G)
     u.slabs = (call.G + u.some - 1) // u.some
@@ -176,7 +175,7 @@ cdef inline void transform_planes(
     affine(<const element*> call.x + here, at(<const element*> call.residual, here),
            <element*> call.y + here, planes, length, u.K, mean, rstd,
            at(<const real*> call.weight, c), at(<const real*> call.bias, c), call.activation,
-           past if call.streaming else NULL, ahead)
+           past, ahead)
 
 
 cdef inline void transform_chunk(const Units* u, Py_ssize_t unit, Py_ssize_t count,
@@ -223,14 +222,12 @@ cdef inline void _normalize_dealt(void* work, int member, int members) noexcept 
     cdef:
         const Units* u = <const Units*> work
         Py_ssize_t tasks = u.call.B * u.slabs, task, g
-        seam past
-    clear_seam(&past)
+        seam joint
+        seam* past = open_seam(&joint, u.call.streaming)
     for task in range(share(tasks, member, members), share(tasks, member + 1, members)):
         g = task % u.slabs * u.some
-        normalize_slab(u, task // u.slabs * u.call.G + g, min(u.some, u.call.G - g), &past)
-    close_seam(&past)
-    if u.call.streaming:
-        stream_fence()
+        normalize_slab(u, task // u.slabs * u.call.G + g, min(u.some, u.call.G - g), past)
+    end_seam(past)
 
 
 cdef inline void _normalize_cut(void* work, int member, int members) noexcept nogil:
@@ -242,8 +239,8 @@ cdef inline void _normalize_cut(void* work, int member, int members) noexcept no
         double* chunk_m2
         double mean, m2, r
         Chunk chunk
-        seam past
-    clear_seam(&past)
+        seam joint
+        seam* past = open_seam(&joint, u.call.streaming)
     for unit in range(u.call.B * u.call.G):
         # By turns, so that nobody has to wait before the next unit.
         chunk_mean = u.scratch + (unit % 2) * 2 * u.chunks
@@ -261,10 +258,8 @@ cdef inline void _normalize_cut(void* work, int member, int members) noexcept no
         finish(u, unit, 1, &mean, &m2, &r)
         if u.call.y is not NULL:
             for q in range(last - 1, first - 1, -1):
-                transform_chunk(u, unit, 1, q, &mean, &r, &past)
-    close_seam(&past)
-    if u.call.streaming:
-        stream_fence()
+                transform_chunk(u, unit, 1, q, &mean, &r, past)
+    end_seam(past)
 
 
 cdef inline Stretches _stretches(const Units* u) noexcept nogil:
@@ -343,8 +338,8 @@ cdef inline void _apply(void* work, int member, int members) noexcept nogil:
         Py_ssize_t last = share(planes * pieces, member + 1, members)
         const double* mean = u.scratch
         const double* rstd = mean + call.B * call.G
-        seam past
-    clear_seam(&past)
+        seam joint
+        seam* past = open_seam(&joint, u.call.streaming)
     while q < last:
         plane = q // pieces
         c = plane % C
@@ -354,11 +349,9 @@ cdef inline void _apply(void* work, int member, int members) noexcept nogil:
         unit = c // u.K if u.batch else plane // u.K
         transform_planes(u, plane * S + start, run,
                          S if pieces == 1 else min(<Py_ssize_t> CHUNK, S - start), c, mean + unit,
-                         rstd + unit, 0, &past)
+                         rstd + unit, 0, past)
         q += run
-    close_seam(&past)
-    if call.streaming:
-        stream_fence()
+    end_seam(past)
 
 
 cdef inline int apply(const Call* call) noexcept nogil:
@@ -412,13 +405,13 @@ cdef inline void differentiate_planes(
     const Units* u, Py_ssize_t here, Py_ssize_t planes, Py_ssize_t length, Py_ssize_t c,
     Py_ssize_t unit, const real* b, const real* c_, Py_ssize_t ahead, seam* past,
 ) noexcept nogil:
-    """The same, with the statistics from those of a unit on."""
+    """Planes as `transform_planes` has them, with the statistics from those of a unit on."""
     cdef const Call* call = u.call
     backward_affine(<const element*> call.grad_y + here,
                     NULL if u.frozen else <const element*> call.x + here,
                     <element*> call.grad_x + here, planes, length, u.K,
                     <const real*> call.mean + unit, <const real*> call.rstd + unit, b, c_,
-                    at(<const real*> call.weight, c), past if call.streaming else NULL, ahead)
+                    at(<const real*> call.weight, c), past, ahead)
 
 
 cdef inline void differentiate_chunk(const Units* u, Py_ssize_t unit, Py_ssize_t count,
@@ -489,19 +482,17 @@ cdef inline void _backward_dealt(void* work, int member, int members) noexcept n
         const Call* call = u.call
         double* sums = u.scratch + member * u.size
         Py_ssize_t tasks = u.parts * u.slabs, C = call.C, task, part, g, image, last
-        seam past
-    clear_seam(&past)
+        seam joint
+        seam* past = open_seam(&joint, u.call.streaming)
     for task in range(share(tasks, member, members), share(tasks, member + 1, members)):
         part, g = task // u.slabs, task % u.slabs * u.some
         image, last = call.B * part // u.parts, call.B * (part + 1) // u.parts
         while image < last:
             backward_slab(u, image * call.G + g, min(u.some, call.G - g),
                           min(u.images, last - image), sums, at(u.sums, 2 * part * C),
-                          at(u.sums, (2 * part + 1) * C), &past)
+                          at(u.sums, (2 * part + 1) * C), past)
             image += u.images
-    close_seam(&past)
-    if call.streaming:
-        stream_fence()
+    end_seam(past)
     if u.sums is not NULL:
         team_barrier(members)
         sum_parts(u.sums, u.parts, C, share(C, member, members), share(C, member + 1, members),
@@ -519,8 +510,8 @@ cdef inline void _backward_cut(void* work, int member, int members) noexcept nog
         double* own = u.scratch + 2 * u.size + member * own_lines(3 * width)
         double* kept = u.sums if member == 0 else NULL
         real b, c
-        seam past
-    clear_seam(&past)
+        seam joint
+        seam* past = open_seam(&joint, u.call.streaming)
     for unit in range(call.B * call.G):
         # The part whose images end after this one.
         part = ((unit // call.G + 1) * u.parts - 1) // call.B
@@ -530,7 +521,7 @@ cdef inline void _backward_cut(void* work, int member, int members) noexcept nog
             if member == 0:
                 memset(sums, 0, u.size * sizeof(double))
             team_barrier(members)
-        first_sweep(u, unit, 1, first, last, sums, pieces, &past)
+        first_sweep(u, unit, 1, first, last, sums, pieces, past)
         team_barrier(members)
         for i in range(3 * width):
             own[i] = 0
@@ -539,10 +530,8 @@ cdef inline void _backward_cut(void* work, int member, int members) noexcept nog
         combine(u, unit, 1, own, at(kept, 2 * part * C), at(kept, (2 * part + 1) * C), &b, &c)
         if not u.frozen and call.grad_x is not NULL:
             for q in range(last - 1, first - 1, -1):
-                differentiate_chunk(u, unit, 1, q, &b, &c, &past)
-    close_seam(&past)
-    if call.streaming:
-        stream_fence()
+                differentiate_chunk(u, unit, 1, q, &b, &c, past)
+    end_seam(past)
     if u.sums is not NULL and member == 0:
         sum_parts(u.sums, u.parts, C, 0, C, <real*> call.grad_weight, <real*> call.grad_bias)
 

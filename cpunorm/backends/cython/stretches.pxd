@@ -19,10 +19,10 @@ from libc.string cimport memcpy, memset
 
 from .sweeps cimport (
     BACKWARD_ROWS, BACKWARD_SHORT, BLOCK, LANES, LINE_BYTES, PAIR, SHORT_VECTORS, UNITS, add,
-    affine_along, at, backward_affine_along, backward_short, clear_seam, close_seam, element,
-    flush_reals, merge_moments, new_lines, normalize_short, own_lines, pair_backward_sums, real,
-    rows_aligned, scale_short, seam, set_columns, settle, share, stream_fence, stretch_moments,
-    stretch_squares, sum_parts, team, team_barrier, whole_lines,
+    affine_along, at, backward_affine_along, backward_short, element, end_seam, flush_reals,
+    merge_moments, new_lines, normalize_short, open_seam, own_lines, pair_backward_sums, real,
+    rows_aligned, scale_short, seam, set_columns, settle, share, stretch_moments, stretch_squares,
+    sum_parts, team, team_barrier, whole_lines,
 )
 
 cdef enum:
@@ -124,8 +124,7 @@ cdef inline void _transform(const Stretches* s, Py_ssize_t m, Py_ssize_t start, 
     affine_along((s.x if s.total is NULL else s.total) + here, at(s.weight, along),
                  at(s.bias, along), at(s.residual, here), s.y + here, count, n, s.period * s.D,
                  terms.pivot + k, terms.scale + k, terms.shift + k, s.activation, s.far,
-                 past if s.streaming else NULL,
-                 count * n if s.period == 1 and m + count < s.M else 0)
+                 past, count * n if s.period == 1 and m + count < s.M else 0)
 
 
 cdef inline void _normalize_whole(void* work, int member, int members) noexcept nogil:
@@ -137,21 +136,19 @@ cdef inline void _normalize_whole(void* work, int member, int members) noexcept 
         double mu[UNITS]
         double m2[UNITS]
         Terms terms
-        seam past
-    clear_seam(&past)
+        seam joint
+        seam* past = open_seam(&joint, s.streaming)
     while m < last:
         count = min(some, last - m)
         _measure(s, m * s.D, count, s.D, s.D, mu, m2)
         _finish(s, m, count, 1, mu, m2, &terms)
         if s.period == 1:
-            _transform(s, m, 0, count, s.D, &terms, 0, &past)
+            _transform(s, m, 0, count, s.D, &terms, 0, past)
         else:
             for k in range(count):
-                _transform(s, m + k, 0, 1, s.D, &terms, k, &past)
+                _transform(s, m + k, 0, 1, s.D, &terms, k, past)
         m += count
-    close_seam(&past)
-    if s.streaming:
-        stream_fence()
+    end_seam(past)
 
 
 cdef inline void _normalize_periods(void* work, int member, int members) noexcept nogil:
@@ -165,17 +162,15 @@ cdef inline void _normalize_periods(void* work, int member, int members) noexcep
         double mu[UNITS]
         double m2[UNITS]
         Terms terms
-        seam past
-    clear_seam(&past)
+        seam joint
+        seam* past = open_seam(&joint, s.streaming)
     for task in range(share(tasks, member, members), share(tasks, member + 1, members)):
         m = task // s.period * some * s.period + task % s.period
         count = min(some, repeats - task // s.period * some)
         _measure(s, m * s.D, count, s.D, s.period * s.D, mu, m2)
         _finish(s, m, count, s.period, mu, m2, &terms)
-        _transform(s, m, 0, count, s.D, &terms, 0, &past)
-    close_seam(&past)
-    if s.streaming:
-        stream_fence()
+        _transform(s, m, 0, count, s.D, &terms, 0, past)
+    end_seam(past)
 
 
 cdef inline void _normalize_short(void* work, int member, int members) noexcept nogil:
@@ -185,24 +180,21 @@ cdef inline void _normalize_short(void* work, int member, int members) noexcept 
         Py_ssize_t first = share(s.M, member, members), last = share(s.M, member + 1, members)
         Py_ssize_t some = last - first if s.addend is NULL else BLOCK // s.D, m, count, here
         const element* x = s.x if s.addend is NULL else s.total
-        seam past
-    clear_seam(&past)
+        seam joint
+        seam* past = open_seam(&joint, s.streaming)
     m = first
     while m < last:
         count, here = min(some, last - m), m * s.D
         if s.addend is not NULL:
             add(s.x + here, s.addend + here, s.total + here, count * s.D)
         if s.mean is NULL:
-            scale_short(x + here, s.weight, s.y + here, count, s.D, s.eps, s.rstd + m,
-                        &past if s.streaming else NULL)
+            scale_short(x + here, s.weight, s.y + here, count, s.D, s.eps, s.rstd + m, past)
         else:
             normalize_short(x + here, s.weight, s.bias, s.y + here, count, s.D,
                             m % s.period * s.D, s.period * s.D, s.eps, s.mean + m,
-                            at(s.var, m), s.rstd + m, &past if s.streaming else NULL)
+                            at(s.var, m), s.rstd + m, past)
         m += count
-    close_seam(&past)
-    if s.streaming:
-        stream_fence()
+    end_seam(past)
 
 
 cdef inline void _normalize_pieces(void* work, int member, int members) noexcept nogil:
@@ -215,8 +207,8 @@ cdef inline void _normalize_pieces(void* work, int member, int members) noexcept
         double* piece_m2
         double mu, m2
         Terms terms
-        seam past
-    clear_seam(&past)
+        seam joint
+        seam* past = open_seam(&joint, s.streaming)
     for m in range(s.M):
         # By turns, so that nobody has to wait before the next stretch.
         piece_mu = s.wide + (m % 2) * 2 * PIECES
@@ -235,10 +227,8 @@ cdef inline void _normalize_pieces(void* work, int member, int members) noexcept
         _finish(s, m, 1, 1, &mu, &m2, &terms)
         # Backwards, to meet what the first sweep left in the cache.
         for p in range(last - 1, first - 1, -1):
-            _transform(s, m, p * s.piece, 1, min(s.piece, s.D - p * s.piece), &terms, 0, &past)
-    close_seam(&past)
-    if s.streaming:
-        stream_fence()
+            _transform(s, m, p * s.piece, 1, min(s.piece, s.D - p * s.piece), &terms, 0, past)
+    end_seam(past)
 
 
 cdef inline Py_ssize_t _piece(Py_ssize_t D) noexcept nogil:
@@ -294,8 +284,8 @@ cdef inline void _backward_together(const Stretches* s, Py_ssize_t m, Py_ssize_t
                        sums, NULL if s.cached or s.streaming else at(s.grad_x, here))
     backward_affine_along(s.grad_y + here, s.x + here, at(s.weight, along),
                           at(s.grad_total, here), at(s.grad_x, here), count, s.D, at(s.mean, m),
-                          s.rstd + m, sums, 1.0 / s.D, grad_weight, grad_bias,
-                          past if s.streaming else NULL, s.cached or m + count + PAIR > s.M)
+                          s.rstd + m, sums, 1.0 / s.D, grad_weight, grad_bias, past,
+                          s.cached or m + count + PAIR > s.M)
 
 
 cdef inline void _backward_part(const Stretches* s, Py_ssize_t part, Py_ssize_t split,
@@ -322,8 +312,7 @@ cdef inline void _backward_part(const Stretches* s, Py_ssize_t part, Py_ssize_t 
                 backward_short(s.grad_y + here, s.x + here, at(s.weight, g * s.D),
                                at(s.grad_total, here), at(s.grad_x, here),
                                min(some, last - m) // s.period, s.D, s.period, at(s.mean, m + g),
-                               s.rstd + m + g, at(wide, g * s.D), at(wide, length + g * s.D),
-                               past if s.streaming else NULL)
+                               s.rstd + m + g, at(wide, g * s.D), at(wide, length + g * s.D), past)
             m += some
         return
     some = PAIR if s.period == 1 else s.period
@@ -342,14 +331,12 @@ cdef inline void _backward_whole(void* work, int member, int members) noexcept n
     cdef:
         const Stretches* s = <const Stretches*> work
         Py_ssize_t length = s.period * s.D, tasks = s.parts * s.splits, p
-        seam past
-    clear_seam(&past)
+        seam joint
+        seam* past = open_seam(&joint, s.streaming)
     for p in range(share(tasks, member, members), share(tasks, member + 1, members)):
         _backward_part(s, p // s.splits, p % s.splits, at(s.sums, member * own_lines(2 * s.pitch)),
-                       &past)
-    close_seam(&past)
-    if s.streaming:
-        stream_fence()
+                       past)
+    end_seam(past)
     if s.wide is not NULL:
         team_barrier(members)
         sum_parts(s.wide, s.parts, length, share(length, member, members),
@@ -365,8 +352,8 @@ cdef inline void _backward_pieces(void* work, int member, int members) noexcept 
         Py_ssize_t last = share(pieces, member + 1, members), m, p, n, start, here, i
         double* sums
         double total[3]
-        seam past
-    clear_seam(&past)
+        seam joint
+        seam* past = open_seam(&joint, s.streaming)
     for m in range(s.M):
         sums = s.wide + (m % 2) * 3 * PIECES
         for p in range(first, last):
@@ -386,8 +373,8 @@ cdef inline void _backward_pieces(void* work, int member, int members) noexcept 
                                   at(s.grad_total, here), at(s.grad_x, here), 1,
                                   min(s.piece, s.D - start), at(s.mean, m), s.rstd + m, total,
                                   1.0 / s.D, at(s.sums, start), at(s.sums, s.pitch + start),
-                                  &past if s.streaming else NULL, True)
-    close_seam(&past)
+                                  past, True)
+    end_seam(past)
     for p in range(first, last):
         start = p * s.piece
         n = min(s.piece, s.D - start)
@@ -396,8 +383,6 @@ cdef inline void _backward_pieces(void* work, int member, int members) noexcept 
                 s.grad_weight[i] = s.sums[i]
             if s.grad_bias is not NULL:
                 s.grad_bias[i] = s.sums[s.pitch + i]
-    if s.streaming:
-        stream_fence()
 
 
 cdef inline int backward_stretches(Stretches* s, Py_ssize_t slab, int threads) noexcept nogil:

@@ -9,7 +9,8 @@
 # folded into channels; or, where the channels of a group fill vectors, along the rows, group by
 # group. Such cells are merged over the chunks, then into groups, in float64. A member of the team
 # transforms the tasks it has measured, backwards, to meet what is left in its cache. Many
-# images are dealt to the team whole; the bits are the same either way.
+# images are dealt to the team whole; the bits are the same either way. Inference needs no strips:
+# where wide rows end within lines, past the caches, there is one.
 #
 # Rows of few columns are taken side by side: `abreast` of them fill a measured strip, and
 # `in_line` a row of the transform.
@@ -33,7 +34,7 @@ cdef enum:
     CHUNK_BYTES = 1 << 17
     CHUNKS = 64             # at most
     ROWS = 64               # of a chunk, at least
-    MANY = 8                # strips that are enough for the team
+    MANY = 8                # strips that are enough for the team, or tasks for each of it
     FEW_ROWS = 16           # too few to measure columns
     PARTS = 32              # at most, of the images in backward
 
@@ -381,11 +382,11 @@ cdef inline void _apply(void* work, int member, int members) noexcept nogil:
 cdef inline int apply_images(Images* im) noexcept nogil:
     """Transform with statistics, (B, G), given. -1 if out of memory."""
     if (im.strips > 1 and im.inner == 1 and im.call.streaming
+            and im.rows >= MANY * im.call.threads
             and not rows_aligned(<element*> im.call.y, im.channels)):
         # Whole rows, however wide, are one stretch: where inner is 1 nothing is copied for them.
         im.strips, im.strip_channels = 1, im.channels
-        im.chunks = min(im.rows, <Py_ssize_t> CHUNKS)
-        im.chunk_rows = (im.rows + im.chunks - 1) // im.chunks
+        im.chunk_rows = im.rows // (MANY * im.call.threads)
         im.chunks = (im.rows + im.chunk_rows - 1) // im.chunk_rows
     im.pitch = whole_lines(im.channels)
     im.terms_size = 3 * im.pitch

@@ -244,23 +244,34 @@ ALWAYS void put_two(element *y, vec one, vec two, const int streaming)
 
 /* Past the caches, what a stretch leaves over of its last vector: the `count` elements before `to`. It is stored with
  * the first of the stretch that follows. In parts, a line would have to come from memory first, and all stores after
- * it would wait for that. */
+ * it would wait for that. Functions that are given one, `past`, store past the caches; plainly without. */
 typedef struct {
     vec over;
     element *to;
     ptrdiff_t count;
 } seam;
 
-ALWAYS void clear_seam(seam *s)
-{
-    s->to = 0, s->count = 0;
-}
-
 SWEEP void close_seam(seam *s)
 {
     if (s->count)
         store(s->to - s->count, s->over, s->count);
-    clear_seam(s);
+    s->to = 0, s->count = 0;
+}
+
+/* The seam, with nothing left over, if it is wanted and of use; else NULL. */
+ALWAYS seam *open_seam(seam *s, int wanted)
+{
+    s->to = 0, s->count = 0;
+    return wanted && CAN_STREAM ? s : 0;
+}
+
+/* Before a thread says that it is done. */
+ALWAYS void end_seam(seam *past)
+{
+    if (past) {
+        close_seam(past);
+        stream_fence();
+    }
 }
 
 /* Goes on at y. Returns how many elements come before the first aligned one. */
@@ -328,10 +339,22 @@ ALWAYS vec begin_row(seam *s, element *y, vec turned, ptrdiff_t left, phase p)
     return turned;
 }
 
+/* Nothing is left over of a row that was stored because others write to all of its vectors. */
 ALWAYS void end_row(seam *s, element *y, ptrdiff_t n, phase p, vec over)
 {
     const int stored = s->count != p.count && p.count + n < LANES;
     leave(s, y + n, over, stored ? 0 : (p.count + n) % LANES);
+}
+
+/* Stores a vector of the row at y, the i-th element and what follows, by any way. */
+ALWAYS vec put_on_way(const int way, seam *past, element *y, ptrdiff_t i, vec v, ptrdiff_t left, phase p, vec over)
+{
+    if (way != JOINED) {
+        put(y + i, v, left, way);
+        return over;
+    }
+    v = picked(v, p.order);
+    return i == 0 ? begin_row(past, y, v, left, p) : go_on(y + i, v, left, p, over);
 }
 
 /* Writes VALUE(i, left) to n elements of y past the caches. */
@@ -1027,8 +1050,8 @@ EXACT_SWEEP void affine(const element *x, const element *residual, element *y, p
                         int activation, seam *past, ptrdiff_t ahead)
 {
 #define PLANES(direct, added, streaming, floored)                                       \
-    affine_planes(direct, added, streaming, floored, x, residual, y, planes, n, K, mean, rstd, weight, bias, activation, \
-                  past, ahead)
+    affine_planes(direct, added, streaming, floored, x, residual, y, planes, n, K, mean, rstd, weight, bias, \
+                  activation, past, ahead)
     if (activation > RELU || n < LANES)
         PLANES(0, residual != 0, 0, activation == RELU);
     else if (residual)
@@ -1272,28 +1295,29 @@ EXACT_SWEEP void backward_affine_along(const element *grad_y, const element *x, 
                                        real *grad_weight, real *grad_bias, seam *past, int cached)
 {
     const int all = weight && grad_x && grad_weight && !grad_total;
-    const int way = !past || !grad_x ? PLAIN : rows_aligned(grad_x, n) || n < LANES ? WHOLE : JOINED;
+    const int way = !past || !grad_x || n < LANES ? PLAIN : rows_aligned(grad_x, n) ? WHOLE : JOINED;
 #define ROWS(all, rows, way, cached)                                                    \
     backward_rows(rows, all, way, cached, grad_y, x, weight, grad_total, grad_x, n, mean, rstd, sums, inverse, \
                   grad_weight, grad_bias, past)
-    if (rows == PAIR && all && way == JOINED) {
-        ROWS(1, PAIR, JOINED, 0);
-    } else if (rows == PAIR && all) {
+#define BY_ANY_WAY(all, rows)                                                           \
+    if (way == JOINED)                                                                  \
+        ROWS(all, rows, JOINED, cached);                                                \
+    else                                                                                \
+        ROWS(all, rows, way, cached);
+    if (rows == PAIR && all && way != JOINED) {
         SPECIALIZE(way, cached, ROWS, PAIR)
-    } else if (rows == PAIR && way == JOINED) {
-        ROWS(0, PAIR, JOINED, cached);
+    } else if (rows == PAIR && all) {
+        ROWS(1, PAIR, JOINED, cached);
     } else if (rows == PAIR) {
-        ROWS(0, PAIR, way, cached);
+        BY_ANY_WAY(0, PAIR)
     } else {
         for (ptrdiff_t k = 0; k < rows; k++) {
-            if (way == JOINED)
-                ROWS(0, 1, JOINED, cached);
-            else
-                ROWS(0, 1, way, cached);
+            BY_ANY_WAY(0, 1)
             grad_y += n, x += n, grad_total = NTH(1, grad_total, n), grad_x = NTH(1, grad_x, n);
             mean = NTH(1, mean, 1), rstd++, sums += 3;
         }
     }
+#undef BY_ANY_WAY
 #undef ROWS
 }
 
@@ -1340,7 +1364,7 @@ ALWAYS void rows_in_registers(const int vectors, const int centred, const elemen
         if (var)
             var[m] = variance;
         vec over = splat(0);
-        const phase p = phase_of(y);
+        const phase p = way == JOINED ? phase_of(y) : (phase){0};
 #pragma GCC unroll 8 /* or t would lie in memory */
         for (int v = 0; v < vectors; v++) {
             vec out = t[v] * scale;
@@ -1350,12 +1374,7 @@ ALWAYS void rows_in_registers(const int vectors, const int centred, const elemen
                             bias ? load_real(bias + i, LEFT(v), 0) : splat(0));
             } else if (weight)
                 out *= load_real(weight + v * LANES, LEFT(v), 0);
-            if (way != JOINED)
-                put(y + v * LANES, out, LEFT(v), way);
-            else if (v == 0)
-                over = begin_row(past, y, picked(out, p.order), LEFT(v), p);
-            else
-                over = go_on(y + v * LANES, picked(out, p.order), LEFT(v), p, over);
+            over = put_on_way(way, past, y, v * LANES, out, LEFT(v), p, over);
         }
         if (way == JOINED)
             end_row(past, y, n, p, over);
@@ -1388,7 +1407,7 @@ EXACT_SWEEP void normalize_short(const element *x, const real *weight, const rea
 
 /* The same, not centred: y = x * rstd * weight with one weight for all rows. */
 EXACT_SWEEP void scale_short(const element *x, const real *weight, element *y, ptrdiff_t M, ptrdiff_t n, double eps,
-                       real *rstd, seam *past)
+                             real *rstd, seam *past)
 {
     const real *const bias = 0;
     real *const mean = 0, *const var = 0;
@@ -1428,18 +1447,13 @@ ALWAYS void backward_in_registers(const int vectors, const element *grad_y, cons
             terms_of_row(lanes_sum(g_sum), lanes_sum(gx_sum), mean ? lanes_sum(x_sum) : 0, inverse, mean != 0, r);
         const real b = terms.b, c = terms.c, s = terms.s;
         vec over = splat(0);
-        const phase p = phase_of(grad_x + here);
+        const phase p = way == JOINED ? phase_of(grad_x + here) : (phase){0};
         for (int v = 0; v < vectors; v++) {
             if (grad_x) {
                 vec out = r * (g[v] * w[v] + fused(t[v], splat(b), splat(c)));
                 if (grad_total)
                     out += load(grad_total + here + v * LANES, LEFT(v), 0);
-                if (way != JOINED)
-                    put(grad_x + here + v * LANES, out, LEFT(v), way);
-                else if (v == 0)
-                    over = begin_row(past, grad_x + here, picked(out, p.order), LEFT(v), p);
-                else
-                    over = go_on(grad_x + here + v * LANES, picked(out, p.order), LEFT(v), p, over);
+                over = put_on_way(way, past, grad_x + here, v * LANES, out, LEFT(v), p, over);
             }
             weight_sum[v] = fused(g[v], fused(t[v], splat(r), splat(s)), weight_sum[v]);
             bias_sum[v] += g[v];
@@ -1890,19 +1904,19 @@ SWEEP void backward_group(const element *grad_y, const element *x, ptrdiff_t row
             FOR_VECTORS(j, left, width, PREPARE(j, left) AT(row * (stride) + j, left))  \
     }
 
-/* Whether rows of a strip end within lines and lie side by side: past the caches they are one stretch. */
-ALWAYS int side_by_side(const element *y, ptrdiff_t stride, ptrdiff_t width)
+/* Whether the rows of a strip end within lines and lie side by side: past the caches they are one stretch. */
+ALWAYS int worth_joining(const element *y, ptrdiff_t stride, ptrdiff_t width)
 {
-    return stride == width && !rows_aligned(y, stride);
+    return CAN_STREAM && stride == width && !rows_aligned(y, stride);
 }
 
-/* Writes VALUE(j, left) to such rows; `start` is where the row of column j begins. */
+/* Writes VALUE(j, left) to such rows, where the one of column j begins at `start`. */
 #define JOIN_ROWS(y, rows, width, VALUE)                                                \
     {                                                                                   \
-        seam s = {{0}, 0, 0};                                                           \
-        for (ptrdiff_t start = 0; start < (rows) * (width); start += (width))           \
-            WRITE_PAST((y) + start, width, &s, VALUE)                                   \
-        close_seam(&s);                                                                 \
+        seam between = {{0}, 0, 0};                                                     \
+        for (ptrdiff_t row = 0, start = 0; row < (rows); row++, start += (width))       \
+            WRITE_PAST((y) + start, width, &between, VALUE)                             \
+        close_seam(&between);                                                           \
     }
 
 /* y = activation((x - pivot) * scale + shift + residual): pivot, scale and shift per column. */
@@ -1911,22 +1925,26 @@ SWEEP void affine_block(const element *x, const element *residual, element *y, p
                         int activation, int streaming, int cached)
 {
     const vec floor = floor_of(activation);
-    const int joined = streaming && side_by_side(y, stride, width);
+    const int joined = streaming && worth_joining(y, stride, width);
     streaming = streaming && rows_aligned(y, stride);
-    seam s = {{0}, 0, 0}, *const past = joined || streaming ? &s : 0;
+    seam s, *const past = open_seam(&s, joined || streaming);
 #define COLUMNS(j, left)                                                                \
     const vec p = load_real(pivot + j, left, 0), a = load_real(scale + j, left, 0);     \
     const vec b = load_real(shift + j, left, 0);
-#define VALUE(i, left) ((load(x + (i), left, 0) - p) * a + b)
+#define VALUE(i, left) fused(load(x + (i), left, 0) - p, a, b)
 #define ADDED(i, left) (VALUE(i, left) + load(residual + (i), left, 0))
 #define PUT(i, value, left) put(y + (i), value, left, streaming);
 #define PUT_VALUE(i, left) PUT(i, VALUE(i, left), left)
 #define PUT_ADDED(i, left) PUT(i, ADDED(i, left), left)
 #define CUT_VALUE(i, left) PUT(i, at_least(VALUE(i, left), floor), left)
 #define CUT_ADDED(i, left) PUT(i, at_least(ADDED(i, left), floor), left)
-#define JOINED(j, left) ({ COLUMNS(j, left) at_least(VALUE(start + (j), left), floor); })
-    if (joined && activation <= RELU && !residual) {
-        JOIN_ROWS(y, rows, width, JOINED)
+#define IN_STRETCH(j, left)                                                             \
+    ({                                                                                  \
+        COLUMNS(j, left)                                                                \
+        at_least(residual ? ADDED(start + (j), left) : VALUE(start + (j), left), floor); \
+    })
+    if (joined && activation <= RELU) {
+        JOIN_ROWS(y, rows, width, IN_STRETCH)
     } else if (activation > RELU) {
         for (ptrdiff_t row = 0; row < rows; row++)
             for (ptrdiff_t start = 0; start < width; start += SCRATCH) {
@@ -1956,7 +1974,7 @@ SWEEP void affine_block(const element *x, const element *residual, element *y, p
 #undef PUT_ADDED
 #undef CUT_VALUE
 #undef CUT_ADDED
-#undef JOINED
+#undef IN_STRETCH
 #undef COLUMNS
 }
 
@@ -1966,7 +1984,7 @@ EXACT_SWEEP void backward_block(const element *grad_y, const element *x, element
                                 ptrdiff_t stride, ptrdiff_t width, const real *mean, const real *rstd,
                                 const real *b, const real *c, const real *weight, int streaming, int cached)
 {
-    const int joined = streaming && side_by_side(grad_x, stride, width);
+    const int joined = streaming && worth_joining(grad_x, stride, width);
     streaming = streaming && rows_aligned(grad_x, stride);
 #define COLUMNS(j, left) \
     const vec r = load_real(rstd + j, left, 0), w = load_real(weight + j, left, 0);
@@ -1979,12 +1997,12 @@ EXACT_SWEEP void backward_block(const element *grad_y, const element *x, element
 #define ALL(i, left) (r * (load(grad_y + (i), left, 0) * w + fused(load(x + (i), left, 0) - m, b_, c_)))
 #define FROZEN(i, left) PUT(i, HELD(i, left), left)
 #define THROUGH(i, left) PUT(i, ALL(i, left), left)
-#define JOINED_FROZEN(j, left) ({ COLUMNS(j, left) HELD(start + (j), left); })
-#define JOINED_THROUGH(j, left) ({ ALL_COLUMNS(j, left) ALL(start + (j), left); })
+#define FROZEN_IN_STRETCH(j, left) ({ COLUMNS(j, left) HELD(start + (j), left); })
+#define THROUGH_IN_STRETCH(j, left) ({ ALL_COLUMNS(j, left) ALL(start + (j), left); })
     if (joined && !x) {
-        JOIN_ROWS(grad_x, rows, width, JOINED_FROZEN)
+        JOIN_ROWS(grad_x, rows, width, FROZEN_IN_STRETCH)
     } else if (joined) {
-        JOIN_ROWS(grad_x, rows, width, JOINED_THROUGH)
+        JOIN_ROWS(grad_x, rows, width, THROUGH_IN_STRETCH)
     } else if (!x) {
         FOR_BLOCK(rows, stride, width, COLUMNS, FROZEN)
     } else {
@@ -1994,8 +2012,8 @@ EXACT_SWEEP void backward_block(const element *grad_y, const element *x, element
 #undef ALL
 #undef FROZEN
 #undef THROUGH
-#undef JOINED_FROZEN
-#undef JOINED_THROUGH
+#undef FROZEN_IN_STRETCH
+#undef THROUGH_IN_STRETCH
 #undef COLUMNS
 #undef ALL_COLUMNS
 #undef PUT
@@ -2037,22 +2055,21 @@ SWEEP void affine_strip(const element *x, element *y, ptrdiff_t rows, ptrdiff_t 
                         const real *pivot, const real *scale, const real *shift, const real *weight,
                         const real *bias, int streaming, ptrdiff_t ahead)
 {
-    const int joined = streaming && side_by_side(y, stride, width);
+    const int joined = streaming && worth_joining(y, stride, width);
     streaming = streaming && rows_aligned(y, stride);
-#define JOINED(j, left)                                                                 \
+#define IN_STRETCH(j, left)                                                             \
     (prefetch(x + start + (j) + ahead),                                                 \
      ((load(x + start + (j), left, 0) - load_real(pivot + (j), left, 0)) * load_real(scale + (j), left, 0) \
-      + load_real(shift + (j), left, 0)) * (weight ? weight[start / width] : (real)1)   \
-         + (bias ? bias[start / width] : (real)0))
+      + load_real(shift + (j), left, 0)) * (weight ? weight[row] : (real)1) + (bias ? bias[row] : (real)0))
 #define AT(together, row)                                                               \
     affine_rows(together, x + row * stride, y + row * stride, stride, width, pivot, scale, shift, \
                 weight ? weight + row : weight, bias ? bias + row : bias, streaming, ahead)
     if (joined) {
-        JOIN_ROWS(y, rows, width, JOINED)
+        JOIN_ROWS(y, rows, width, IN_STRETCH)
     } else {
         FOR_ROWS(row, rows, ahead, AT)
     }
-#undef JOINED
+#undef IN_STRETCH
 #undef AT
 }
 
@@ -2062,7 +2079,8 @@ ALWAYS void backward_strip_rows(const int together, const int parameters, const 
                                 const real *rstd, const real *shift, const real *b, const real *c,
                                 double *grad_weight, double *grad_bias, int streaming, seam *past, ptrdiff_t ahead)
 {
-    const phase p = phase_of(grad_x);
+    const int way = together == 1 && past ? JOINED : streaming ? WHOLE : PLAIN;
+    const phase p = way == JOINED ? phase_of(grad_x) : (phase){0};
     vec weight_sum[TOGETHER], bias_sum[TOGETHER], over = splat(0);
     for (int k = 0; k < together; k++)
         weight_sum[k] = bias_sum[k] = splat(0);
@@ -2079,12 +2097,7 @@ ALWAYS void backward_strip_rows(const int together, const int parameters, const 
                 vec out = r * (g * (weight ? weight[k] : (real)1) + (b_ * t + c_));
                 if (grad_total)
                     out += load(grad_total + i, left, 0);
-                if (together > 1 || !past)
-                    put(grad_x + i, out, left, streaming);
-                else if (j == 0)
-                    over = begin_row(past, grad_x, picked(out, p.order), left, p);
-                else
-                    over = go_on(grad_x + j, picked(out, p.order), left, p, over);
+                over = put_on_way(way, past, grad_x, i, out, left, p, over);
             }
             if (parameters) {
                 weight_sum[k] += g * (t * r + s);
@@ -2096,7 +2109,7 @@ ALWAYS void backward_strip_rows(const int together, const int parameters, const 
         grad_weight[k] += lanes_sum(weight_sum[k]);
         grad_bias[k] += lanes_sum(bias_sum[k]);
     }
-    if (together == 1 && past)
+    if (way == JOINED)
         end_row(past, grad_x, width, p, over);
 }
 
@@ -2109,7 +2122,7 @@ EXACT_SWEEP void backward_strip(const element *grad_y, const element *x, const r
                                 const real *b, const real *c, double *grad_weight, double *grad_bias,
                                 int streaming, ptrdiff_t ahead)
 {
-    seam s = {{0}, 0, 0}, *const past = streaming && grad_x && side_by_side(grad_x, stride, width) ? &s : 0;
+    seam s, *const past = open_seam(&s, streaming && grad_x && worth_joining(grad_x, stride, width));
     streaming = streaming && grad_x && rows_aligned(grad_x, stride);
 #define ROWS(together, parameters, row)                                                 \
     backward_strip_rows(together, parameters, grad_y + row * stride, x + row * stride,  \

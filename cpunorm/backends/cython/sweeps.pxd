@@ -34,8 +34,8 @@ cdef extern from "sweeps.h" nogil:
     bint rows_aligned(const element* p, Py_ssize_t stride) noexcept
     ctypedef struct seam:
         pass
-    void clear_seam(seam* s) noexcept
-    void close_seam(seam* s) noexcept
+    seam* open_seam(seam* s, bint wanted) noexcept
+    void end_seam(seam* past) noexcept
 
     void merge_moments(double n_a, double* mean_a, double* m2_a,
                        double n_b, double mean_b, double m2_b) noexcept

@@ -435,7 +435,14 @@ ALWAYS real load_one(const element *p)
 #endif
 }
 
-/* A store past the caches, to an aligned p. */
+/* Whether there are stores past the caches. */
+#if defined(__AVX__) || (defined(__SSE2__) && !HALF)
+#define CAN_STREAM 1
+#else
+#define CAN_STREAM 0
+#endif
+
+/* One, to an aligned p. */
 ALWAYS void stream(element *p, vec v)
 {
 #if HALF && defined(__AVX512F__)
