@@ -10,8 +10,8 @@ from libc.string cimport memcpy, memset
 from .call cimport Call
 from .sweeps cimport (
     LANES, add, affine_strip, at, backward_strip, column_backward_sums, column_moments,
-    column_reals, column_squares, element, finish_backward, real, set_columns, settle, share,
-    stream_fence, sum_parts, team, team_barrier,
+    column_reals, column_squares, element, end_seam, finish_backward, open_seam, real, seam,
+    set_columns, settle, share, sum_parts, team, team_barrier,
 )
 
 cdef enum:
@@ -71,7 +71,7 @@ cdef inline Py_ssize_t _turn(const Columns* columns, Py_ssize_t s, Py_ssize_t ha
 
 
 cdef inline void _normalize_strip(const Columns* columns, Py_ssize_t n, Py_ssize_t s,
-                                  Py_ssize_t width) noexcept nogil:
+                                  Py_ssize_t width, seam* past) noexcept nogil:
     cdef:
         double mu[WIDEST]
         double m2[WIDEST]
@@ -102,19 +102,20 @@ cdef inline void _normalize_strip(const Columns* columns, Py_ssize_t n, Py_ssize
         d = _turn(columns, s, half, &rows)
         affine_strip(x + d * S, <element*> call.y + here + d * S, rows, S, width, pivot, scale,
                      shift, at(<const real*> call.weight, d), at(<const real*> call.bias, d),
-                     call.streaming, _ahead(columns, n, s, width))
+                     past, _ahead(columns, n, s, width))
 
 
 cdef inline void _normalize(void* work, int member, int members) noexcept nogil:
     cdef:
         const Columns* columns = <const Columns*> work
         Py_ssize_t tasks = columns.call.N * columns.strips, task, s
+        seam joint
+        seam* past = open_seam(&joint, columns.call.streaming)
     for task in range(share(tasks, member, members), share(tasks, member + 1, members)):
         s = task % columns.strips * columns.width
         _normalize_strip(columns, task // columns.strips, s,
-                         min(columns.width, columns.call.S - s))
-    if columns.call.streaming:
-        stream_fence()
+                         min(columns.width, columns.call.S - s), past)
+    end_seam(past)
 
 
 cdef inline int normalize(const Call* call) noexcept nogil:
@@ -124,7 +125,8 @@ cdef inline int normalize(const Call* call) noexcept nogil:
 
 
 cdef inline void _backward_strip(const Columns* columns, Py_ssize_t n, Py_ssize_t s,
-                                 Py_ssize_t width, double* parameter_sums) noexcept nogil:
+                                 Py_ssize_t width, double* parameter_sums,
+                                 seam* past) noexcept nogil:
     """Adds to parameter_sums, (2, D), unless it is NULL."""
     cdef:
         double sums[3 * WIDEST]
@@ -159,8 +161,7 @@ cdef inline void _backward_strip(const Columns* columns, Py_ssize_t n, Py_ssize_
                            at(<const element*> call.grad_total, here + d * S),
                            at(<element*> call.grad_x, here + d * S), rows, S, width,
                            mean, rstd, shift, b, c, at(parameter_sums, d),
-                           at(parameter_sums, D + d), call.streaming,
-                           _ahead(columns, n, s, width))
+                           at(parameter_sums, D + d), past, _ahead(columns, n, s, width))
 
 
 cdef inline void _backward(void* work, int member, int members) noexcept nogil:
@@ -168,13 +169,14 @@ cdef inline void _backward(void* work, int member, int members) noexcept nogil:
         const Columns* columns = <const Columns*> work
         const Call* call = columns.call
         Py_ssize_t tasks = call.N * columns.strips, parts = columns.parts, D = call.D, p, task, s
+        seam joint
+        seam* past = open_seam(&joint, call.streaming)
     for p in range(share(parts, member, members), share(parts, member + 1, members)):
         for task in range(tasks * p // parts, tasks * (p + 1) // parts):
             s = task % columns.strips * columns.width
             _backward_strip(columns, task // columns.strips, s, min(columns.width, call.S - s),
-                            at(columns.sums, 2 * p * D))
-    if call.streaming:
-        stream_fence()
+                            at(columns.sums, 2 * p * D), past)
+    end_seam(past)
     if columns.sums is not NULL:
         team_barrier(members)
         sum_parts(columns.sums, parts, D, share(D, member, members), share(D, member + 1, members),

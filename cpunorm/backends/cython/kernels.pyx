@@ -5,8 +5,8 @@ from cpython.pycapsule cimport PyCapsule_New
 from . cimport channels_first, channels_last, columns, rows
 from .call cimport Call, Table
 from .sweeps cimport (
-    at, copy_stretch, element, move_running, narrow_stretch, real, share, stream_fence, team,
-    triad_stretch, widen_stretch,
+    at, copy_stretch, element, move_running, narrow_stretch, real, share, team, triad_stretch,
+    widen_stretch,
 )
 
 cdef enum:
@@ -47,8 +47,6 @@ cdef void copy_share(void* work, int member, int members) noexcept nogil:
         Py_ssize_t first = share(call.M, member, members), last = share(call.M, member + 1, members)
     copy_stretch(<const element*> call.x + first, <element*> call.y + first, last - first,
                  call.streaming)
-    if call.streaming:
-        stream_fence()
 
 
 cdef int copy(const Call* call) noexcept nogil:
@@ -62,8 +60,6 @@ cdef void triad_share(void* work, int member, int members) noexcept nogil:
         Py_ssize_t first = share(call.M, member, members), last = share(call.M, member + 1, members)
     triad_stretch(at(<const element*> call.grad_y, first), <const element*> call.x + first,
                   <element*> call.grad_x + first, last - first, call.streaming)
-    if call.streaming:
-        stream_fence()
 
 
 cdef int triad(const Call* call) noexcept nogil:

@@ -22,9 +22,9 @@ from .call cimport Call
 from .sweeps cimport (
     FEW_CHANNELS, LANES, STRIP_COLUMNS, TOGETHER, UNITS, affine_block, at, backward_block,
     backward_group, column_backward_sums, column_moments, column_reals, combine_channels, element,
-    evenness, fold_moments, fold_sums, merge_columns, new_lines, own_lines, plane_moments, real,
-    repeat_each, rows_aligned, set_columns, settle, share, stream_fence, stretch_moments, sum_parts,
-    take_statistics, team, team_barrier, whole_lines, worth_dealing,
+    end_seam, evenness, fold_moments, fold_sums, merge_columns, new_lines, open_seam, own_lines,
+    plane_moments, real, repeat_each, rows_aligned, seam, set_columns, settle, share,
+    stretch_moments, sum_parts, take_statistics, team, team_barrier, whole_lines, worth_dealing,
 )
 
 cdef enum:
@@ -248,7 +248,7 @@ cdef inline void _finish(const Images* im, Py_ssize_t image, Py_ssize_t first, P
 
 
 cdef inline void _transform(const Images* im, Py_ssize_t start, Py_ssize_t index,
-                            const real* terms) noexcept nogil:
+                            const real* terms, seam* past) noexcept nogil:
     cdef:
         column_reals column_pivot
         column_reals column_scale
@@ -263,17 +263,17 @@ cdef inline void _transform(const Images* im, Py_ssize_t start, Py_ssize_t index
         const real* shift = columns_of(im, terms + 2 * im.pitch, &task, im.in_line, column_shift)
     affine_block(<const element*> call.x + here, at(<const element*> call.residual, here),
                  <element*> call.y + here, rows, stride, width, pivot, scale, shift,
-                 call.activation, call.streaming, im.cached)
+                 call.activation, past, im.cached)
     if task.rows % im.in_line:
         here += rows * stride
         affine_block(<const element*> call.x + here, at(<const element*> call.residual, here),
                      <element*> call.y + here, 1, stride,
                      task.rows % im.in_line * task.channels * im.inner, pivot, scale, shift,
-                     call.activation, call.streaming, im.cached)
+                     call.activation, past, im.cached)
 
 
 cdef inline void _normalize_image(const Images* im, Py_ssize_t image, double* wide, real* terms,
-                                  int member, int members) noexcept nogil:
+                                  int member, int members, seam* past) noexcept nogil:
     """wide is (2, chunks, cells), terms (3, pitch); both are left alone by who is done."""
     cdef:
         Py_ssize_t K = im.channels // im.groups, tasks = im.chunks * im.strips
@@ -290,7 +290,7 @@ cdef inline void _normalize_image(const Images* im, Py_ssize_t image, double* wi
             _finish(im, image, task.first_channel // K,
                     (task.first_channel + task.channels) // K, mean, m2, terms)
             if transformed:
-                _transform(im, start, q, terms)
+                _transform(im, start, q, terms, past)
         return
     for q in range(first, last):
         _measure(im, start, q, mean, m2)
@@ -300,28 +300,30 @@ cdef inline void _normalize_image(const Images* im, Py_ssize_t image, double* wi
     team_barrier(members)
     if transformed:
         for q in range(last - 1, first - 1, -1):
-            _transform(im, start, q, terms)
+            _transform(im, start, q, terms, past)
 
 
 cdef inline void _normalize_dealt(void* work, int member, int members) noexcept nogil:
     cdef:
         const Images* im = <const Images*> work
         Py_ssize_t n
+        seam joint
+        seam* past = open_seam(&joint, im.call.streaming)
     for n in range(share(im.count, member, members), share(im.count, member + 1, members)):
         _normalize_image(im, n, im.wide + member * im.wide_size,
-                         im.terms + member * im.terms_size, 0, 1)
-    if im.call.streaming:
-        stream_fence()
+                         im.terms + member * im.terms_size, 0, 1, past)
+    end_seam(past)
 
 
 cdef inline void _normalize_cut(void* work, int member, int members) noexcept nogil:
     cdef:
         const Images* im = <const Images*> work
         Py_ssize_t n
+        seam joint
+        seam* past = open_seam(&joint, im.call.streaming)
     for n in range(im.count):
-        _normalize_image(im, n, im.wide, im.terms, member, members)
-    if im.call.streaming:
-        stream_fence()
+        _normalize_image(im, n, im.wide, im.terms, member, members, past)
+    end_seam(past)
 
 
 cdef inline bint fits(const Images* im, Py_ssize_t arrays, bint dealt) noexcept nogil:
@@ -369,14 +371,15 @@ cdef inline void _apply(void* work, int member, int members) noexcept nogil:
         const Images* im = <const Images*> work
         Py_ssize_t per_image = im.chunks * im.strips, tasks = im.count * per_image, q
         Py_ssize_t statistics = im.call.B * im.groups
+        seam joint
+        seam* past = open_seam(&joint, im.call.streaming)
     _take_terms(im, share(statistics, member, members), share(statistics, member + 1, members),
                 im.terms)
     team_barrier(members)
     for q in range(share(tasks, member, members), share(tasks, member + 1, members)):
         _transform(im, q // per_image * im.size, q % per_image,
-                   im.terms + (q // per_image * im.terms_size if im.call.B > 1 else 0))
-    if im.call.streaming:
-        stream_fence()
+                   im.terms + (q // per_image * im.terms_size if im.call.B > 1 else 0), past)
+    end_seam(past)
 
 
 cdef inline int apply_images(Images* im) noexcept nogil:
@@ -442,7 +445,7 @@ cdef inline void _sum(const Images* im, Py_ssize_t start, Py_ssize_t index, cons
 
 
 cdef inline void _differentiate(const Images* im, Py_ssize_t start, Py_ssize_t index,
-                                const real* terms) noexcept nogil:
+                                const real* terms, seam* past) noexcept nogil:
     """terms, (5, pitch): mean, weight, rstd, b and c of backward_block."""
     cdef:
         column_reals columns[5]
@@ -457,14 +460,14 @@ cdef inline void _differentiate(const Images* im, Py_ssize_t start, Py_ssize_t i
         per_column[v] = columns_of(im, terms + v * im.pitch, &task, im.in_line, columns[v])
     backward_block(<const element*> call.grad_y + here, at(x, here), <element*> call.grad_x + here,
                    rows, stride, width, per_column[0], per_column[2], per_column[3], per_column[4],
-                   per_column[1], call.streaming, im.cached)
+                   per_column[1], past, im.cached)
     if task.rows % im.in_line:
         here += rows * stride
         backward_block(<const element*> call.grad_y + here, at(x, here),
                        <element*> call.grad_x + here, 1, stride,
                        task.rows % im.in_line * task.channels * im.inner, per_column[0],
-                       per_column[2], per_column[3], per_column[4], per_column[1],
-                       call.streaming, im.cached)
+                       per_column[2], per_column[3], per_column[4], per_column[1], past,
+                       im.cached)
 
 
 cdef inline void _set_backward(const Images* im, Py_ssize_t image, Py_ssize_t first,
@@ -525,7 +528,7 @@ cdef inline void _sum_groups(const Images* im, Py_ssize_t image, const Task* tas
 
 cdef inline void _backward_image(
     const Images* im, Py_ssize_t image, double* wide, real* terms, double* grad_weight,
-    double* grad_bias, int member, int members,
+    double* grad_bias, int member, int members, seam* past,
 ) noexcept nogil:
     """wide is (chunks, 3, C), terms (5, pitch)."""
     cdef:
@@ -554,7 +557,7 @@ cdef inline void _backward_image(
         if whole and summed and not few:
             _combine(im, image, first_group, last_group, wide, terms, grad_weight, grad_bias)
         if differentiated and (im.frozen or whole):
-            _differentiate(im, start, q, terms)
+            _differentiate(im, start, q, terms, past)
     if whole:
         return
     team_barrier(members)
@@ -563,15 +566,13 @@ cdef inline void _backward_image(
     team_barrier(members)
     if not im.frozen and differentiated:
         for q in range(last - 1, first - 1, -1):
-            _differentiate(im, start, q, terms)
+            _differentiate(im, start, q, terms, past)
 
 
 cdef inline void _finish_parameters(const Images* im, int member, int members) noexcept nogil:
     cdef:
         const Call* call = im.call
         Py_ssize_t C = im.channels
-    if call.streaming:
-        stream_fence()
     if im.sums is not NULL:
         team_barrier(members)
         sum_parts(im.sums, im.parts, C, share(C, member, members), share(C, member + 1, members),
@@ -582,11 +583,14 @@ cdef inline void _backward_dealt(void* work, int member, int members) noexcept n
     cdef:
         const Images* im = <const Images*> work
         Py_ssize_t C = im.channels, p, n
+        seam joint
+        seam* past = open_seam(&joint, im.call.streaming)
     for p in range(share(im.parts, member, members), share(im.parts, member + 1, members)):
         for n in range(im.count * p // im.parts, im.count * (p + 1) // im.parts):
             _backward_image(im, n, im.wide + member * im.wide_size,
                             im.terms + member * im.terms_size, at(im.sums, 2 * p * C),
-                            at(im.sums, (2 * p + 1) * C), 0, 1)
+                            at(im.sums, (2 * p + 1) * C), 0, 1, past)
+    end_seam(past)
     _finish_parameters(im, member, members)
 
 
@@ -594,12 +598,15 @@ cdef inline void _backward_cut(void* work, int member, int members) noexcept nog
     cdef:
         const Images* im = <const Images*> work
         Py_ssize_t C = im.channels, p, n
+        seam joint
+        seam* past = open_seam(&joint, im.call.streaming)
     for p in range(im.parts):
         for n in range(im.count * p // im.parts, im.count * (p + 1) // im.parts):
             _backward_image(im, n, im.wide, im.terms, at(im.sums, 2 * p * C),
-                            at(im.sums, (2 * p + 1) * C), member, members)
+                            at(im.sums, (2 * p + 1) * C), member, members, past)
             # What comes next writes what others may still be reading.
             team_barrier(members)
+    end_seam(past)
     _finish_parameters(im, member, members)
 
 

@@ -303,8 +303,17 @@ ALWAYS void join(seam *s, element *y, vec v, ptrdiff_t n)
     }
 }
 
-/* The ways of a row: plainly; past the caches in its own vectors, which are all aligned; in those of memory. */
+/* The ways of rows: plainly; past the caches in their own vectors, which are all aligned; in those of memory. */
 enum { PLAIN, WHOLE, JOINED };
+
+/* That of rows of `width` elements, `stride` apart. Those that end within lines are joined where they lie side by
+ * side. */
+ALWAYS int way_of(const seam *past, const element *y, ptrdiff_t stride, ptrdiff_t width)
+{
+    if (!past || !y)
+        return PLAIN;
+    return rows_aligned(y, stride) ? WHOLE : stride == width ? JOINED : PLAIN;
+}
 
 /* How far into a vector a row begins, and what brings its own vectors there. */
 typedef struct {
@@ -1295,7 +1304,7 @@ EXACT_SWEEP void backward_affine_along(const element *grad_y, const element *x, 
                                        real *grad_weight, real *grad_bias, seam *past, int cached)
 {
     const int all = weight && grad_x && grad_weight && !grad_total;
-    const int way = !past || !grad_x || n < LANES ? PLAIN : rows_aligned(grad_x, n) ? WHOLE : JOINED;
+    const int way = n < LANES ? PLAIN : way_of(past, grad_x, n, n);
 #define ROWS(all, rows, way, cached)                                                    \
     backward_rows(rows, all, way, cached, grad_y, x, weight, grad_total, grad_x, n, mean, rstd, sums, inverse, \
                   grad_weight, grad_bias, past)
@@ -1337,7 +1346,7 @@ ALWAYS void rows_in_registers(const int vectors, const int centred, const elemen
                               ptrdiff_t length, double eps, real *mean, real *var, real *rstd, seam *past)
 {
     const ptrdiff_t left = n - (vectors - 1) * LANES;
-    const int way = !past ? PLAIN : rows_aligned(y, n) ? WHOLE : JOINED;
+    const int way = way_of(past, y, n, n);
     const double inverse = 1.0 / n;
 #define LEFT(v) ((v) < vectors - 1 ? LANES : left)
     for (ptrdiff_t m = 0; m < M; m++, x += n, y += n) {
@@ -1426,7 +1435,7 @@ ALWAYS void backward_in_registers(const int vectors, const element *grad_y, cons
                                   double *grad_bias, seam *past)
 {
     const ptrdiff_t left = n - (vectors - 1) * LANES;
-    const int way = !past || !grad_x ? PLAIN : rows_aligned(grad_x, n) ? WHOLE : period == 1 ? JOINED : PLAIN;
+    const int way = way_of(past, grad_x, period * n, n);
     const double inverse = 1.0 / n;
     vec w[BACKWARD_SHORT], weight_sum[BACKWARD_SHORT], bias_sum[BACKWARD_SHORT];
 #define LEFT(v) ((v) < vectors - 1 ? LANES : left)
@@ -1904,36 +1913,24 @@ SWEEP void backward_group(const element *grad_y, const element *x, ptrdiff_t row
             FOR_VECTORS(j, left, width, PREPARE(j, left) AT(row * (stride) + j, left))  \
     }
 
-/* Whether the rows of a strip end within lines and lie side by side: past the caches they are one stretch. */
-ALWAYS int worth_joining(const element *y, ptrdiff_t stride, ptrdiff_t width)
-{
-    return CAN_STREAM && stride == width && !rows_aligned(y, stride);
-}
-
-/* Writes VALUE(j, left) to such rows, where the one of column j begins at `start`. */
-#define JOIN_ROWS(y, rows, width, VALUE)                                                \
-    {                                                                                   \
-        seam between = {{0}, 0, 0};                                                     \
-        for (ptrdiff_t row = 0, start = 0; row < (rows); row++, start += (width))       \
-            WRITE_PAST((y) + start, width, &between, VALUE)                             \
-        close_seam(&between);                                                           \
-    }
+/* Writes VALUE(j, left), of column j of the row that begins at `start`, to rows that are JOINED. */
+#define JOIN_ROWS(y, rows, width, past, VALUE)                                          \
+    for (ptrdiff_t row = 0, start = 0; row < (rows); row++, start += (width))           \
+        WRITE_PAST((y) + start, width, past, VALUE)
 
 /* y = activation((x - pivot) * scale + shift + residual): pivot, scale and shift per column. */
 SWEEP void affine_block(const element *x, const element *residual, element *y, ptrdiff_t rows, ptrdiff_t stride,
                         ptrdiff_t width, const real *pivot, const real *scale, const real *shift,
-                        int activation, int streaming, int cached)
+                        int activation, seam *past, int cached)
 {
     const vec floor = floor_of(activation);
-    const int joined = streaming && worth_joining(y, stride, width);
-    streaming = streaming && rows_aligned(y, stride);
-    seam s, *const past = open_seam(&s, joined || streaming);
+    const int way = way_of(past, y, stride, width);
 #define COLUMNS(j, left)                                                                \
     const vec p = load_real(pivot + j, left, 0), a = load_real(scale + j, left, 0);     \
     const vec b = load_real(shift + j, left, 0);
 #define VALUE(i, left) fused(load(x + (i), left, 0) - p, a, b)
 #define ADDED(i, left) (VALUE(i, left) + load(residual + (i), left, 0))
-#define PUT(i, value, left) put(y + (i), value, left, streaming);
+#define PUT(i, value, left) put(y + (i), value, left, way);
 #define PUT_VALUE(i, left) PUT(i, VALUE(i, left), left)
 #define PUT_ADDED(i, left) PUT(i, ADDED(i, left), left)
 #define CUT_VALUE(i, left) PUT(i, at_least(VALUE(i, left), floor), left)
@@ -1943,8 +1940,8 @@ SWEEP void affine_block(const element *x, const element *residual, element *y, p
         COLUMNS(j, left)                                                                \
         at_least(residual ? ADDED(start + (j), left) : VALUE(start + (j), left), floor); \
     })
-    if (joined && activation <= RELU) {
-        JOIN_ROWS(y, rows, width, IN_STRETCH)
+    if (way == JOINED && activation <= RELU) {
+        JOIN_ROWS(y, rows, width, past, IN_STRETCH)
     } else if (activation > RELU) {
         for (ptrdiff_t row = 0; row < rows; row++)
             for (ptrdiff_t start = 0; start < width; start += SCRATCH) {
@@ -1955,7 +1952,7 @@ SWEEP void affine_block(const element *x, const element *residual, element *y, p
                     store_real(scratch + i, residual ? ADDED(here + i, left) : VALUE(here + i, left), left);
                 })
                 activate(scratch, count, activation);
-                deliver(scratch, y + here, count, past);
+                deliver(scratch, y + here, count, way ? past : 0);
             }
     } else if (residual && activation) {
         FOR_BLOCK(rows, stride, width, COLUMNS, CUT_ADDED)
@@ -1966,7 +1963,6 @@ SWEEP void affine_block(const element *x, const element *residual, element *y, p
     } else {
         FOR_BLOCK(rows, stride, width, COLUMNS, PUT_VALUE)
     }
-    close_seam(&s);
 #undef VALUE
 #undef ADDED
 #undef PUT
@@ -1982,27 +1978,26 @@ SWEEP void affine_block(const element *x, const element *residual, element *y, p
  * grad_x = rstd * weight * grad_y. See backward_affine. */
 EXACT_SWEEP void backward_block(const element *grad_y, const element *x, element *grad_x, ptrdiff_t rows,
                                 ptrdiff_t stride, ptrdiff_t width, const real *mean, const real *rstd,
-                                const real *b, const real *c, const real *weight, int streaming, int cached)
+                                const real *b, const real *c, const real *weight, seam *past, int cached)
 {
-    const int joined = streaming && worth_joining(grad_x, stride, width);
-    streaming = streaming && rows_aligned(grad_x, stride);
+    const int way = way_of(past, grad_x, stride, width);
 #define COLUMNS(j, left) \
     const vec r = load_real(rstd + j, left, 0), w = load_real(weight + j, left, 0);
 #define ALL_COLUMNS(j, left)                                                            \
     COLUMNS(j, left)                                                                    \
     const vec m = load_real(mean + j, left, 0), b_ = load_real(b + j, left, 0);         \
     const vec c_ = load_real(c + j, left, 0);
-#define PUT(i, value, left) put(grad_x + (i), value, left, streaming);
+#define PUT(i, value, left) put(grad_x + (i), value, left, way);
 #define HELD(i, left) (r * w * load(grad_y + (i), left, 0))
 #define ALL(i, left) (r * (load(grad_y + (i), left, 0) * w + fused(load(x + (i), left, 0) - m, b_, c_)))
 #define FROZEN(i, left) PUT(i, HELD(i, left), left)
 #define THROUGH(i, left) PUT(i, ALL(i, left), left)
 #define FROZEN_IN_STRETCH(j, left) ({ COLUMNS(j, left) HELD(start + (j), left); })
 #define THROUGH_IN_STRETCH(j, left) ({ ALL_COLUMNS(j, left) ALL(start + (j), left); })
-    if (joined && !x) {
-        JOIN_ROWS(grad_x, rows, width, FROZEN_IN_STRETCH)
-    } else if (joined) {
-        JOIN_ROWS(grad_x, rows, width, THROUGH_IN_STRETCH)
+    if (way == JOINED && !x) {
+        JOIN_ROWS(grad_x, rows, width, past, FROZEN_IN_STRETCH)
+    } else if (way == JOINED) {
+        JOIN_ROWS(grad_x, rows, width, past, THROUGH_IN_STRETCH)
     } else if (!x) {
         FOR_BLOCK(rows, stride, width, COLUMNS, FROZEN)
     } else {
@@ -2020,20 +2015,26 @@ EXACT_SWEEP void backward_block(const element *grad_y, const element *x, element
 }
 
 /* The rows of a strip with a weight each. They are taken TOGETHER where all is in the cache, or with gaps between
- * them; where not, `ahead` is how far away lies what is read next: it is fetched, row by row, as the hardware
- * follows. */
+ * them, unless they are JOINED; where not, `ahead` is how far away lies what is read next: it is fetched, row by row,
+ * as the hardware follows. */
 #define FOR_ROWS(row, rows, ahead, AT)                                                  \
     {                                                                                   \
+        const int by_row = way == JOINED || ((ahead) && stride == width);               \
         ptrdiff_t row = 0;                                                              \
-        for (; (!(ahead) || stride != width) && row + TOGETHER <= (rows); row += TOGETHER) \
+        for (; !by_row && row + TOGETHER <= (rows); row += TOGETHER)                    \
             AT(TOGETHER, row);                                                          \
         for (; row < (rows); row++)                                                     \
             AT(1, row);                                                                 \
     }
 
+ALWAYS vec row_value(vec x, vec pivot, vec scale, vec shift, const real *weight, const real *bias)
+{
+    return ((x - pivot) * scale + shift) * (weight ? *weight : (real)1) + (bias ? *bias : (real)0);
+}
+
 ALWAYS void affine_rows(const int together, const element *x, element *y, ptrdiff_t stride, ptrdiff_t width,
                         const real *pivot, const real *scale, const real *shift, const real *weight,
-                        const real *bias, int streaming, ptrdiff_t ahead)
+                        const real *bias, int way, ptrdiff_t ahead)
 {
     FOR_VECTORS(j, left, width, {
         const vec p = load_real(pivot + j, left, 0), a = load_real(scale + j, left, 0);
@@ -2042,9 +2043,7 @@ ALWAYS void affine_rows(const int together, const element *x, element *y, ptrdif
             const ptrdiff_t i = k * stride + j;
             if (together == 1)
                 prefetch(x + i + ahead);
-            const vec out = ((load(x + i, left, 0) - p) * a + b) * (weight ? weight[k] : (real)1)
-                            + (bias ? bias[k] : (real)0);
-            put(y + i, out, left, streaming);
+            put(y + i, row_value(load(x + i, left, 0), p, a, b, NTH(k, weight, 1), NTH(k, bias, 1)), left, way);
         }
     })
 }
@@ -2053,19 +2052,18 @@ ALWAYS void affine_rows(const int together, const element *x, element *y, ptrdif
  * which may be NULL, per row. */
 SWEEP void affine_strip(const element *x, element *y, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t width,
                         const real *pivot, const real *scale, const real *shift, const real *weight,
-                        const real *bias, int streaming, ptrdiff_t ahead)
+                        const real *bias, seam *past, ptrdiff_t ahead)
 {
-    const int joined = streaming && worth_joining(y, stride, width);
-    streaming = streaming && rows_aligned(y, stride);
+    const int way = way_of(past, y, stride, width);
 #define IN_STRETCH(j, left)                                                             \
     (prefetch(x + start + (j) + ahead),                                                 \
-     ((load(x + start + (j), left, 0) - load_real(pivot + (j), left, 0)) * load_real(scale + (j), left, 0) \
-      + load_real(shift + (j), left, 0)) * (weight ? weight[row] : (real)1) + (bias ? bias[row] : (real)0))
+     row_value(load(x + start + (j), left, 0), load_real(pivot + (j), left, 0), load_real(scale + (j), left, 0), \
+               load_real(shift + (j), left, 0), NTH(row, weight, 1), NTH(row, bias, 1)))
 #define AT(together, row)                                                               \
     affine_rows(together, x + row * stride, y + row * stride, stride, width, pivot, scale, shift, \
-                weight ? weight + row : weight, bias ? bias + row : bias, streaming, ahead)
-    if (joined) {
-        JOIN_ROWS(y, rows, width, IN_STRETCH)
+                NTH(row, weight, 1), NTH(row, bias, 1), way, ahead)
+    if (way == JOINED) {
+        JOIN_ROWS(y, rows, width, past, IN_STRETCH)
     } else {
         FOR_ROWS(row, rows, ahead, AT)
     }
@@ -2077,9 +2075,8 @@ ALWAYS void backward_strip_rows(const int together, const int parameters, const 
                                 const element *x, const real *weight, const element *grad_total,
                                 element *grad_x, ptrdiff_t stride, ptrdiff_t width, const real *mean,
                                 const real *rstd, const real *shift, const real *b, const real *c,
-                                double *grad_weight, double *grad_bias, int streaming, seam *past, ptrdiff_t ahead)
+                                double *grad_weight, double *grad_bias, const int way, seam *past, ptrdiff_t ahead)
 {
-    const int way = together == 1 && past ? JOINED : streaming ? WHOLE : PLAIN;
     const phase p = way == JOINED ? phase_of(grad_x) : (phase){0};
     vec weight_sum[TOGETHER], bias_sum[TOGETHER], over = splat(0);
     for (int k = 0; k < together; k++)
@@ -2097,7 +2094,10 @@ ALWAYS void backward_strip_rows(const int together, const int parameters, const 
                 vec out = r * (g * (weight ? weight[k] : (real)1) + (b_ * t + c_));
                 if (grad_total)
                     out += load(grad_total + i, left, 0);
-                over = put_on_way(way, past, grad_x, i, out, left, p, over);
+                if (together == 1)
+                    over = put_on_way(way, past, grad_x, i, out, left, p, over);
+                else
+                    put(grad_x + i, out, left, way);
             }
             if (parameters) {
                 weight_sum[k] += g * (t * r + s);
@@ -2120,15 +2120,13 @@ EXACT_SWEEP void backward_strip(const element *grad_y, const element *x, const r
                                 const element *grad_total, element *grad_x, ptrdiff_t rows, ptrdiff_t stride,
                                 ptrdiff_t width, const real *mean, const real *rstd, const real *shift,
                                 const real *b, const real *c, double *grad_weight, double *grad_bias,
-                                int streaming, ptrdiff_t ahead)
+                                seam *past, ptrdiff_t ahead)
 {
-    seam s, *const past = open_seam(&s, streaming && grad_x && worth_joining(grad_x, stride, width));
-    streaming = streaming && grad_x && rows_aligned(grad_x, stride);
+    const int way = way_of(past, grad_x, stride, width);
 #define ROWS(together, parameters, row)                                                 \
     backward_strip_rows(together, parameters, grad_y + row * stride, x + row * stride,  \
-                        weight ? weight + row : weight, grad_total ? grad_total + row * stride : grad_total, \
-                        grad_x ? grad_x + row * stride : grad_x, stride, width, mean, rstd, shift, b, c, \
-                        grad_weight + row, grad_bias + row, streaming, past, ahead)
+                        NTH(row, weight, 1), NTH(row, grad_total, stride), NTH(row, grad_x, stride), stride, width, \
+                        mean, rstd, shift, b, c, grad_weight + row, grad_bias + row, way, past, ahead)
 #define SUMMED(together, row) ROWS(together, 1, row)
 #define ALONE(together, row) ROWS(together, 0, row)
     if (grad_weight) {
@@ -2136,7 +2134,6 @@ EXACT_SWEEP void backward_strip(const element *grad_y, const element *x, const r
     } else {
         FOR_ROWS(row, rows, ahead, ALONE)
     }
-    close_seam(&s);
 #undef ROWS
 #undef SUMMED
 #undef ALONE
@@ -2208,22 +2205,26 @@ SWEEP void narrow_stretch(const real *x, element *y, ptrdiff_t n)
 SWEEP void copy_stretch(const element *x, element *y, ptrdiff_t n, int streaming)
 {
 #define VALUE(i, left) load(x + (i), left, 0)
-    if (streaming) {
-        JOIN_ROWS(y, 1, n, VALUE)
+    seam joint, *const past = open_seam(&joint, streaming);
+    if (past) {
+        WRITE_PAST(y, n, past, VALUE)
     } else {
         WRITE(y, n, VALUE)
     }
+    end_seam(past);
 #undef VALUE
 }
 
 SWEEP void triad_stretch(const element *grad_y, const element *x, element *grad_x, ptrdiff_t n, int streaming)
 {
 #define VALUE(i, left) (load(grad_y + (i), left, 0) - load(x + (i), left, 0))
-    if (streaming) {
-        JOIN_ROWS(grad_x, 1, n, VALUE)
+    seam joint, *const past = open_seam(&joint, streaming);
+    if (past) {
+        WRITE_PAST(grad_x, n, past, VALUE)
     } else {
         WRITE(grad_x, n, VALUE)
     }
+    end_seam(past);
 #undef VALUE
 }
 

@@ -29,7 +29,6 @@ cdef extern from "sweeps.h" nogil:
     ctypedef void (*team_body)(void* work, int member, int members) noexcept nogil
     void team(team_body body, void* work, int threads) noexcept
     void team_barrier(int members) noexcept
-    void stream_fence() noexcept
 
     bint rows_aligned(const element* p, Py_ssize_t stride) noexcept
     ctypedef struct seam:
@@ -123,20 +122,20 @@ cdef extern from "sweeps.h" nogil:
 
     void affine_block(const element* x, const element* residual, element* y, Py_ssize_t rows,
                       Py_ssize_t stride, Py_ssize_t width, const real* pivot, const real* scale,
-                      const real* shift, int activation, int streaming, int cached) noexcept
+                      const real* shift, int activation, seam* past, int cached) noexcept
     void backward_block(const element* grad_y, const element* x, element* grad_x, Py_ssize_t rows,
                         Py_ssize_t stride, Py_ssize_t width, const real* mean, const real* rstd,
-                        const real* b, const real* c, const real* weight, int streaming,
+                        const real* b, const real* c, const real* weight, seam* past,
                         int cached) noexcept
     void affine_strip(const element* x, element* y, Py_ssize_t rows, Py_ssize_t stride,
                       Py_ssize_t width, const real* pivot, const real* scale, const real* shift,
-                      const real* weight, const real* bias, int streaming,
+                      const real* weight, const real* bias, seam* past,
                       Py_ssize_t ahead) noexcept
     void backward_strip(const element* grad_y, const element* x, const real* weight,
                         const element* grad_total, element* grad_x, Py_ssize_t rows,
                         Py_ssize_t stride, Py_ssize_t width, const real* mean, const real* rstd,
                         const real* shift, const real* b, const real* c, double* grad_weight,
-                        double* grad_bias, int streaming, Py_ssize_t ahead) noexcept
+                        double* grad_bias, seam* past, Py_ssize_t ahead) noexcept
 
     void move_running(real* running, const real* new_, Py_ssize_t B, Py_ssize_t stride,
                       Py_ssize_t n, double factor, double momentum) noexcept
