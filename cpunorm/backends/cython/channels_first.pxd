@@ -18,7 +18,7 @@ from .stretches cimport Stretches, backward_stretches, normalize_stretches
 from .strips cimport Images, apply_images, backward_images, images_of, normalize_images
 from .sweeps cimport (
     LANES, LINE_BYTES, UNITS, affine, at, backward_affine, combine_channels, element, end_seam,
-    merge_moments, new_lines, open_seam, own_lines, plane_backward_sums, plane_moments, real,
+    image_parts, merge_moments, new_lines, open_seam, own_lines, plane_backward_sums, plane_moments, real,
     repeat_each, seam, settle, share, stretch_moments, stretches_backward_sums, sum_parts,
     take_statistics, team, team_barrier, whole_lines, worth_dealing,
 )
@@ -31,7 +31,6 @@ cdef enum:
     NEAR = 1 << 15          # and of one so near that the next may be fetched meanwhile
     MANY = 1 << 9           # units of a slab of groups in backward
     SLABS = 4               # slabs of a tensor that L2 does not hold
-    PARTS = 32              # at most, of the images in backward
     SHORT = 8               # elements of a plane that is too short,
     LONGEST = 4             # and vectors of one that is where there are many
 
@@ -578,7 +577,7 @@ cdef inline int _backward(const Call* call, bint frozen) noexcept nogil:
     if short_groups(&u) and not frozen:
         return _backward_short(&u)
     u.frozen = frozen
-    u.parts = min(call.B, <Py_ssize_t> PARTS)
+    u.parts = image_parts(call.B, call.S)
     dealt = worth_dealing(u.parts * u.slabs, unit_bytes(&u), call.threads)
     if dealt:
         u.size = own_lines(3 * width_of(&u, u.some))

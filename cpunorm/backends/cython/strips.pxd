@@ -22,7 +22,7 @@ from .call cimport Call
 from .sweeps cimport (
     FEW_CHANNELS, LANES, STRIP_COLUMNS, TOGETHER, UNITS, affine_block, at, backward_block,
     backward_group, column_backward_sums, column_moments, column_reals, combine_channels, element,
-    end_seam, evenness, fold_moments, fold_sums, merge_columns, new_lines, open_seam, own_lines,
+    end_seam, evenness, fold_moments, fold_sums, image_parts, merge_columns, new_lines, open_seam, own_lines,
     plane_moments, real, repeat_each, rows_aligned, seam, set_columns, settle, share,
     stretch_moments, sum_parts, take_statistics, team, team_barrier, whole_lines, worth_dealing,
 )
@@ -36,7 +36,6 @@ cdef enum:
     ROWS = 64               # of a chunk, at least
     MANY = 8                # strips that are enough for the team, or tasks for each of it
     FEW_ROWS = 16           # too few to measure columns
-    PARTS = 32              # at most, of the images in backward
 
 
 cdef struct Images:
@@ -620,7 +619,7 @@ cdef inline int backward_images(Images* im, bint frozen) noexcept nogil:
         double* scratch
     im.frozen = frozen
     im.cached = fits(im, 2, dealt)
-    im.parts = min(im.count, <Py_ssize_t> PARTS)
+    im.parts = image_parts(im.count, im.rows * im.inner)
     im.wide_size = own_lines(3 * im.chunks * im.channels)
     im.pitch = whole_lines(im.channels)
     im.terms_size = own_lines(5 * im.pitch)
