@@ -926,31 +926,55 @@ ALWAYS void add_unit_sums(unit_sums *sum, ptrdiff_t units, double *g_sum, double
     }
 }
 
-/* Adds the sums of each of many stretches side by side, K of which share a mean. */
+/* The same of stretches of at most BACKWARD_VECTORS vectors, which are measured LANES at a time. */
+ALWAYS void short_backward_sums(const int single, const element *grad_y, const element *x, ptrdiff_t stretches,
+                                ptrdiff_t n, const real *mean, ptrdiff_t K, double *g_sum, double *gx_sum,
+                                double *x_sum)
+{
+    const ptrdiff_t some = BACKWARD_VECTORS * LANES / n;
+    for (ptrdiff_t first = 0, left = K; first < stretches; first += LANES) {
+        const ptrdiff_t count = MIN(LANES, stretches - first);
+        ptrdiff_t runs = 0, places[LANES], run = some;
+        vec g[LANES], gx[LANES], xs[LANES], x_ = splat(0);
+        for (ptrdiff_t u = 0; u < count; u++, grad_y += n, x += n) {
+            backward_vecs one = {{0}, {0}, x_};
+            if (single) {
+                const vec t = load(x, n, *mean) - *mean;
+                one.g = load(grad_y, n, 0), one.gx = one.g * t, one.x += t;
+            } else
+                add_backward(grad_y, x, (const real *)0, n, *mean, 0, (const element *)0, &one);
+            g[u] = one.g, gx[u] = one.gx, x_ = one.x;
+            left--, run--;
+            if (left == 0 || run == 0 || u == count - 1)
+                xs[runs] = x_, places[runs++] = first + u, x_ = splat(0), run = some;
+            if (left == 0)
+                left = K, mean++;
+        }
+        add_lanes(g, count, g_sum + first);
+        add_lanes(gx, count, gx_sum + first);
+        real totals[SOME_LANES];
+        some_lanes_sums(xs, runs, totals);
+        for (ptrdiff_t k = 0; k < runs; k++)
+            x_sum[places[k]] += totals[k];
+    }
+}
+
+/* Adds the sums of each of many stretches side by side, K of which share a mean: that of their x may stand with any of
+ * them. */
 SWEEP void stretches_backward_sums(const element *grad_y, const element *x, ptrdiff_t stretches, ptrdiff_t n,
                                    const real *mean, ptrdiff_t K, double *g_sum, double *gx_sum, double *x_sum)
 {
-    unit_sums sum;
-    ptrdiff_t left = K;
-    for (ptrdiff_t first = 0; first < stretches; first += LANES) {
-        const ptrdiff_t count = MIN(LANES, stretches - first);
-        for (ptrdiff_t u = 0; u < count; u++, grad_y += n, x += n) {
-            if (n <= BACKWARD_VECTORS * LANES) {
-                backward_vecs one = {{0}, {0}, {0}};
-                add_backward(grad_y, x, (const real *)0, n, *mean, 0, (const element *)0, &one);
-                sum.g[u] = one.g, sum.gx[u] = one.gx, sum.x[u] = one.x;
-            } else {
-                backward_wides wide;
-                clear(&wide);
-                add_long(grad_y, x, (const real *)0, n, *mean, 0, (const element *)0, &wide);
-                add_wides(&wide, g_sum + first + u, gx_sum + first + u, x_sum + first + u);
-            }
-            if (--left == 0)
-                left = K, mean++;
+    if (n <= LANES)
+        short_backward_sums(1, grad_y, x, stretches, n, mean, K, g_sum, gx_sum, x_sum);
+    else if (n <= BACKWARD_VECTORS * LANES)
+        short_backward_sums(0, grad_y, x, stretches, n, mean, K, g_sum, gx_sum, x_sum);
+    else
+        for (ptrdiff_t k = 0; k < stretches; k++, grad_y += n, x += n) {
+            backward_wides wide;
+            clear(&wide);
+            add_long(grad_y, x, (const real *)0, n, mean[k / K], 0, (const element *)0, &wide);
+            add_wides(&wide, g_sum + k, gx_sum + k, x_sum + k);
         }
-        if (n <= BACKWARD_VECTORS * LANES)
-            add_unit_sums(&sum, count, g_sum + first, gx_sum + first, x_sum + first);
-    }
 }
 
 /* The same for up to UNITS units of `planes` stretches each, with a mean each; units lie side by side, planes
