@@ -6,7 +6,7 @@ from libc.string cimport memcpy, memset
 
 from ._channels cimport Channels, settle
 from .backends.cython.call cimport Call, Table
-from .backends.cython.verbs cimport FLOAT32, FLOAT64, bytes_read, new_call, solve, tables
+from .backends.cython.verbs cimport FLOAT32, FLOAT64, new_call, solve, tables, work_of
 
 import os
 
@@ -35,13 +35,14 @@ cdef inline const Table* table_of(const real* x) noexcept nogil:
     return tables[<int> FLOAT32 if real is float else <int> FLOAT64]
 
 
-cdef Call call_for(Py_ssize_t nbytes, bint backward, int threads) noexcept nogil:
+cdef Call call_for(Py_ssize_t nbytes, bint backward, Py_ssize_t images,
+                   int threads) noexcept nogil:
     """A call on an x of so many bytes, on as many threads as have enough to do."""
-    cdef Py_ssize_t reading = bytes_read(nbytes, backward)
-    if forked or reading < serial_bytes:
+    cdef Py_ssize_t work = work_of(nbytes, backward, images)
+    if forked or work < serial_bytes:
         threads = 1
     else:
-        threads = min(threads, <int> min(reading // bytes_per_thread, most_threads))
+        threads = min(threads, <int> min(work // bytes_per_thread, most_threads))
     return new_call(nbytes, backward, threads)
 
 
@@ -67,7 +68,7 @@ cdef int normalize_rows(const real* x, const real* weight, const real* bias, rea
         scratch = <real*> malloc(2 * rows * sizeof(real))
         if scratch is NULL:
             return NO_MEMORY
-    call = call_for(rows * length * sizeof(real), False, threads)
+    call = call_for(rows * length * sizeof(real), False, 0, threads)
     call.M, call.D, call.eps = rows, length, eps
     call.x, call.weight, call.bias, call.y = x, weight, bias, y
     call.rstd = scratch if rstd is NULL else rstd
@@ -103,7 +104,7 @@ cdef int layer_norm_backward(
         return BAD_ARGUMENT
     if rows == 0 or length == 0:
         return no_gradients(grad_weight, grad_bias, length)
-    call = call_for(rows * length * sizeof(real), True, threads)
+    call = call_for(rows * length * sizeof(real), True, 0, threads)
     call.M, call.D = rows, length
     call.grad_y, call.x, call.weight = grad_y, x, weight
     call.mean, call.rstd = <void*> mean, <void*> rstd
@@ -163,7 +164,7 @@ cdef int normalize_channels(
     scratch = <real*> malloc(3 * count * sizeof(real))
     if scratch is NULL:
         return NO_MEMORY
-    call = call_for(size * sizeof(real), False, threads)
+    call = call_for(size * sizeof(real), False, c.stats[0], threads)
     set_channels(&call, c)
     call.x, call.weight, call.bias, call.y, call.eps = x, weight, bias, y, eps
     call.mean = scratch if mean is NULL else mean
@@ -188,7 +189,7 @@ cdef int differentiate_channels(
         int failed
     if size == 0:
         return no_gradients(grad_weight, grad_bias, c.C)
-    call = call_for(size * sizeof(real), True, threads)
+    call = call_for(size * sizeof(real), True, c.stats[0], threads)
     set_channels(&call, c)
     call.grad_y, call.x, call.weight = grad_y, x, weight
     call.mean, call.rstd = <void*> mean, <void*> rstd
@@ -245,7 +246,7 @@ cdef int batch_norm(
                                   momentum, eps, threads)
     if N * C * S == 0:
         return 0
-    call = call_for(N * C * S * sizeof(real), False, threads)
+    call = call_for(N * C * S * sizeof(real), False, 1, threads)
     set_channels(&call, &c)
     call.x, call.weight, call.bias, call.y, call.eps = x, weight, bias, y, eps
     call.mean, call.var, call.rstd = running_mean, running_var, rstd

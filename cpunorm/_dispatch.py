@@ -12,7 +12,7 @@ from typing import Any
 
 from . import _auto, _threads
 from ._version import __version__
-from .backends import BACKENDS
+from .backends import ARGUMENTS, BACKENDS
 
 _current: ContextVar[str] = ContextVar("cpunorm_backend", default="auto")
 
@@ -65,10 +65,20 @@ def kernel(problem: str, verb: str, backend: str) -> Callable[..., None]:
     return function
 
 
+def images_of(problem: str, verb: str, arguments: tuple[Any, ...]) -> int:
+    """Return how many images are normalised one by one."""
+    if problem == "rows":
+        return 0
+    having = "rstd" if problem == "columns" else "mean"
+    images: int = arguments[ARGUMENTS[problem, verb].index(having)].shape[0]
+    return images
+
+
 def solve(problem: str, verb: str, backend: str, nbytes: int, *arguments: Any) -> None:
     """Run a kernel of what was resolved, x having `nbytes` bytes, on the threads that are free."""
-    reading = _threads.bytes_read(nbytes, verb.startswith("backward"))
-    threads = _threads.take_threads(reading)
+    images = images_of(problem, verb, arguments)
+    work = _threads.work_of(nbytes, verb.startswith("backward"), images)
+    threads = _threads.take_threads(work)
     call = problem, verb, nbytes, arguments
     try:
         if backend == "auto":

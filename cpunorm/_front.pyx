@@ -21,7 +21,7 @@ from ._channels cimport Channels, settle
 from ._memory cimport empty, empty_as
 from .backends.cython.call cimport Call, Table, Verb
 from .backends.cython.verbs cimport (
-    FLOAT32, FLOAT64, bytes_read, element_of, new_call, run, run_briefly, tables,
+    FLOAT32, FLOAT64, element_of, new_call, run, run_briefly, tables, work_of,
 )
 
 import numpy as np
@@ -229,15 +229,15 @@ cdef int solve(object backend, tuple kernel, Verb verb, cnp.ndarray x, Call* cal
     """Run a kernel on the threads that are free; one thread needs no leave."""
     cdef:
         Py_ssize_t nbytes = cnp.PyArray_NBYTES(x)
-        Py_ssize_t reading = bytes_read(nbytes, call.grad_y is not NULL)
+        Py_ssize_t work = work_of(nbytes, call.grad_y is not NULL, call.B)
     if backend != "cython":
         solve_elsewhere(*kernel, backend, nbytes, *arguments(kernel, x, call))
         return 0
     if nbytes < BRIEF:
         return run_briefly(verb, call)
-    if reading < serial_bytes:
+    if work < serial_bytes:
         return run(verb, call)
-    call.threads = take_threads(reading)
+    call.threads = take_threads(work)
     try:
         return run(verb, call)
     finally:
@@ -395,6 +395,7 @@ cdef bint axes_of(cnp.ndarray x, object normalized_shape, object axis, Axes* a) 
 cdef inline void set_axes(Call* call, const Axes* a) noexcept:
     call.M = call.N = a.N
     call.D, call.S = a.D, a.S
+    call.B = 0 if a.rows else a.N
 
 
 cdef object axis_norm(object x_, object residual, object normalized_shape, object weight,

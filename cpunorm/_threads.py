@@ -17,14 +17,16 @@ except ImportError:
 
 # Below this many bytes to read, waking a second thread costs more than it brings.
 SERIAL_BYTES = 128 * 1024
+# An image, however small, whose statistics are its own takes as long as so many.
+IMAGE_BYTES = 1024
 # What a thread should have to do at the least, and how many of them any call may start.
 BYTES_PER_THREAD = 64 * 1024
 MOST_THREADS = 512
 
 
-def bytes_read(nbytes: int, backward: bool) -> int:
-    """Return what a call on an x of `nbytes` bytes reads: that, and as much of grad_y."""
-    return 2 * nbytes if backward else nbytes
+def work_of(nbytes: int, backward: bool, images: int) -> int:
+    """Return what there is to do, in bytes: to read x, and as much of grad_y; and the images."""
+    return (2 * nbytes if backward else nbytes) + IMAGE_BYTES * images
 
 
 def _requested() -> int | None:
@@ -128,7 +130,7 @@ _at_work: dict[int, int] = {}
 
 
 def take_threads(nbytes: int) -> int:
-    """Return the number of threads for reading `nbytes` bytes, taken until `give_back`."""
+    """Return the number of threads for a work of `nbytes` bytes, taken until `give_back`."""
     # In plain steps: this is done for every call that is not tiny.
     me = get_ident()
     threads = 1

@@ -35,7 +35,8 @@ cdef enum:
     CHUNKS = 64             # at most
     ROWS = 64               # of a chunk, at least
     MANY = 8                # strips that are enough for the team, or tasks for each of it
-    FEW_ROWS = 16           # too few to measure columns
+    FEW_ROWS = 16           # too few to measure columns,
+    NEAR = 1 << 14          # of strips of so many bytes, which stay in L1
 
 
 cdef struct Images:
@@ -83,6 +84,9 @@ cdef inline Images images_of(const Call* call, Py_ssize_t count, Py_ssize_t rows
     # Whole groups, if they are not too wide.
     step = K if K * inner <= STRIP_COLUMNS else im.per_cell
     im.strip_channels = min(call.C, max(<Py_ssize_t> 1, STRIP_COLUMNS // inner // step) * step)
+    if im.few:
+        im.strip_channels = min(im.strip_channels,
+                                max(<Py_ssize_t> 1, NEAR // (rows * K * sizeof(element))) * K)
     im.strips = (call.C + im.strip_channels - 1) // im.strip_channels
     row_bytes = im.strip_channels * inner * <Py_ssize_t> sizeof(element)
     if im.strips >= MANY and 2 * rows * row_bytes <= call.slab:

@@ -14,10 +14,12 @@ cdef Table* tables[ELEMENTS]
 # Sizes in bytes, set once when the backend is loaded.
 cdef Py_ssize_t slab_bytes, far_bytes
 cdef Py_ssize_t stream_bytes[2]   # forward, backward
+cdef Py_ssize_t image_bytes
 
-cdef inline Py_ssize_t bytes_read(Py_ssize_t nbytes, bint backward) noexcept nogil:
+cdef inline Py_ssize_t work_of(Py_ssize_t nbytes, bint backward,
+                               Py_ssize_t images) noexcept nogil:
     """As in _threads.py."""
-    return 2 * nbytes if backward else nbytes
+    return (2 * nbytes if backward else nbytes) + image_bytes * images
 
 cdef int element_of(cnp.ndarray x) except -1
 cdef Call new_call(Py_ssize_t nbytes, bint backward, int threads) noexcept nogil

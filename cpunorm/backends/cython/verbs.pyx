@@ -7,9 +7,12 @@ cimport numpy as cnp
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.string cimport memset
 
+from ..._threads import IMAGE_BYTES
+
 cnp.import_array()
 
 cdef int bfloat16_number = -1  # NumPy's number for the type of ml_dtypes, once one was seen
+image_bytes = IMAGE_BYTES
 
 
 def install(capsules, Py_ssize_t slab, Py_ssize_t far, stream):
