@@ -202,6 +202,30 @@ def test_planes_side_by_side(size, dtype, level):
         np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("num_groups", [1, 3])
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("size", [1, 2, 5, 7, 12])
+def test_short_groups_with_what_follows(size, activation, num_groups, both_ways):
+    """Rows that are put together before they are activated and sent on their way."""
+    rng = np.random.default_rng(size)
+    x, residual = rng.normal(size=(2, 90, 9, size)).astype("float32")
+    weight, bias = rng.normal(size=(2, 9)).astype("float32")
+    room = np.full(x.size + 16, np.nan, "float32")
+    out = room[5 : 5 + x.size].reshape(x.shape)
+
+    def normalized(residual, out=None, backend="cython"):
+        return cpunorm.group_norm(
+            x, num_groups, weight, bias,
+            residual=residual, activation=activation, out=out, backend=backend,
+        ).copy()  # fmt: skip
+
+    for added in (None, residual):
+        expected = normalized(added, backend="numpy")
+        for found in both_ways(partial(normalized, added, out)):
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+            assert np.isnan(room[:5]).all() and np.isnan(room[5 + x.size :]).all()
+
+
 @pytest.mark.parametrize("wanted", cython.LEVELS)
 def test_the_environment_chooses(wanted):
     printed = subprocess.run(

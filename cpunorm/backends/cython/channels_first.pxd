@@ -154,7 +154,8 @@ cdef inline Py_ssize_t measure_chunk(const Units* u, Py_ssize_t unit, Py_ssize_t
     if u.batch:
         plane_moments(x, chunk.planes, u.stride, count, chunk.length, mean, m2)
     else:
-        stretch_moments(x, count, chunk.planes * chunk.length, unit_at(u, 1), mean, m2, y)
+        # Units of more than one chunk come one at a time.
+        stretch_moments(x, count, chunk.planes * chunk.length, mean, m2, y)
     return chunk.planes * chunk.length
 
 

@@ -29,7 +29,6 @@ cdef enum:
     LONG = 1 << 14      # elements from which a stretch is worth cutting
     FEW = 32            # stretches that are dealt too unevenly to be left whole
     PIECES = 64         # at most, of one stretch
-    FEW_PERIODS = 8     # that are worth taking together, stretch by stretch
     PARTS = 32          # at most, of the stretches in backward
     FLUSH = 8           # pairs summed as reals before they go to float64
     ROWS = 32           # stretches of a part, at least; of one of the first FEW_PARTS,
@@ -77,30 +76,18 @@ cdef struct Terms:
     real shift[UNITS]
 
 
-cdef inline void _finish(const Stretches* s, Py_ssize_t m, Py_ssize_t count, Py_ssize_t step,
-                         const double* mu, const double* m2, Terms* terms) noexcept nogil:
-    """The statistics of every `step`-th of `count` stretches, and the terms of their transform."""
-    cdef:
-        double r[UNITS]
-        real apart[3][UNITS]
-        Py_ssize_t k
-    if step == 1:
-        settle(mu, m2, count, s.D, s.eps, r, at(s.mean, m), at(s.var, m), s.rstd + m)
-    else:
-        settle(mu, m2, count, s.D, s.eps, r, apart[0], apart[1], apart[2])
-        for k in range(count):
-            s.rstd[m + k * step] = apart[2][k]
-            if s.mean is not NULL:
-                s.mean[m + k * step] = apart[0][k]
-            if s.var is not NULL:
-                s.var[m + k * step] = apart[1][k]
+cdef inline void _finish(const Stretches* s, Py_ssize_t m, Py_ssize_t count, const double* mu,
+                         const double* m2, Terms* terms) noexcept nogil:
+    """The statistics of `count` stretches, and the terms of their transform."""
+    cdef double r[UNITS]
+    settle(mu, m2, count, s.D, s.eps, r, at(s.mean, m), at(s.var, m), s.rstd + m)
     set_columns(1, mu, r, <const real*> NULL, <const real*> NULL, count, terms.pivot, terms.scale,
                 terms.shift)
 
 
 cdef inline void _measure(const Stretches* s, Py_ssize_t start, Py_ssize_t count, Py_ssize_t n,
-                          Py_ssize_t stride, double* mu, double* m2) noexcept nogil:
-    """`count` stretches of n elements; where something is added they lie side by side."""
+                          double* mu, double* m2) noexcept nogil:
+    """`count` stretches of n elements."""
     cdef const element* x = s.x + start
     cdef const element* y = NULL if s.streaming else s.y + start
     cdef Py_ssize_t k
@@ -108,7 +95,7 @@ cdef inline void _measure(const Stretches* s, Py_ssize_t start, Py_ssize_t count
         add(x, s.addend + start, s.total + start, count * n)
         x = s.total + start
     if s.mean is not NULL:
-        stretch_moments(x, count, n, stride, mu, m2, y)
+        stretch_moments(x, count, n, mu, m2, y)
     else:
         stretch_squares(x, count, n, m2, y)
         for k in range(count):
@@ -116,15 +103,13 @@ cdef inline void _measure(const Stretches* s, Py_ssize_t start, Py_ssize_t count
 
 
 cdef inline void _transform(const Stretches* s, Py_ssize_t m, Py_ssize_t start, Py_ssize_t count,
-                            Py_ssize_t n, const Terms* terms, Py_ssize_t k,
-                            seam* past) noexcept nogil:
-    """`count` stretches, a period apart, or from `start` on n elements of one; with the terms from
-    the k-th on."""
+                            Py_ssize_t n, const Terms* terms, seam* past) noexcept nogil:
+    """`count` stretches, or from `start` on n elements of one."""
     cdef Py_ssize_t here = m * s.D + start, along = (m % s.period) * s.D + start
-    affine_along((s.x if s.total is NULL else s.total) + here, at(s.weight, along),
-                 at(s.bias, along), at(s.residual, here), s.y + here, count, n, s.period * s.D,
-                 terms.pivot + k, terms.scale + k, terms.shift + k, s.activation, s.far,
-                 past, count * n if s.period == 1 and m + count < s.M else 0)
+    affine_along((s.x if s.total is NULL else s.total) + here, s.weight, s.bias,
+                 at(s.residual, here), s.y + here, count, n, along, s.period * s.D, terms.pivot,
+                 terms.scale, terms.shift, s.activation, s.far, past,
+                 count * n if m + count < s.M else 0)
 
 
 cdef inline void _normalize_whole(void* work, int member, int members) noexcept nogil:
@@ -132,7 +117,7 @@ cdef inline void _normalize_whole(void* work, int member, int members) noexcept 
     cdef:
         const Stretches* s = <const Stretches*> work
         Py_ssize_t m = share(s.M, member, members), last = share(s.M, member + 1, members)
-        Py_ssize_t some = max(1, min(<Py_ssize_t> UNITS, BLOCK // (2 * s.D))), count, k
+        Py_ssize_t some = max(1, min(<Py_ssize_t> UNITS, BLOCK // (2 * s.D))), count
         double mu[UNITS]
         double m2[UNITS]
         Terms terms
@@ -140,36 +125,10 @@ cdef inline void _normalize_whole(void* work, int member, int members) noexcept 
         seam* past = open_seam(&joint, s.streaming)
     while m < last:
         count = min(some, last - m)
-        _measure(s, m * s.D, count, s.D, s.D, mu, m2)
-        _finish(s, m, count, 1, mu, m2, &terms)
-        if s.period == 1:
-            _transform(s, m, 0, count, s.D, &terms, 0, past)
-        else:
-            for k in range(count):
-                _transform(s, m + k, 0, 1, s.D, &terms, k, past)
+        _measure(s, m * s.D, count, s.D, mu, m2)
+        _finish(s, m, count, mu, m2, &terms)
+        _transform(s, m, 0, count, s.D, &terms, past)
         m += count
-    end_seam(past)
-
-
-cdef inline void _normalize_periods(void* work, int member, int members) noexcept nogil:
-    """Of some periods, which stay in the cache, the stretches that share parameters."""
-    cdef:
-        const Stretches* s = <const Stretches*> work
-        Py_ssize_t repeats = s.M // s.period, m, task
-        Py_ssize_t some = min(<Py_ssize_t> UNITS, max(<Py_ssize_t> FEW_PERIODS,
-                                                      BLOCK // (2 * s.period * s.D)))
-        Py_ssize_t tasks = (repeats + some - 1) // some * s.period, count
-        double mu[UNITS]
-        double m2[UNITS]
-        Terms terms
-        seam joint
-        seam* past = open_seam(&joint, s.streaming)
-    for task in range(share(tasks, member, members), share(tasks, member + 1, members)):
-        m = task // s.period * some * s.period + task % s.period
-        count = min(some, repeats - task // s.period * some)
-        _measure(s, m * s.D, count, s.D, s.period * s.D, mu, m2)
-        _finish(s, m, count, s.period, mu, m2, &terms)
-        _transform(s, m, 0, count, s.D, &terms, 0, past)
     end_seam(past)
 
 
@@ -214,7 +173,7 @@ cdef inline void _normalize_pieces(void* work, int member, int members) noexcept
         piece_mu = s.wide + (m % 2) * 2 * PIECES
         piece_m2 = piece_mu + PIECES
         for p in range(first, last):
-            _measure(s, m * s.D + p * s.piece, 1, min(s.piece, s.D - p * s.piece), 0, piece_mu + p,
+            _measure(s, m * s.D + p * s.piece, 1, min(s.piece, s.D - p * s.piece), piece_mu + p,
                      piece_m2 + p)
         team_barrier(members)
         mu, m2 = piece_mu[0], piece_m2[0]
@@ -224,10 +183,10 @@ cdef inline void _normalize_pieces(void* work, int member, int members) noexcept
                               piece_m2[p])
             else:
                 m2 += piece_m2[p]
-        _finish(s, m, 1, 1, &mu, &m2, &terms)
+        _finish(s, m, 1, &mu, &m2, &terms)
         # Backwards, to meet what the first sweep left in the cache.
         for p in range(last - 1, first - 1, -1):
-            _transform(s, m, p * s.piece, 1, min(s.piece, s.D - p * s.piece), &terms, 0, past)
+            _transform(s, m, p * s.piece, 1, min(s.piece, s.D - p * s.piece), &terms, past)
     end_seam(past)
 
 
@@ -267,8 +226,6 @@ cdef inline void normalize_stretches(Stretches* s, int threads) noexcept nogil:
     elif (s.D <= SHORT_VECTORS * LANES and (s.mean is NULL or s.period > 1) and s.residual is NULL
           and not s.activation):
         team(_normalize_short, s, threads)
-    elif s.period > 1 and s.M >= FEW_PERIODS * s.period and s.D <= LANES:
-        team(_normalize_periods, s, threads)
     else:
         team(_normalize_whole, s, threads)
     free(s.lined)

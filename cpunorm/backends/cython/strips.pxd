@@ -168,7 +168,7 @@ cdef inline void _measure_cells(const element* x, const element* y, const Task* 
     cdef Py_ssize_t K = im.per_cell, cells = task.channels // K, i = 0
     if cells == im.cells == 1:
         # The rows lie side by side.
-        stretch_moments(x, 1, task.rows * K, 0, mean, m2, y)
+        stretch_moments(x, 1, task.rows * K, mean, m2, y)
         return
     while i < cells:
         plane_moments(x + i * K, task.rows, im.channels, min(<Py_ssize_t> UNITS, cells - i), K,

@@ -664,24 +664,24 @@ ALWAYS void some_lanes_sums(vec *v, ptrdiff_t count, real *sums)
     store_real(sums, lanes_sums(v), LANES);
 }
 
-/* Mean and m2 of up to LANES stretches of at most a BLOCK, whose sums across lanes are found together. Of those of
- * few vectors the pivot is the mean but for its rounding. */
-ALWAYS void block_moments(const int few, const element *x, ptrdiff_t units, ptrdiff_t n, ptrdiff_t stride, double *mean,
-                          double *m2, ptrdiff_t to_y)
+/* Mean and m2 of up to LANES stretches side by side of at most a BLOCK, whose sums across lanes are found together. Of
+ * those of few vectors the pivot is the mean but for its rounding. */
+ALWAYS void block_moments(const int few, const element *x, ptrdiff_t units, ptrdiff_t n, double *mean, double *m2,
+                          ptrdiff_t to_y)
 {
     const ptrdiff_t some = few ? n : ROUGH_VECTORS * LANES;
     vec sum[SOME_LANES], squares[SOME_LANES];
     real pivot[SOME_LANES], totals[SOME_LANES], m2s[SOME_LANES];
     const real inverse = (real)1 / some;
     for (ptrdiff_t u = 0; u < units; u++) {
-        const real first = load_one(x + u * stride);
+        const real first = load_one(x + u * n);
         vec total = {0};
-        FOR_VECTORS(i, left, some, total += load_any(x + u * stride, i, left, first) - first;)
+        FOR_VECTORS(i, left, some, total += load_any(x + u * n, i, left, first) - first;)
         pivot[u] = first, sum[u] = total;
     }
     some_lanes_sums(sum, units, totals);
     for (ptrdiff_t u = 0; u < units; u++) {
-        const element *const here = x + u * stride;
+        const element *const here = x + u * n;
         vec total = {0}, square = {0};
         const real p = pivot[u] += totals[u] * inverse;
         if (few)
@@ -697,7 +697,7 @@ ALWAYS void block_moments(const int few, const element *x, ptrdiff_t units, ptrd
     some_lanes_sums(squares, units, m2s);
     for (ptrdiff_t u = 0; u < units; u++) {
         if (!few && far_off(n, totals[u], m2s[u])) {
-            const element *const here = x + u * stride;
+            const element *const here = x + u * n;
             vec total = {0}, square = {0};
             pivot[u] += totals[u] / n;
             add_stretch(here, n, pivot[u], here, 0, &total, &square);
@@ -709,26 +709,26 @@ ALWAYS void block_moments(const int few, const element *x, ptrdiff_t units, ptrd
     }
 }
 
-/* Mean and m2 of `units` stretches of n values, `stride` apart, while memory is fetched for what will be
- * written to y, if there is one.
+/* Mean and m2 of `units` stretches of n values side by side, while memory is fetched for what will be written to y, if
+ * there is one.
  *
  * Sums are taken in blocks, around a pivot: first a rough mean, or a better one where that proves far off;
  * then the mean of all blocks before. What a pivot misses the mean by is found with the sums; if it is
  * much, the spread between the blocks is a part of m2 just as large. Equal values have exactly their
  * mean, and m2 = 0. */
-SWEEP void stretch_moments(const element *x, ptrdiff_t units, ptrdiff_t n, ptrdiff_t stride, double *mean,
-                           double *m2, const element *y)
+SWEEP void stretch_moments(const element *x, ptrdiff_t units, ptrdiff_t n, double *mean, double *m2,
+                           const element *y)
 {
     const ptrdiff_t to_y = y ? y - x : 0;
     if (n <= BLOCK) {
         for (ptrdiff_t u = 0; u < units; u += LANES)
             if (n <= FEW_VECTORS * LANES)
-                block_moments(1, x + u * stride, MIN(LANES, units - u), n, stride, mean + u, m2 + u, to_y);
+                block_moments(1, x + u * n, MIN(LANES, units - u), n, mean + u, m2 + u, to_y);
             else
-                block_moments(0, x + u * stride, MIN(LANES, units - u), n, stride, mean + u, m2 + u, to_y);
+                block_moments(0, x + u * n, MIN(LANES, units - u), n, mean + u, m2 + u, to_y);
         return;
     }
-    for (ptrdiff_t u = 0; u < units; u++, x += stride) {
+    for (ptrdiff_t u = 0; u < units; u++, x += n) {
         real pivot = rough_mean(x, n);
         for (ptrdiff_t i = 0; i < n; i += BLOCK) {
             const ptrdiff_t count = MIN(BLOCK, n - i);
@@ -1101,10 +1101,10 @@ ALWAYS vec along(const int weighted, const int biased, vec x, vec pivot, vec sca
     return weighted && biased ? fused(x_hat, w, b) : weighted ? x_hat * w : biased ? x_hat + b : x_hat;
 }
 
-/* Some rows, which share the loads of what runs along them. */
+/* Some rows side by side, which share the loads of what runs along them. */
 ALWAYS void affine_rows_along(const int rows, const int weighted, const int biased, const element *x,
-                              const real *weight, const real *bias, element *y, ptrdiff_t n, ptrdiff_t stride,
-                              const real *pivot, const real *scale, const real *shift, ptrdiff_t ahead)
+                              const real *weight, const real *bias, element *y, ptrdiff_t n, const real *pivot,
+                              const real *scale, const real *shift, ptrdiff_t ahead)
 {
     const ptrdiff_t head = head_of(y, n);
     vec first[PAIR], last[PAIR], p[PAIR], a[PAIR], s[PAIR];
@@ -1114,12 +1114,12 @@ ALWAYS void affine_rows_along(const int rows, const int weighted, const int bias
     const vec w = weighted ? load_real(weight + (i), left, 0) : splat(1);               \
     const vec b = biased ? load_real(bias + (i), left, 0) : splat(0);
 #define VALUE(k, i, left, w, b)                                                         \
-    (prefetch(x + (k) * stride + (i) + ahead),                                          \
-     along(weighted, biased, load(x + (k) * stride + (i), left, 0), p[k], a[k], s[k], w, b))
+    (prefetch(x + (k) * n + (i) + ahead),                                          \
+     along(weighted, biased, load(x + (k) * n + (i), left, 0), p[k], a[k], s[k], w, b))
     if (n < LANES) {
         PARAMETERS(w, b, 0, n)
         for (int k = 0; k < rows; k++)
-            store(y + k * stride, VALUE(k, 0, n, w, b), n);
+            store(y + k * n, VALUE(k, 0, n, w, b), n);
         return;
     }
     {
@@ -1136,69 +1136,87 @@ ALWAYS void affine_rows_along(const int rows, const int weighted, const int bias
         PARAMETERS(next_w, next_b, i + LANES, LANES)
         for (int k = 0; k < rows; k++) {
             const vec one = VALUE(k, i, LANES, w, b), two = VALUE(k, i + LANES, LANES, next_w, next_b);
-            store_two(y + k * stride + i, one, two);
+            store_two(y + k * n + i, one, two);
         }
     }
     if (i + LANES < n) {
         PARAMETERS(w, b, i, LANES)
         for (int k = 0; k < rows; k++)
-            store(y + k * stride + i, VALUE(k, i, LANES, w, b), LANES);
+            store(y + k * n + i, VALUE(k, i, LANES, w, b), LANES);
     }
     for (int k = 0; k < rows; k++) {
         if (head)
-            store(y + k * stride, first[k], LANES);
-        store(y + k * stride + n - LANES, last[k], LANES);
+            store(y + k * n, first[k], LANES);
+        store(y + k * n + n - LANES, last[k], LANES);
     }
 #undef PARAMETERS
 #undef VALUE
 }
 
-/* The same for `rows` rows, `stride` apart, with a pivot, a scale and a shift each, and weight and bias running
- * along: y = activation(((x - pivot) * scale + shift) * weight + bias + residual). What lies `ahead`, 0 if nothing
- * does, is wanted next. Rows `far` from the caches are taken one by one: the hardware follows fewer streams better. */
+/* The same for `rows` rows, with a pivot, a scale and a shift each, and weight and bias, of which the first row takes
+ * the n from `begin` on, the others what follows, round and round the `length` there are:
+ * y = activation(((x - pivot) * scale + shift) * weight + bias + residual). What lies `ahead`, 0 if nothing does, is
+ * wanted next. Rows `far` from the caches are taken one by one: the hardware follows fewer streams better. */
 SWEEP void affine_along(const element *x, const real *weight, const real *bias, const element *residual,
-                        element *y, ptrdiff_t rows, ptrdiff_t n, ptrdiff_t stride, const real *pivot,
+                        element *y, ptrdiff_t rows, ptrdiff_t n, ptrdiff_t begin, ptrdiff_t length, const real *pivot,
                         const real *scale, const real *shift, int activation, int far, seam *past, ptrdiff_t ahead)
 {
     const vec floor = floor_of(activation);
-#define W(i, left) (weight ? load_real(weight + (i), left, 0) : splat(1))
-#define B(i, left) (bias ? load_real(bias + (i), left, 0) : splat(0))
-#define VALUE(i, left)                                                                  \
-    (prefetch(x + (i) + ahead),                                                         \
-     along(1, 1, load(x + (i), left, 0), p, a, s, W(i, left), B(i, left)))
-#define WITH_TAIL(i, left) \
-    at_least(VALUE(i, left) + (residual ? load(residual + (i), left, 0) : splat(0)), floor)
+    /* Rows so short take longer on their way than they take to make: they are put together first. */
+    const int together = n < (activation > RELU ? SCRATCH / 4 : residual || activation || past ? 2 * LANES : 0);
+#define SCALED(i, left)                                                                 \
+    along(1, 1, load(x + (i), left, 0), p, a, s, w ? load_real(w + (i), left, 0) : splat(1), \
+          b ? load_real(b + (i), left, 0) : splat(0))
+#define ADDED(i, left) at_least(SCALED(i, left) + (residual ? load(residual + (i), left, 0) : splat(0)), floor)
+#define NEXT(VALUE, i, left) (prefetch(x + (i) + ahead), VALUE(i, left))
+#define VALUE(i, left) NEXT(SCALED, i, left)
+#define WITH_TAIL(i, left) NEXT(ADDED, i, left)
 #define ROWS(rows)                                                                      \
     {                                                                                   \
-        if (weight && bias)                                                             \
-            affine_rows_along(rows, 1, 1, x, weight, bias, y, n, stride, pivot, scale, shift, ahead); \
-        else if (weight)                                                                \
-            affine_rows_along(rows, 1, 0, x, weight, bias, y, n, stride, pivot, scale, shift, ahead); \
-        else if (bias)                                                                  \
-            affine_rows_along(rows, 0, 1, x, weight, bias, y, n, stride, pivot, scale, shift, ahead); \
+        if (w && b)                                                                     \
+            affine_rows_along(rows, 1, 1, x, w, b, y, n, pivot, scale, shift, ahead);   \
+        else if (w)                                                                     \
+            affine_rows_along(rows, 1, 0, x, w, b, y, n, pivot, scale, shift, ahead);   \
+        else if (b)                                                                     \
+            affine_rows_along(rows, 0, 1, x, w, b, y, n, pivot, scale, shift, ahead);   \
         else                                                                            \
-            affine_rows_along(rows, 0, 0, x, weight, bias, y, n, stride, pivot, scale, shift, ahead); \
+            affine_rows_along(rows, 0, 0, x, w, b, y, n, pivot, scale, shift, ahead);   \
+    }
+    while (together && rows > 0) {
+        real scratch[SCRATCH + SOME_LANES];
+        const ptrdiff_t some = MIN(rows, SCRATCH / n);
+        for (ptrdiff_t k = 0; k < some; k++, x += n, residual = NTH(1, residual, n)) {
+            const vec p = splat(pivot[k]), a = splat(scale[k]), s = splat(shift[k]);
+            const real *const w = NTH(1, weight, begin), *const b = NTH(1, bias, begin);
+            FOR_VECTORS(i, left, n, store_real(scratch + k * n + i, ADDED(i, left), LANES);)
+            begin = begin + n < length ? begin + n : 0;
+        }
+        activate(scratch, some * n, activation);
+        deliver(scratch, y, some * n, past);
+        y += some * n, rows -= some, pivot += some, scale += some, shift += some;
     }
     while (rows > 0) {
         const vec p = splat(*pivot), a = splat(*scale), s = splat(*shift);
+        const real *const w = NTH(1, weight, begin), *const b = NTH(1, bias, begin);
         ptrdiff_t done = 1;
         if (residual || activation) {
             WRITE_ACTIVATED(y, n, activation, past, start, WITH_TAIL)
         } else if (past) {
             WRITE_PAST(y, n, past, VALUE)
-        } else if (rows >= PAIR && !far) {
+        } else if (rows >= PAIR && n == length && !far) {
             ROWS(PAIR)
             done = PAIR;
         } else {
             ROWS(1)
         }
-        x += done * stride, y += done * stride, rows -= done;
+        x += done * n, y += done * n, rows -= done;
         pivot += done, scale += done, shift += done;
-        if (residual)
-            residual += stride;
+        residual = NTH(1, residual, done * n);
+        begin = begin + n < length ? begin + n : 0;
     }
-#undef W
-#undef B
+#undef SCALED
+#undef ADDED
+#undef NEXT
 #undef VALUE
 #undef WITH_TAIL
 #undef ROWS

@@ -50,8 +50,8 @@ cdef extern from "sweeps.h" nogil:
     void settle(const double* mu, const double* m2, Py_ssize_t n, double count, double eps,
                 double* r, real* mean, real* var, real* rstd) noexcept
 
-    void stretch_moments(const element* x, Py_ssize_t units, Py_ssize_t n, Py_ssize_t stride,
-                         double* mean, double* m2, const element* y) noexcept
+    void stretch_moments(const element* x, Py_ssize_t units, Py_ssize_t n, double* mean,
+                         double* m2, const element* y) noexcept
     void plane_moments(const element* x, Py_ssize_t planes, Py_ssize_t stride, Py_ssize_t units,
                        Py_ssize_t n, double* mean, double* m2) noexcept
     void stretch_squares(const element* x, Py_ssize_t units, Py_ssize_t n, double* squares,
@@ -73,8 +73,9 @@ cdef extern from "sweeps.h" nogil:
                 Py_ssize_t ahead) noexcept
     void affine_along(const element* x, const real* weight, const real* bias,
                       const element* residual, element* y, Py_ssize_t rows, Py_ssize_t n,
-                      Py_ssize_t stride, const real* pivot, const real* scale, const real* shift,
-                      int activation, int far, seam* past, Py_ssize_t ahead) noexcept
+                      Py_ssize_t begin, Py_ssize_t length, const real* pivot, const real* scale,
+                      const real* shift, int activation, int far, seam* past,
+                      Py_ssize_t ahead) noexcept
     void backward_affine(const element* grad_y, const element* x, element* grad_x,
                          Py_ssize_t planes, Py_ssize_t n, Py_ssize_t K, const real* mean,
                          const real* rstd, const real* b, const real* c, const real* weight,
