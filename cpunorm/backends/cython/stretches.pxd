@@ -21,8 +21,8 @@ from .sweeps cimport (
     BACKWARD_ROWS, BACKWARD_SHORT, BLOCK, LANES, LINE_BYTES, PAIR, SHORT_VECTORS, UNITS, add,
     affine_along, at, backward_affine_along, backward_short, element, end_seam, flush_reals,
     merge_moments, new_lines, normalize_short, open_seam, own_lines, pair_backward_sums, real,
-    rows_aligned, scale_short, seam, set_columns, settle, share, stretch_moments, stretch_squares,
-    sum_parts, team, team_barrier, whole_lines,
+    rows_aligned, scale_short, seam, set_columns, settle, several_a_vector, share, stretch_moments,
+    stretch_squares, sum_parts, team, team_barrier, whole_lines,
 )
 
 cdef enum:
@@ -223,8 +223,8 @@ cdef inline void normalize_stretches(Stretches* s, int threads) noexcept nogil:
         s.wide = wide
         s.piece = _piece(s.D)
         team(_normalize_pieces, s, threads)
-    elif (s.D <= SHORT_VECTORS * LANES and (s.mean is NULL or s.period > 1) and s.residual is NULL
-          and not s.activation):
+    elif (s.D <= SHORT_VECTORS * LANES and s.residual is NULL and not s.activation
+          and (s.mean is NULL or s.period > 1 or several_a_vector(s.D))):
         team(_normalize_short, s, threads)
     else:
         team(_normalize_whole, s, threads)

@@ -22,8 +22,8 @@ from .call cimport Call
 from .sweeps cimport (
     FEW_CHANNELS, LANES, STRIP_COLUMNS, TOGETHER, UNITS, affine_block, at, backward_block,
     backward_group, column_backward_sums, column_moments, column_reals, combine_channels, element,
-    end_seam, evenness, fold_moments, fold_sums, image_parts, merge_columns, new_lines, open_seam, own_lines,
-    plane_moments, real, repeat_each, rows_aligned, seam, set_columns, settle, share,
+    end_seam, evenness, fold_moments, fold_sums, image_parts, merge_columns, new_lines, open_seam,
+    own_lines, plane_moments, real, repeat_each, rows_aligned, seam, set_columns, settle, share,
     stretch_moments, sum_parts, take_statistics, team, team_barrier, whole_lines, worth_dealing,
 )
 

@@ -1381,6 +1381,12 @@ SWEEP void flush_reals(double *restrict wide, real *restrict sums, ptrdiff_t n)
 
 /* --------------------------------------------------------------------------- rows in registers */
 
+/* Whether rows of n values fill vectors together. */
+ALWAYS int several_a_vector(ptrdiff_t n)
+{
+    return n <= LANES && (n == 2 || n == 4 || n == 8);
+}
+
 /* y = (x - mean) * rstd * weight + bias for M rows of n elements, `vectors` vectors of which the last may be partly
  * filled. Of weight and bias, `length` long, the first row takes the n from `along` on, the others what follows. */
 ALWAYS void rows_in_registers(const int vectors, const int centred, const element *x, const real *weight,
@@ -1434,10 +1440,60 @@ ALWAYS void rows_in_registers(const int vectors, const int centred, const elemen
 #undef LEFT
 }
 
+/* Of every n lanes of v the sum, in each of them. */
+ALWAYS vec sums_of_rows(vec v, const int n)
+{
+    for (int apart = 1; apart < n; apart *= 2)
+        v += picked(v, lanes() ^ apart);
+    return v;
+}
+
+/* The same for rows of which several fill a vector, with one weight and one bias for all of them. */
+ALWAYS void rows_of_a_vector(const int n, const int centred, const element *x, const real *weight, const real *bias,
+                             element *y, ptrdiff_t M, double eps, real *mean, real *var, real *rstd, seam *past)
+{
+    const ptrdiff_t some = LANES / n;
+    const int way = way_of(past, y, LANES, LANES);
+    const phase p = way == JOINED ? phase_of(y) : (phase){0};
+    const bits_vec begin = lanes() & -n, within = lanes() & (n - 1), each = lanes() * n & (int)(LANES - 1);
+    const vec w = weight ? picked(load_real(weight, n, 0), within) : splat(1);
+    const vec b = bias ? picked(load_real(bias, n, 0), within) : splat(0);
+    const real inverse = (real)1 / n;
+    vec over = splat(0);
+    for (ptrdiff_t m = 0; m < M; m += some) {
+        const ptrdiff_t rows = MIN(some, M - m), left = rows * n;
+        vec t = load(x + m * n, left, 0), mu = splat(0);
+        if (centred) {
+            const vec first = picked(t, begin), pivot = first + sums_of_rows(t - first, n) * inverse;
+            t -= pivot;
+            const vec rest = sums_of_rows(t, n) * inverse;
+            t -= rest, mu = pivot + rest;
+            store_real(mean + m, picked(mu, each), rows);
+        }
+        const vec variance = sums_of_rows(t * t, n) * inverse, scale = 1 / roots(variance + (real)eps);
+        store_real(rstd + m, picked(scale, each), rows);
+        if (var)
+            store_real(var + m, picked(variance, each), rows);
+        const vec out = centred ? fused(t * scale, w, b) : t * scale * w;
+        over = put_on_way(way, past, y, m * n, out, left, p, over);
+    }
+    if (way == JOINED)
+        end_row(past, y, M * n, p, over);
+}
+
 #define SHORT_ROWS(centred)                                                             \
+    if (several_a_vector(n) && n == length)                                             \
+        switch (n) {                                                                    \
+            PACKED(2, centred) PACKED(4, centred) PACKED(8, centred)                    \
+        }                                                                               \
+    else                                                                                \
     switch ((n + LANES - 1) / LANES) {                                                  \
         CASE(1, centred) CASE(2, centred) CASE(3, centred) CASE(4, centred) MORE(centred) \
     }
+#define PACKED(k, centred)                                                              \
+    case k:                                                                             \
+        rows_of_a_vector(k, centred, x, weight, bias, y, M, eps, mean, var, rstd, past); \
+        break;
 #define CASE(v, centred)                                                                \
     case v:                                                                             \
         rows_in_registers(v, centred, x, weight, bias, y, M, n, along, length, eps, mean, var, rstd, past); \
@@ -1466,6 +1522,7 @@ EXACT_SWEEP void scale_short(const element *x, const real *weight, element *y, p
     SHORT_ROWS(0)
 }
 #undef SHORT_ROWS
+#undef PACKED
 #undef CASE
 #undef MORE
 

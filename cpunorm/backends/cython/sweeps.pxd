@@ -87,6 +87,7 @@ cdef extern from "sweeps.h" nogil:
                                real* grad_bias, seam* past, int cached) noexcept
     void flush_reals(double* wide, real* sums, Py_ssize_t n) noexcept
 
+    bint several_a_vector(Py_ssize_t n) noexcept
     void normalize_short(const element* x, const real* weight, const real* bias, element* y,
                          Py_ssize_t M, Py_ssize_t n, Py_ssize_t along, Py_ssize_t length,
                          double eps, real* mean, real* var, real* rstd, seam* past) noexcept

@@ -226,13 +226,19 @@ ALWAYS vec splat(real value)
     return (vec){0} + value;
 }
 
-/* The lanes of which there are `left`, all bits set. */
-ALWAYS bits_vec first_mask(ptrdiff_t left)
+/* The number of each lane. */
+ALWAYS bits_vec lanes(void)
 {
     bits_vec lane;
     for (ptrdiff_t i = 0; i < LANES; i++)
         lane[i] = i;
-    return lane < (bits_vec){0} + (lane_bits)left;
+    return lane;
+}
+
+/* The lanes of which there are `left`, all bits set. */
+ALWAYS bits_vec first_mask(ptrdiff_t left)
+{
+    return lanes() < (bits_vec){0} + (lane_bits)left;
 }
 
 #if defined(__SSE2__) && !defined(__AVX512F__)
@@ -585,10 +591,16 @@ ALWAYS vec picked(vec v, bits_vec which)
 /* What to pick to move lanes on by `count`, the last ones to the front. */
 ALWAYS bits_vec turn(ptrdiff_t count)
 {
-    bits_vec lane;
+    return (lanes() - (lane_bits)count) & (lane_bits)(LANES - 1);
+}
+
+ALWAYS vec roots(vec v)
+{
+    real root[SOME_LANES];
+    store_real(root, v, LANES);
     for (ptrdiff_t i = 0; i < LANES; i++)
-        lane[i] = i;
-    return (lane - (lane_bits)count) & (lane_bits)(LANES - 1);
+        root[i] = sizeof(real) == sizeof(double) ? __builtin_sqrt(root[i]) : __builtin_sqrtf(root[i]);
+    return load_real(root, LANES, 0);
 }
 
 /* a * b + c, rounded once where the processor can. */
