@@ -1381,10 +1381,10 @@ SWEEP void flush_reals(double *restrict wide, real *restrict sums, ptrdiff_t n)
 
 /* --------------------------------------------------------------------------- rows in registers */
 
-/* Whether rows of n values fill vectors together. */
+/* Whether rows of n values are taken several to a vector. */
 ALWAYS int several_a_vector(ptrdiff_t n)
 {
-    return n <= LANES && (n == 2 || n == 4 || n == 8);
+    return n > 1 && n <= MIN(8, LANES);
 }
 
 /* y = (x - mean) * rstd * weight + bias for M rows of n elements, `vectors` vectors of which the last may be partly
@@ -1440,59 +1440,82 @@ ALWAYS void rows_in_registers(const int vectors, const int centred, const elemen
 #undef LEFT
 }
 
-/* Of every n lanes of v the sum, in each of them. */
-ALWAYS vec sums_of_rows(vec v, const int n)
+/* Of every `width` lanes of v the sum, in each of them. */
+ALWAYS vec sums_of_rows(vec v, const int width)
 {
-    for (int apart = 1; apart < n; apart *= 2)
+    for (int apart = 1; apart < width; apart *= 2)
         v += picked(v, lanes() ^ apart);
     return v;
 }
 
-/* The same for rows of which several fill a vector, with one weight and one bias for all of them. */
-ALWAYS void rows_of_a_vector(const int n, const int centred, const element *x, const real *weight, const real *bias,
-                             element *y, ptrdiff_t M, double eps, real *mean, real *var, real *rstd, seam *past)
+/* The same for rows of which several fill a vector, `width` lanes, a power of two, for each; with one weight and one
+ * bias for all of them. `gaps` says that n is less. */
+ALWAYS void rows_of_a_vector(const int width, const int gaps, const int centred, const element *x, const real *weight,
+                             const real *bias, element *y, ptrdiff_t M, ptrdiff_t n, double eps, real *mean, real *var,
+                             real *rstd, seam *past)
 {
-    const ptrdiff_t some = LANES / n;
-    const int way = way_of(past, y, LANES, LANES);
+    const ptrdiff_t some = LANES / width;
+    const int way = gaps ? PLAIN : way_of(past, y, LANES, LANES);
     const phase p = way == JOINED ? phase_of(y) : (phase){0};
-    const bits_vec begin = lanes() & -n, within = lanes() & (n - 1), each = lanes() * n & (int)(LANES - 1);
-    const vec w = weight ? picked(load_real(weight, n, 0), within) : splat(1);
-    const vec b = bias ? picked(load_real(bias, n, 0), within) : splat(0);
+    const bits_vec column = lanes() & (width - 1), first_column = lanes() - column;
+    const bits_vec each = lanes() * width & (int)(LANES - 1), filled = column < (int)n;
+    bits_vec apart = lanes(), close = lanes();
+    for (ptrdiff_t i = 0; gaps && i < LANES; i++)
+        apart[i] = MIN(i / width * n + i % width, LANES - 1), close[i] = MIN(i / n * width + i % n, LANES - 1);
+    const vec w = weight ? picked(load_real(weight, n, 0), column) : splat(1);
+    const vec b = bias ? picked(load_real(bias, n, 0), column) : splat(0);
     const real inverse = (real)1 / n;
+    real scratch[SCRATCH + SOME_LANES];
+    ptrdiff_t waiting = 0;
     vec over = splat(0);
+#define FILLED(v) (gaps ? choose(filled, v, splat(0)) : (v))
     for (ptrdiff_t m = 0; m < M; m += some) {
         const ptrdiff_t rows = MIN(some, M - m), left = rows * n;
         vec t = load(x + m * n, left, 0), mu = splat(0);
+        t = gaps ? FILLED(picked(t, apart)) : t;
         if (centred) {
-            const vec first = picked(t, begin), pivot = first + sums_of_rows(t - first, n) * inverse;
-            t -= pivot;
-            const vec rest = sums_of_rows(t, n) * inverse;
-            t -= rest, mu = pivot + rest;
+            const vec first = picked(t, first_column);
+            const vec pivot = first + sums_of_rows(FILLED(t - first), width) * inverse;
+            t = FILLED(t - pivot);
+            const vec rest = sums_of_rows(t, width) * inverse;
+            t = FILLED(t - rest), mu = pivot + rest;
             store_real(mean + m, picked(mu, each), rows);
         }
-        const vec variance = sums_of_rows(t * t, n) * inverse, scale = 1 / roots(variance + (real)eps);
+        const vec variance = sums_of_rows(t * t, width) * inverse, scale = 1 / roots(variance + (real)eps);
         store_real(rstd + m, picked(scale, each), rows);
         if (var)
             store_real(var + m, picked(variance, each), rows);
         const vec out = centred ? fused(t * scale, w, b) : t * scale * w;
-        over = put_on_way(way, past, y, m * n, out, left, p, over);
+        if (!gaps) {
+            over = put_on_way(way, past, y, m * n, out, left, p, over);
+            continue;
+        }
+        store_real(scratch + waiting, picked(out, close), LANES);
+        waiting += left;
+        if (waiting > SCRATCH - LANES || m + some >= M) {
+            deliver(scratch, y, waiting, past);
+            y += waiting, waiting = 0;
+        }
     }
     if (way == JOINED)
         end_row(past, y, M * n, p, over);
+#undef FILLED
 }
 
 #define SHORT_ROWS(centred)                                                             \
     if (several_a_vector(n) && n == length)                                             \
         switch (n) {                                                                    \
-            PACKED(2, centred) PACKED(4, centred) PACKED(8, centred)                    \
+            PACKED(2, 2, 0, centred) PACKED(3, 4, 1, centred) PACKED(4, 4, 0, centred)  \
+            PACKED(5, 8, 1, centred) PACKED(6, 8, 1, centred) PACKED(7, 8, 1, centred)  \
+            PACKED(8, 8, 0, centred)                                                    \
         }                                                                               \
     else                                                                                \
     switch ((n + LANES - 1) / LANES) {                                                  \
         CASE(1, centred) CASE(2, centred) CASE(3, centred) CASE(4, centred) MORE(centred) \
     }
-#define PACKED(k, centred)                                                              \
+#define PACKED(k, width, gaps, centred)                                                 \
     case k:                                                                             \
-        rows_of_a_vector(k, centred, x, weight, bias, y, M, eps, mean, var, rstd, past); \
+        rows_of_a_vector(width, gaps, centred, x, weight, bias, y, M, k, eps, mean, var, rstd, past); \
         break;
 #define CASE(v, centred)                                                                \
     case v:                                                                             \
