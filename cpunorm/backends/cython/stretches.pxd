@@ -6,9 +6,8 @@
 #
 #   many stretches      dealt to the team; each is swept from cache: moments, then transform
 #   few, long ones      one at a time, cut into pieces for the whole team, moments merged between
-#   short ones          of RMS norm and of groups: one at a time, in registers
-#   of many periods,    those that share parameters together: the m-th of several periods
-#   with an activation
+#   short ones          of RMS norm and of groups: one at a time, in registers; of a few values,
+#                       several at a time
 #   backward            dealt to the team in parts; a PAIR of stretches has its sums taken, then
 #                       grad_x and the parameters' gradients, which each part keeps in float64;
 #                       short ones stay in registers

@@ -33,12 +33,13 @@
 #define FEW_VECTORS 16      /* of a stretch so short that LANES of them are measured together */
 #if VECTOR_BYTES == 64
 #define SHORT_VECTORS 8     /* vectors of a row that is kept in registers, of which there are 32 here */
+#define BACKWARD_SHORT 8    /* the same in the backward pass, of which a part may spill into L1 */
 #define STRAIGHT_VECTORS 32 /* vectors of columns that are measured straight down */
 #else
 #define SHORT_VECTORS 4
+#define BACKWARD_SHORT 6
 #define STRAIGHT_VECTORS COLUMN_VECTORS
 #endif
-#define BACKWARD_SHORT 8    /* the same in the backward pass, of which a part may spill into L1 */
 #define ALIGNED_VECTORS 8   /* of a stretch from which on its stores are aligned */
 #define SHORT_PLANE 256     /* bytes of reals of a plane of which several are summed before that */
 #define ROUGH_VECTORS 8     /* vectors that a first guess of a mean is made from */
@@ -934,8 +935,8 @@ ALWAYS void short_backward_sums(const int single, const element *grad_y, const e
     const ptrdiff_t some = BACKWARD_VECTORS * LANES / n;
     for (ptrdiff_t first = 0, left = K; first < stretches; first += LANES) {
         const ptrdiff_t count = MIN(LANES, stretches - first);
-        ptrdiff_t runs = 0, places[LANES], run = some;
-        vec g[LANES], gx[LANES], xs[LANES], x_ = splat(0);
+        ptrdiff_t runs = 0, places[SOME_LANES], run = some;
+        vec g[SOME_LANES], gx[SOME_LANES], xs[SOME_LANES], x_ = splat(0);
         for (ptrdiff_t u = 0; u < count; u++, grad_y += n, x += n) {
             backward_vecs one = {{0}, {0}, x_};
             if (single) {
@@ -1114,7 +1115,7 @@ ALWAYS void affine_rows_along(const int rows, const int weighted, const int bias
     const vec w = weighted ? load_real(weight + (i), left, 0) : splat(1);               \
     const vec b = biased ? load_real(bias + (i), left, 0) : splat(0);
 #define VALUE(k, i, left, w, b)                                                         \
-    (prefetch(x + (k) * n + (i) + ahead),                                          \
+    (prefetch(x + (k) * n + (i) + ahead),                                               \
      along(weighted, biased, load(x + (k) * n + (i), left, 0), p[k], a[k], s[k], w, b))
     if (n < LANES) {
         PARAMETERS(w, b, 0, n)
@@ -1608,15 +1609,21 @@ EXACT_SWEEP void backward_short(const element *grad_y, const element *x, const r
                                 ptrdiff_t period, const real *mean, const real *rstd, double *grad_weight,
                                 double *grad_bias, seam *past)
 {
+#if BACKWARD_SHORT > 6
+#define MORE CASE(7) CASE(8)
+#else
+#define MORE
+#endif
 #define CASE(v)                                                                         \
     case v:                                                                             \
         backward_in_registers(v, grad_y, x, weight, grad_total, grad_x, M, n, period, mean, rstd, grad_weight, \
                               grad_bias, past);                                         \
         break;
     switch ((n + LANES - 1) / LANES) {
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) MORE
     }
 #undef CASE
+#undef MORE
 }
 
 /* ------------------------------------------------------------- down a strip of columns: sums */

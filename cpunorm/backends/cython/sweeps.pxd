@@ -192,16 +192,16 @@ cdef inline Py_ssize_t whole_lines(Py_ssize_t count) noexcept nogil:
 
 
 cdef enum:
-    PARTS = 32          # of images, at most, that keep sums of their own in backward;
+    IMAGE_PARTS = 32    # of images, at most, that keep sums of their own in backward;
     PART_VALUES = 64    # values of a channel for each where there are more than
-    FEW_PARTS = 8
+    EVER_PARTS = 8
 
 
 cdef inline Py_ssize_t image_parts(Py_ssize_t images, Py_ssize_t values) noexcept nogil:
     """In how many parts images of so many values a channel are dealt: where sums are kept of few
     values, they are as much memory as these."""
-    return min(images, max(<Py_ssize_t> FEW_PARTS,
-                           min(<Py_ssize_t> PARTS, images * values // PART_VALUES)))
+    return min(images, max(<Py_ssize_t> EVER_PARTS,
+                           min(<Py_ssize_t> IMAGE_PARTS, images * values // PART_VALUES)))
 
 
 cdef inline double rstd_of(double var, double eps) noexcept nogil:
