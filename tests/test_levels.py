@@ -121,7 +121,7 @@ def test_planes_that_end_within_lines(spatial, layout, with_residual, activation
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
-@pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 33, 70, 129, 130, 285, 1001, 5000])
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 33, 70, 129, 285, 1001, 5000])
 def test_rows_that_end_within_lines(width, dtype, both_ways):
     """The same bits wherever out begins, of what is right, and nothing else is written."""
     rng = np.random.default_rng(width)

@@ -5,7 +5,7 @@
 
 cdef struct Call:
     Py_ssize_t M, D, N, C, S    # (M, D); (N, D, S); (N, C, S) or (N, S, C)
-    Py_ssize_t B, G             # images with statistics of their own, 1 for none; of one, groups
+    Py_ssize_t B, G             # statistics: of so many images, or 1 of all; of each, groups
     const void* x               # arrays of elements; NULL stands for None
     const void* residual
     const void* grad_y

@@ -84,7 +84,7 @@ cdef inline Images images_of(const Call* call, Py_ssize_t count, Py_ssize_t rows
     # Whole groups, if they are not too wide.
     step = K if K * inner <= STRIP_COLUMNS else im.per_cell
     im.strip_channels = min(call.C, max(<Py_ssize_t> 1, STRIP_COLUMNS // inner // step) * step)
-    if im.few:
+    if im.few and not call.streaming:
         im.strip_channels = min(im.strip_channels,
                                 max(<Py_ssize_t> 1, NEAR // (rows * K * sizeof(element))) * K)
     im.strips = (call.C + im.strip_channels - 1) // im.strip_channels
@@ -124,11 +124,12 @@ cdef inline bint strips_whole(const Images* im) noexcept nogil:
                                or im.strip_channels % (im.channels // im.groups) == 0)
 
 
-cdef inline bint dealt_whole(const Images* im) noexcept nogil:
+cdef inline bint dealt_whole(const Images* im, Py_ssize_t tasks) noexcept nogil:
+    """Whether a member takes images whole, of which there are `tasks` lots."""
     cdef int threads = im.call.threads
     return im.count > 1 and (
-        worth_dealing(im.count, im.size * sizeof(element), threads)
-        or evenness(im.count, threads) >= evenness(im.chunks * im.strips, threads))
+        worth_dealing(tasks, im.size * sizeof(element), threads)
+        or evenness(tasks, threads) >= evenness(im.chunks * im.strips, threads))
 
 
 cdef inline const real* columns_of(const Images* im, const real* per_channel,
@@ -338,7 +339,7 @@ cdef inline bint fits(const Images* im, Py_ssize_t arrays, bint dealt) noexcept 
 cdef inline int normalize_images(Images* im) noexcept nogil:
     """Moments and, where there is a y, the transform. -1 if out of memory."""
     cdef:
-        bint dealt = dealt_whole(im)
+        bint dealt = dealt_whole(im, im.count)
         int places = im.call.threads if dealt else 1
     im.cached = fits(im, 1, dealt)
     im.wide_size = own_lines(2 * im.chunks * im.cells)
@@ -617,13 +618,14 @@ cdef inline int backward_images(Images* im, bint frozen) noexcept nogil:
     """-1 if out of memory."""
     cdef:
         const Call* call = im.call
-        bint dealt = dealt_whole(im)
+        Py_ssize_t parts = image_parts(im.count, im.rows * im.inner)
+        bint dealt = dealt_whole(im, parts)
         bint parameters = call.grad_weight is not NULL or call.grad_bias is not NULL
         Py_ssize_t places = call.threads if dealt else 1, sums_size = 0
         double* scratch
     im.frozen = frozen
     im.cached = fits(im, 2, dealt)
-    im.parts = image_parts(im.count, im.rows * im.inner)
+    im.parts = parts
     im.wide_size = own_lines(3 * im.chunks * im.channels)
     im.pitch = whole_lines(im.channels)
     im.terms_size = own_lines(5 * im.pitch)

@@ -932,11 +932,12 @@ ALWAYS void short_backward_sums(const int single, const element *grad_y, const e
                                 ptrdiff_t n, const real *mean, ptrdiff_t K, double *g_sum, double *gx_sum,
                                 double *x_sum)
 {
-    const ptrdiff_t some = BACKWARD_VECTORS * LANES / n;
-    for (ptrdiff_t first = 0, left = K; first < stretches; first += LANES) {
+    const ptrdiff_t some = BACKWARD_VECTORS / ((n + LANES - 1) / LANES);
+    vec x_ = splat(0);
+    for (ptrdiff_t first = 0, left = K, run = some; first < stretches; first += LANES) {
         const ptrdiff_t count = MIN(LANES, stretches - first);
-        ptrdiff_t runs = 0, places[SOME_LANES], run = some;
-        vec g[SOME_LANES], gx[SOME_LANES], xs[SOME_LANES], x_ = splat(0);
+        ptrdiff_t runs = 0, places[SOME_LANES];
+        vec g[SOME_LANES], gx[SOME_LANES], xs[SOME_LANES];
         for (ptrdiff_t u = 0; u < count; u++, grad_y += n, x += n) {
             backward_vecs one = {{0}, {0}, x_};
             if (single) {
@@ -946,7 +947,8 @@ ALWAYS void short_backward_sums(const int single, const element *grad_y, const e
                 add_backward(grad_y, x, (const real *)0, n, *mean, 0, (const element *)0, &one);
             g[u] = one.g, gx[u] = one.gx, x_ = one.x;
             left--, run--;
-            if (left == 0 || run == 0 || u == count - 1)
+            /* Where runs end depends on nothing but the place in the group, or bits would depend on who is dealt what. */
+            if (left == 0 || run == 0 || first + u == stretches - 1)
                 xs[runs] = x_, places[runs++] = first + u, x_ = splat(0), run = some;
             if (left == 0)
                 left = K, mean++;
@@ -1382,10 +1384,16 @@ SWEEP void flush_reals(double *restrict wide, real *restrict sums, ptrdiff_t n)
 
 /* --------------------------------------------------------------------------- rows in registers */
 
-/* Whether rows of n values are taken several to a vector. */
+/* Whether as many rows of n values as fit are taken to a vector. */
 ALWAYS int several_a_vector(ptrdiff_t n)
 {
     return n > 1 && n <= MIN(8, LANES);
+}
+
+/* Whether it is as much in a real. */
+ALWAYS int is_real(double eps)
+{
+    return eps == 0 || (eps > 1e-37 && eps < 1e37);
 }
 
 /* y = (x - mean) * rstd * weight + bias for M rows of n elements, `vectors` vectors of which the last may be partly
@@ -1449,8 +1457,8 @@ ALWAYS vec sums_of_rows(vec v, const int width)
     return v;
 }
 
-/* The same for rows of which several fill a vector, `width` lanes, a power of two, for each; with one weight and one
- * bias for all of them. `gaps` says that n is less. */
+/* The same for as many rows at once as fit into a vector, `width` lanes, a power of two, for each; with one weight and
+ * one bias for all of them. `gaps` says that n is less. */
 ALWAYS void rows_of_a_vector(const int width, const int gaps, const int centred, const element *x, const real *weight,
                              const real *bias, element *y, ptrdiff_t M, ptrdiff_t n, double eps, real *mean, real *var,
                              real *rstd, seam *past)
@@ -1504,7 +1512,7 @@ ALWAYS void rows_of_a_vector(const int width, const int gaps, const int centred,
 }
 
 #define SHORT_ROWS(centred)                                                             \
-    if (several_a_vector(n) && n == length)                                             \
+    if (several_a_vector(n) && n == length && is_real(eps))                             \
         switch (n) {                                                                    \
             PACKED(2, 2, 0, centred) PACKED(3, 4, 1, centred) PACKED(4, 4, 0, centred)  \
             PACKED(5, 8, 1, centred) PACKED(6, 8, 1, centred) PACKED(7, 8, 1, centred)  \
@@ -1558,7 +1566,8 @@ ALWAYS void backward_in_registers(const int vectors, const element *grad_y, cons
                                   double *grad_bias, seam *past)
 {
     const ptrdiff_t left = n - (vectors - 1) * LANES;
-    const int way = way_of(past, grad_x, period * n, n);
+    /* The lines that rows apart share with others are stored in parts: plainly. */
+    const int way = period == 1 || n % LANES == 0 ? way_of(past, grad_x, period * n, n) : PLAIN;
     const double inverse = 1.0 / n;
     vec w[BACKWARD_SHORT], weight_sum[BACKWARD_SHORT], bias_sum[BACKWARD_SHORT];
 #define LEFT(v) ((v) < vectors - 1 ? LANES : left)
@@ -2158,7 +2167,7 @@ EXACT_SWEEP void backward_block(const element *grad_y, const element *x, element
 
 ALWAYS vec row_value(vec x, vec pivot, vec scale, vec shift, const real *weight, const real *bias)
 {
-    return ((x - pivot) * scale + shift) * (weight ? *weight : (real)1) + (bias ? *bias : (real)0);
+    return along(1, 1, x, pivot, scale, shift, splat(weight ? *weight : 1), splat(bias ? *bias : 0));
 }
 
 ALWAYS void affine_rows(const int together, const element *x, element *y, ptrdiff_t stride, ptrdiff_t width,
@@ -2179,9 +2188,9 @@ ALWAYS void affine_rows(const int together, const element *x, element *y, ptrdif
 
 /* y = ((x - pivot) * scale + shift) * weight + bias: pivot, scale and shift per column, weight and bias,
  * which may be NULL, per row. */
-SWEEP void affine_strip(const element *x, element *y, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t width,
-                        const real *pivot, const real *scale, const real *shift, const real *weight,
-                        const real *bias, seam *past, ptrdiff_t ahead)
+EXACT_SWEEP void affine_strip(const element *x, element *y, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t width,
+                              const real *pivot, const real *scale, const real *shift, const real *weight,
+                              const real *bias, seam *past, ptrdiff_t ahead)
 {
     const int way = way_of(past, y, stride, width);
 #define IN_STRETCH(j, left)                                                             \
