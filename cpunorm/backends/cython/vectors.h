@@ -614,6 +614,13 @@ ALWAYS vec fused(vec a, vec b, vec c)
     return (vec)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
 #elif defined(__FMA__)
     return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__SSE2__)
+    /* What is added later is not to be added first in one place and last in another, as the compiler likes. */
+    vec sum = a * b;
+    __asm__("" : "+x"(sum));
+    sum += c;
+    __asm__("" : "+x"(sum));
+    return sum;
 #else
     return a * b + c;
 #endif
