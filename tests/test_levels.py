@@ -29,6 +29,7 @@ from .support import (
 if "cython" not in AVAILABLE:
     pytest.skip("the compiled backend was not built", allow_module_level=True)
 
+from cpunorm import _threads
 from cpunorm.backends import cython
 
 TOLERANCES = {"float64": 1e-12, "float32": 1e-5, "float16": 2e-2}
@@ -224,6 +225,27 @@ def test_short_groups_with_what_follows(size, activation, num_groups, both_ways)
         for found in both_ways(partial(normalized, added, out)):
             np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
             assert np.isnan(room[:5]).all() and np.isnan(room[5 + x.size :]).all()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", [None, "relu", "silu", "gelu"])
+def test_threads_change_no_bits(activation, training, level, monkeypatch, restore_threads):
+    """Whatever is added after a multiply-add, and wherever a share ends within a vector."""
+    monkeypatch.setattr(_threads, "BYTES_PER_THREAD", 1)
+    rng = np.random.default_rng(3)
+    x, residual = rng.normal(5, 2, (2, 44, 55, 29)).astype("float32")
+    mean, weight, bias = rng.normal(size=(3, 55)).astype("float32")
+
+    def normalized(threads):
+        cpunorm.set_num_threads(threads)
+        return cpunorm.batch_norm(
+            x, mean.copy(), weight**2, weight, bias, training,
+            activation=activation, residual=residual, backend="cython",
+        )  # fmt: skip
+
+    expected = normalized(1)
+    for threads in (2, 3, 5, 8):
+        assert_same_bits(normalized(threads), expected)
 
 
 @pytest.mark.parametrize("wanted", cython.LEVELS)

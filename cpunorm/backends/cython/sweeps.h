@@ -160,9 +160,11 @@ static inline float tanh_float(float x)
 #define TANH tanh_float
 #endif
 
-/* All but ReLU, which is done while the output is written. */
+/* All but ReLU, which is done while the output is written. Of whole vectors, for which there must be room: what the
+ * compiler makes of the rest of a loop may be rounded in another way. */
 SWEEP void activate(real *y, ptrdiff_t n, int activation)
 {
+    n = (n + LANES - 1) / LANES * LANES;
     switch (activation) {
     case 2:
         for (ptrdiff_t i = 0; i < n; i++)
