@@ -163,6 +163,15 @@ def test_rows_that_end_within_lines(width, dtype, both_ways):
         np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("eps", [1e-46, 1e-60])
+@pytest.mark.parametrize("width", [2, 4, 7, 8, 9])
+def test_an_eps_that_only_float64_holds(width, eps, level):
+    """Equal values have a variance of 0: eps alone keeps the root from it."""
+    x = np.full((5, width), 3, "float32")
+    assert (cpunorm.layer_norm(x, width, eps=eps, backend="cython") == 0).all()
+    assert (cpunorm.rms_norm(np.zeros_like(x), width, eps=eps, backend="cython") == 0).all()
+
+
 @pytest.mark.parametrize("positions", [3, 9, 16, 49, 100, 600])
 def test_positions_that_end_within_lines(positions, both_ways):
     """The same of layer norm over the channels of NCHW."""

@@ -384,6 +384,14 @@ ALWAYS vec put_on_way(const int way, seam *past, element *y, ptrdiff_t i, vec v,
             (s)->to = (y) + (n);                                                        \
     }
 
+/* Writes VALUE(i, left) to n elements of y as `past` says. */
+#define WRITE_EITHER(y, n, past, VALUE)                                                 \
+    if (past) {                                                                         \
+        WRITE_PAST(y, n, past, VALUE)                                                   \
+    } else {                                                                            \
+        WRITE(y, n, VALUE)                                                              \
+    }
+
 /* Writes what an activation makes of VALUE(i, left), i counted from the start of each piece of n. */
 #define WRITE_ACTIVATED(y, n, activation, past, START, VALUE)                           \
     for (ptrdiff_t START = 0; START < (n); START += SCRATCH) {                          \
@@ -398,11 +406,7 @@ ALWAYS vec put_on_way(const int way, seam *past, element *y, ptrdiff_t i, vec v,
 
 ALWAYS void deliver(const real *scratch, element *y, ptrdiff_t n, seam *past)
 {
-    if (past) {
-        WRITE_PAST(y, n, past, SCRATCHED)
-    } else {
-        WRITE(y, n, SCRATCHED)
-    }
+    WRITE_EITHER(y, n, past, SCRATCHED)
 }
 
 /* Writes VALUE(terms, i, left) to planes of n elements side by side, n >= LANES: one stretch, whose terms become
@@ -2306,9 +2310,7 @@ EXACT_SWEEP void move_running(real *running, const real *new_, ptrdiff_t B, ptrd
 SWEEP void repeat_each(const real *values, ptrdiff_t count, ptrdiff_t times, real *out)
 {
     const ptrdiff_t whole = LANES / times, rest = LANES % times, n = count * times;
-    vec middle;
-    for (ptrdiff_t i = 0; i < LANES; i++)
-        middle[i] = i + (real)0.5;
+    const vec middle = __builtin_convertvector(lanes(), vec) + (real)0.5;
     if (times == 1) {
         memcpy(out, values, count * sizeof(real));
         return;
@@ -2346,11 +2348,7 @@ SWEEP void copy_stretch(const element *x, element *y, ptrdiff_t n, int streaming
 {
 #define VALUE(i, left) load(x + (i), left, 0)
     seam joint, *const past = open_seam(&joint, streaming);
-    if (past) {
-        WRITE_PAST(y, n, past, VALUE)
-    } else {
-        WRITE(y, n, VALUE)
-    }
+    WRITE_EITHER(y, n, past, VALUE)
     end_seam(past);
 #undef VALUE
 }
@@ -2359,11 +2357,7 @@ SWEEP void triad_stretch(const element *grad_y, const element *x, element *grad_
 {
 #define VALUE(i, left) (load(grad_y + (i), left, 0) - load(x + (i), left, 0))
     seam joint, *const past = open_seam(&joint, streaming);
-    if (past) {
-        WRITE_PAST(grad_x, n, past, VALUE)
-    } else {
-        WRITE(grad_x, n, VALUE)
-    }
+    WRITE_EITHER(grad_x, n, past, VALUE)
     end_seam(past);
 #undef VALUE
 }
