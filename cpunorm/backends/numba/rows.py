@@ -175,107 +175,101 @@ def _sum_rows(grad_y, x, mean, parameters, block, sizes, sums):
         group = group + 1 if group + 1 < G else 0
 
 
-@sweep
-def _grad_x(grad_y, x, saved, parameters, grad_total, block, sizes, terms, term, out, first, step):
-    """out = grad_x of a block, no wider than BLOCK, with terms[:, term] for its first row."""
-    mean, rstd = saved
-    weight, weighted, _, _ = parameters
-    top, left, rows, width = block
-    D, G = sizes
-    number = x.dtype.type
-    group = top % G
-    for r in range(rows):
-        m = mean[at(top + r)] if mean.size else number(0)
-        s = rstd[at(top + r)]
-        centre = number(terms[0, at(term + r)])
-        slope = number(terms[1, at(term + r)])
-        rest = number(terms[2, at(term + r)])
-        start = (top + r) * D + left
-        o = first + r * step
-        w = (group * D + left) * weighted
-        if grad_total.size:
-            for j in range(width):
-                i = at(start + j)
-                g = grad_y[i] * weight[at(w + j)]
-                own = element_gradient(g, x[i] - m, s, centre, slope, rest)
-                out[at(o + j)] = own + grad_total[i]
-        else:
-            for j in range(width):
-                i = at(start + j)
-                g = grad_y[i] * weight[at(w + j)]
-                out[at(o + j)] = element_gradient(g, x[i] - m, s, centre, slope, rest)
-        group = group + 1 if group + 1 < G else 0
-
-
-@jit
-def _write_grad_x(grad_y, x, saved, parameters, grad_total, block, sizes, terms, grad_x, z):
-    top, left, rows, width = block
-    D, _ = sizes
-    # As many rows at a time as fit z, if that is one; then whole rows, without gaps.
-    tall = max(1, BLOCK // width) if z.size else rows
-    for r in range(0, rows, tall):
-        h = min(tall, rows - r)
-        for a in range(left, left + width, BLOCK):
-            n = min(BLOCK, left + width - a)
-            part = top + r, a, h, n
-            start = (top + r) * D + a
-            inputs = grad_y, x, saved, parameters, grad_total, part, sizes, terms, r
-            if z.size:
-                _grad_x(*inputs, z, np.intp(0), n)
-                stream_block(z, start, h * n, D, n, grad_x)
-            else:
-                _grad_x(*inputs, grad_x, start, D)
-
-
 @jit
 def _terms_of(row, saved, terms, r):
-    """(mean, rstd, shift) of a row, the r-th of its block."""
+    """(mean, rstd, shift, centre, slope, rest) of a row, the r-th of its block."""
     mean, rstd = saved
     number = rstd.dtype.type
     m = mean[at(row)] if mean.size else number(0)
-    return m, rstd[at(row)], number(terms[3, r])
+    centre, slope, rest, shift = terms[0, r], terms[1, r], terms[2, r], terms[3, r]
+    return m, rstd[at(row)], number(shift), number(centre), number(slope), number(rest)
+
+
+@jit
+def _plus(value, grad_total, i):
+    return value if grad_total is None else value + grad_total[i]
 
 
 @sweep
-def _sum_parameters(grad_y, x, saved, block, sizes, terms, sums):
-    """Add the rows of a block to `sums`, (2, G·width), of grad_weight and grad_bias."""
+def _sweep_gradients(
+    inputs, grad_total, block, sizes, terms, term, sums, place, out, other, first, step
+):
+    """out = grad_x of a block, with terms[:, term] for its first row; add its rows to `sums`.
+
+    They are (2, G·D), of grad_weight and grad_bias, from `place` on. Two rows of a group are taken
+    for each load and store of them. The second is written to `other`, which is `out` once more: in
+    one array, it would be asked whether the two overlap.
+    """
+    grad_y, x, saved, parameters = inputs
+    weight, weighted, _, _ = parameters
     top, left, rows, width = block
     D, G = sizes
-    step = G * D
     for g in range(min(G, rows)):
-        first = (top + g) % G * width
-        count = (rows - g + G - 1) // G
-        fours = count - count % 4
-        # Four rows of the group for each load and store of the sums.
-        for k in range(0, fours, 4):
-            r = g + k * G
+        group = (top + g) % G
+        i = place + group * D
+        w = (group * D + left) * weighted
+        for r in range(g, rows, 2 * G):
             a = (top + r) * D + left
-            b = a + step
-            c = b + step
-            d = c + step
-            ma, sa, ta = _terms_of(top + r, saved, terms, r)
-            mb, sb, tb = _terms_of(top + r + G, saved, terms, r + G)
-            mc, sc, tc = _terms_of(top + r + 2 * G, saved, terms, r + 2 * G)
-            md, sd, td = _terms_of(top + r + 3 * G, saved, terms, r + 3 * G)
-            for j in range(width):
-                ga = grad_y[at(a + j)]
-                gb = grad_y[at(b + j)]
-                gc = grad_y[at(c + j)]
-                gd = grad_y[at(d + j)]
-                ya = ga * ((x[at(a + j)] - ma) * sa + ta)
-                yb = gb * ((x[at(b + j)] - mb) * sb + tb)
-                yc = gc * ((x[at(c + j)] - mc) * sc + tc)
-                yd = gd * ((x[at(d + j)] - md) * sd + td)
-                sums[0, at(first + j)] += (ya + yb) + (yc + yd)
-                sums[1, at(first + j)] += (ga + gb) + (gc + gd)
-        for k in range(fours, count):
-            r = g + k * G
-            a = (top + r) * D + left
-            ma, sa, ta = _terms_of(top + r, saved, terms, r)
-            for j in range(width):
-                ga = grad_y[at(a + j)]
-                sums[0, at(first + j)] += ga * ((x[at(a + j)] - ma) * sa + ta)
-                sums[1, at(first + j)] += ga
+            o = first + r * step
+            ma, sa, ta, ca, la, ra = _terms_of(top + r, saved, terms, term + r)
+            if r + G < rows:
+                b = a + G * D
+                p = o + G * step
+                mb, sb, tb, cb, lb, rb = _terms_of(top + r + G, saved, terms, term + r + G)
+                for j in range(width):
+                    ga = grad_y[at(a + j)]
+                    gb = grad_y[at(b + j)]
+                    da = x[at(a + j)] - ma
+                    db = x[at(b + j)] - mb
+                    v = weight[at(w + j)]
+                    own = element_gradient(ga * v, da, sa, ca, la, ra)
+                    out[at(o + j)] = _plus(own, grad_total, at(a + j))
+                    own = element_gradient(gb * v, db, sb, cb, lb, rb)
+                    other[at(p + j)] = _plus(own, grad_total, at(b + j))
+                    sums[0, at(i + j)] += ga * (da * sa + ta) + gb * (db * sb + tb)
+                    sums[1, at(i + j)] += ga + gb
+            else:
+                for j in range(width):
+                    ga = grad_y[at(a + j)]
+                    da = x[at(a + j)] - ma
+                    own = element_gradient(ga * weight[at(w + j)], da, sa, ca, la, ra)
+                    out[at(o + j)] = _plus(own, grad_total, at(a + j))
+                    sums[0, at(i + j)] += ga * (da * sa + ta)
+                    sums[1, at(i + j)] += ga
+
+
+@jit
+def _gradients(inputs, grad_total, block, sizes, terms, term, sums, place, out, first, step):
+    if grad_total.size:
+        _sweep_gradients(
+            inputs, grad_total, block, sizes, terms, term, sums, place, out, out, first, step
+        )
+    else:
+        _sweep_gradients(
+            inputs, None, block, sizes, terms, term, sums, place, out, out, first, step
+        )
+
+
+@jit
+def _write_gradients(inputs, grad_total, block, sizes, terms, sums, grad_x, z):
+    """grad_x of a block, directly or by way of z, and what its rows add to `sums`."""
+    top, left, rows, width = block
+    D, _ = sizes
+    wide = BLOCK // 2 if z.size else BLOCK
+    tall = BLOCK // min(wide, width) // 2 * 2 if z.size else rows
+    for r in range(0, rows, tall):
+        h = min(tall, rows - r)
+        for i in range(0, width, wide):
+            n = min(wide, width - i)
+            start = (top + r) * D + left + i
+            part = top + r, left + i, h, n
+            given = inputs, grad_total, part, sizes, terms, r, sums, i
+            if not z.size:
+                _gradients(*given, grad_x, start, D)
+                continue
+            _gradients(*given, z, np.intp(0), n)
+            if grad_x.size:
+                stream_block(z, start, h * n, D, n, grad_x)
 
 
 @jit
@@ -290,8 +284,9 @@ def _flush(sums, totals, slot, left):
 def _backward(task, arguments):
     grad_y, x, saved, parameters, grad_total, grad_x, sizes, totals, _ = arguments
     M, D, G, height, large = sizes
+    inputs = grad_y, x, saved, parameters
     mean, rstd = saved
-    z = room(x, large)
+    z = room(x, large or not grad_x.size)
     tall = max(1, min(4, SLAB // (16 * D)), min(BLOCK // D // 4 * 4, SHORT_SUM * G))
     terms = np.empty((4, tall))
     sums = np.zeros((2, G * D), x.dtype)
@@ -302,9 +297,7 @@ def _backward(task, arguments):
         block = top, 0, rows, D
         _sum_rows(grad_y, x, mean, parameters, block, (D, G), terms)
         row_terms(terms, mean, rstd, top, rows, D)
-        if grad_x.size:
-            _write_grad_x(grad_y, x, saved, parameters, grad_total, block, (D, G), terms, grad_x, z)
-        _sum_parameters(grad_y, x, saved, block, (D, G), terms, sums)
+        _write_gradients(inputs, grad_total, block, (D, G), terms, sums, grad_x, z)
         pending += rows
         if pending >= SHORT_SUM * G or top + rows == stop:
             _flush(sums, totals, task, np.intp(0))
@@ -338,13 +331,12 @@ def _backward_parts(task, arguments):
     D = totals.shape[2]
     left = task * PIECE
     width = min(PIECE, D - left)
+    inputs = grad_y, x, saved, parameters
     block = 0, left, saved[1].size, width
-    if grad_x.size:
-        z = room(x, large)
-        _write_grad_x(grad_y, x, saved, parameters, grad_total, block, (D, 1), terms, grad_x, z)
-    short_sums = np.zeros((2, width), x.dtype)
-    _sum_parameters(grad_y, x, saved, block, (D, 1), terms, short_sums)
-    _flush(short_sums, totals, np.intp(0), left)
+    z = room(x, large or not grad_x.size)
+    sums = np.zeros((2, width), x.dtype)
+    _write_gradients(inputs, grad_total, block, (D, 1), terms, sums, grad_x, z)
+    _flush(sums, totals, np.intp(0), left)
 
 
 _backward_whole = kernel(_backward, store_totals)
