@@ -170,7 +170,7 @@ cdef int normalize_channels(
     call.mean = scratch if mean is NULL else mean
     call.var = scratch + count
     call.rstd = scratch + 2 * count if rstd is NULL else rstd
-    failed = solve(table.last_normalize if c.last else table.first_normalize, &call)
+    failed = solve(table.channels[c.last].normalize, &call)
     if running_mean is not NULL and not failed:
         call.running_mean, call.running_var, call.momentum = running_mean, running_var, momentum
         failed = solve(table.move_running, &call)
@@ -195,9 +195,9 @@ cdef int differentiate_channels(
     call.mean, call.rstd = <void*> mean, <void*> rstd
     call.grad_x, call.grad_weight, call.grad_bias = grad_x, grad_weight, grad_bias
     if frozen:
-        failed = solve(table.last_backward_apply if c.last else table.first_backward_apply, &call)
+        failed = solve(table.channels[c.last].backward_apply, &call)
     else:
-        failed = solve(table.last_backward if c.last else table.first_backward, &call)
+        failed = solve(table.channels[c.last].backward, &call)
     return NO_MEMORY if failed else 0
 
 
@@ -252,7 +252,7 @@ cdef int batch_norm(
     call.mean, call.var, call.rstd = running_mean, running_var, rstd
     if mean is not NULL:
         memcpy(mean, running_mean, C * sizeof(real))
-    return NO_MEMORY if solve(table.last_apply if c.last else table.first_apply, &call) else 0
+    return NO_MEMORY if solve(table.channels[c.last].apply, &call) else 0
 
 
 cdef int batch_norm_backward(

@@ -660,7 +660,7 @@ cdef object channel_norm(object x_, object running_mean, object running_var, obj
     if frozen:
         call.mean, call.var, call.rstd = data(running_mean), data(running_var), data(rstd)
         solve(backend, (problem, "apply"),
-              table.last_apply if c.last else table.first_apply, x, &call)
+              table.channels[c.last].apply, x, &call)
         if return_stats is True:
             memcpy(data(mean), data(running_mean), cnp.PyArray_NBYTES(<cnp.ndarray> mean))
         return (y, named(Stats, (mean, rstd))) if return_stats is True else y
@@ -672,7 +672,7 @@ cdef object channel_norm(object x_, object running_mean, object running_var, obj
         if return_stats is True:
             call.mean, call.rstd = data(mean), data(rstd)
         solve(backend, (problem, "normalize"),
-              table.last_normalize if c.last else table.first_normalize, x, &call)
+              table.channels[c.last].normalize, x, &call)
         if running:
             call.running_mean, call.running_var = data(running_mean), data(running_var)
             call.momentum = momentum
@@ -767,10 +767,10 @@ cdef object channel_norm_backward(object grad_y, object x_, object stats, object
     call.grad_x, call.grad_weight, call.grad_bias = data(grad_x), data(grad_weight), data(grad_bias)
     if frozen:
         solve(backend, (problem, "backward_apply"),
-              table.last_backward_apply if c.last else table.first_backward_apply, x, &call)
+              table.channels[c.last].backward_apply, x, &call)
     else:
         solve(backend, (problem, "backward"),
-              table.last_backward if c.last else table.first_backward, x, &call)
+              table.channels[c.last].backward, x, &call)
     return gradients_of(grad_x, grad_weight, grad_bias, weight, kind)
 
 

@@ -12,6 +12,7 @@ The instruction set is the best the CPU has, or CPUNORM_ISA where that names one
 import importlib
 import os
 import platform
+from functools import partial
 from types import SimpleNamespace
 
 from ..caches import far_bytes, slab_bytes, stream_bytes
@@ -80,10 +81,10 @@ LEVELS = _levels()
 ISA = _install_best()
 
 
-def _problem(prefix: str) -> SimpleNamespace:
+def _problem(prefix: str, *given: bool) -> SimpleNamespace:
     return SimpleNamespace(
         **{
-            name.removeprefix(prefix): verb
+            name.removeprefix(prefix): partial(verb, *given)
             for name, verb in vars(verbs).items()
             if name.startswith(prefix)
         }
@@ -92,5 +93,5 @@ def _problem(prefix: str) -> SimpleNamespace:
 
 rows = _problem("rows_")
 columns = _problem("columns_")
-channels_first = _problem("first_")
-channels_last = _problem("last_")
+channels_first = _problem("channels_", False)
+channels_last = _problem("channels_", True)

@@ -36,11 +36,13 @@ ctypedef int (*Verb)(const Call* call) noexcept nogil
 # n elements become reals, or reals elements.
 ctypedef void (*Conversion)(const void* x, void* y, Py_ssize_t n) noexcept nogil
 
+cdef struct ChannelVerbs:
+    Verb normalize, apply, backward, backward_apply
+
 cdef struct Table:
     Verb rows_normalize, rows_backward
     Verb columns_normalize, columns_backward
-    Verb first_normalize, first_apply, first_moments, first_backward, first_backward_apply
-    Verb last_normalize, last_apply, last_moments, last_backward, last_backward_apply
+    ChannelVerbs channels[2]    # first, last
     Verb move_running
     Conversion widen, narrow
     Verb copy, triad

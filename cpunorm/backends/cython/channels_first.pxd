@@ -110,14 +110,11 @@ cdef inline Py_ssize_t unit_at(const Units* u, Py_ssize_t unit) noexcept nogil:
 cdef inline Py_ssize_t next_slab(const Units* u, Py_ssize_t unit, Py_ssize_t count) noexcept nogil:
     """How far away is what is fetched while a slab is transformed, 0 where that is nothing."""
     cdef const Call* call = u.call
-    cdef Py_ssize_t length = unit_at(u, count)
-    if call.B * call.G * unit_bytes(u) < SLABS * call.slab:
+    cdef Py_ssize_t length = unit_at(u, count), units = call.B * call.G
+    if units * unit_bytes(u) < SLABS * call.slab or unit + 2 * count > units:
         return 0
-    if u.batch:
-        return length if unit + count < call.G else 0
     # What lies side by side the processor foresees, but not while it writes.
-    return length if (unit + 2 * count <= call.B * call.G
-                      and length * <Py_ssize_t> sizeof(element) <= NEAR) else 0
+    return length if u.batch or length * <Py_ssize_t> sizeof(element) <= NEAR else 0
 
 
 cdef inline Chunk chunk_of(const Units* u, Py_ssize_t index) noexcept nogil:
@@ -303,6 +300,7 @@ cdef inline int _normalize_short(const Units* u) noexcept nogil:
 
 
 cdef inline int normalize(const Call* call) noexcept nogil:
+    """Of moments alone, there is no y."""
     cdef:
         Units u = units_of(call, False)
         Images images
@@ -320,11 +318,6 @@ cdef inline int normalize(const Call* call) noexcept nogil:
     team(_normalize_cut, &u, call.threads)
     free(u.scratch)
     return 0
-
-
-cdef inline int moments(const Call* call) noexcept nogil:
-    """As normalize, with no y and no rstd."""
-    return normalize(call)
 
 
 cdef inline void _apply(void* work, int member, int members) noexcept nogil:
@@ -376,8 +369,8 @@ cdef inline int apply(const Call* call) noexcept nogil:
 
 
 cdef inline Py_ssize_t width_of(const Units* u, Py_ssize_t count) noexcept nogil:
-    """Channels of `count` units."""
-    return count if u.batch else count * u.K
+    """Channels of `count` units; of a batch, K is 1."""
+    return count * u.K
 
 
 cdef inline void sum_chunk(const Units* u, Py_ssize_t unit, Py_ssize_t count, Py_ssize_t index,
@@ -493,10 +486,8 @@ cdef inline void _backward_dealt(void* work, int member, int members) noexcept n
                           at(u.sums, (2 * part + 1) * C), past)
             image += u.images
     end_seam(past)
-    if u.sums is not NULL:
-        team_barrier(members)
-        sum_parts(u.sums, u.parts, C, share(C, member, members), share(C, member + 1, members),
-                  <real*> call.grad_weight, <real*> call.grad_bias)
+    sum_parts(u.sums, u.parts, C, member, members, <real*> call.grad_weight,
+              <real*> call.grad_bias)
 
 
 cdef inline void _backward_cut(void* work, int member, int members) noexcept nogil:
@@ -532,8 +523,8 @@ cdef inline void _backward_cut(void* work, int member, int members) noexcept nog
             for q in range(last - 1, first - 1, -1):
                 differentiate_chunk(u, unit, 1, q, &b, &c, past)
     end_seam(past)
-    if u.sums is not NULL and member == 0:
-        sum_parts(u.sums, u.parts, C, 0, C, <real*> call.grad_weight, <real*> call.grad_bias)
+    if member == 0:
+        sum_parts(u.sums, u.parts, C, 0, 1, <real*> call.grad_weight, <real*> call.grad_bias)
 
 
 cdef inline int _backward_short(const Units* u) noexcept nogil:

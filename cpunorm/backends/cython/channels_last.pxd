@@ -12,13 +12,9 @@ cdef inline Images _images(const Call* call) noexcept nogil:
 
 
 cdef inline int normalize(const Call* call) noexcept nogil:
+    """Of moments alone, there is no y."""
     cdef Images images = _images(call)
     return normalize_images(&images)
-
-
-cdef inline int moments(const Call* call) noexcept nogil:
-    """As normalize, with no y and no rstd."""
-    return normalize(call)
 
 
 cdef inline int apply(const Call* call) noexcept nogil:

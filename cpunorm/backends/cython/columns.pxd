@@ -11,7 +11,7 @@ from .call cimport Call
 from .sweeps cimport (
     LANES, add, affine_strip, at, backward_strip, column_backward_sums, column_moments,
     column_reals, column_squares, element, end_seam, finish_backward, open_seam, real, seam,
-    set_columns, settle, share, sum_parts, team, team_barrier,
+    set_columns, settle, share, sum_parts, team,
 )
 
 cdef enum:
@@ -50,7 +50,7 @@ cdef inline Columns _columns(const Call* call, Py_ssize_t arrays) noexcept nogil
 cdef inline Py_ssize_t _ahead(const Columns* columns, Py_ssize_t n, Py_ssize_t s,
                               Py_ssize_t width) noexcept nogil:
     """How far away the next strip lies, 0 where that does not matter or there is none."""
-    if columns.near or (n == columns.call.N - 1 and s + width == columns.call.S):
+    if columns.near or (n == columns.call.N - 1 and s + 2 * width > columns.call.S):
         return 0
     return width if s + width < columns.call.S else columns.call.D * columns.call.S - s
 
@@ -90,7 +90,7 @@ cdef inline void _normalize_strip(const Columns* columns, Py_ssize_t n, Py_ssize
             add(x + d * S, residual + here + d * S, total + d * S, width)
         x = total
     if call.mean is not NULL:
-        column_moments(x, D, S, width, columns.call.far, mu, m2)
+        column_moments(x, D, S, width, call.far, mu, m2)
     else:
         memset(mu, 0, width * sizeof(double))
         memset(m2, 0, width * sizeof(double))
@@ -151,17 +151,15 @@ cdef inline void _backward_strip(const Columns* columns, Py_ssize_t n, Py_ssize_
     else:
         memset(mean, 0, width * sizeof(real))
     memset(sums, 0, sizeof(sums))
-    column_backward_sums(grad_y, x, weight, D, S, width, columns.call.far, mean, g_sum,
-                         gx_sum, x_sum)
+    column_backward_sums(grad_y, x, weight, D, S, width, call.far, mean, g_sum, gx_sum, x_sum)
     finish_backward(g_sum, gx_sum, x_sum, width, D, rstd, centred, shift, b, c)
-    if parameter_sums is not NULL or call.grad_x is not NULL:
-        for half in range(2):
-            d = _turn(columns, s, half, &rows)
-            backward_strip(grad_y + d * S, x + d * S, at(weight, d),
-                           at(<const element*> call.grad_total, here + d * S),
-                           at(<element*> call.grad_x, here + d * S), rows, S, width,
-                           mean, rstd, shift, b, c, at(parameter_sums, d),
-                           at(parameter_sums, D + d), past, _ahead(columns, n, s, width))
+    for half in range(2):
+        d = _turn(columns, s, half, &rows)
+        backward_strip(grad_y + d * S, x + d * S, at(weight, d),
+                       at(<const element*> call.grad_total, here + d * S),
+                       at(<element*> call.grad_x, here + d * S), rows, S, width, mean, rstd, shift,
+                       b, c, at(parameter_sums, d), at(parameter_sums, D + d), past,
+                       _ahead(columns, n, s, width))
 
 
 cdef inline void _backward(void* work, int member, int members) noexcept nogil:
@@ -177,10 +175,8 @@ cdef inline void _backward(void* work, int member, int members) noexcept nogil:
             _backward_strip(columns, task // columns.strips, s, min(columns.width, call.S - s),
                             at(columns.sums, 2 * p * D), past)
     end_seam(past)
-    if columns.sums is not NULL:
-        team_barrier(members)
-        sum_parts(columns.sums, parts, D, share(D, member, members), share(D, member + 1, members),
-                  <real*> call.grad_weight, <real*> call.grad_bias)
+    sum_parts(columns.sums, parts, D, member, members, <real*> call.grad_weight,
+              <real*> call.grad_bias)
 
 
 cdef inline int backward(const Call* call) noexcept nogil:

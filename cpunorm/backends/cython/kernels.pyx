@@ -5,7 +5,7 @@ from cpython.pycapsule cimport PyCapsule_New
 from . cimport channels_first, channels_last, columns, rows
 from .call cimport Call, Table
 from .sweeps cimport (
-    at, copy_stretch, element, move_running, narrow_stretch, real, share, team, triad_stretch,
+    copy_stretch, element, move_running, narrow_stretch, real, share, team, triad_stretch,
     widen_stretch,
 )
 
@@ -58,7 +58,7 @@ cdef void triad_share(void* work, int member, int members) noexcept nogil:
     cdef:
         const Call* call = <const Call*> work
         Py_ssize_t first = share(call.M, member, members), last = share(call.M, member + 1, members)
-    triad_stretch(at(<const element*> call.grad_y, first), <const element*> call.x + first,
+    triad_stretch(<const element*> call.grad_y + first, <const element*> call.x + first,
                   <element*> call.grad_x + first, last - first, call.streaming)
 
 
@@ -73,16 +73,14 @@ table.rows_normalize = rows.normalize
 table.rows_backward = rows.backward
 table.columns_normalize = columns.normalize
 table.columns_backward = columns.backward
-table.first_normalize = channels_first.normalize
-table.first_apply = channels_first.apply
-table.first_moments = channels_first.moments
-table.first_backward = channels_first.backward
-table.first_backward_apply = channels_first.backward_apply
-table.last_normalize = channels_last.normalize
-table.last_apply = channels_last.apply
-table.last_moments = channels_last.moments
-table.last_backward = channels_last.backward
-table.last_backward_apply = channels_last.backward_apply
+table.channels[False].normalize = channels_first.normalize
+table.channels[False].apply = channels_first.apply
+table.channels[False].backward = channels_first.backward
+table.channels[False].backward_apply = channels_first.backward_apply
+table.channels[True].normalize = channels_last.normalize
+table.channels[True].apply = channels_last.apply
+table.channels[True].backward = channels_last.backward
+table.channels[True].backward_apply = channels_last.backward_apply
 table.move_running = moved
 table.widen, table.narrow = widen, narrow
 table.copy = copy

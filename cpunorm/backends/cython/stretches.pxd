@@ -20,7 +20,7 @@ from .sweeps cimport (
     BACKWARD_ROWS, BACKWARD_SHORT, BLOCK, LANES, LINE_BYTES, PAIR, SHORT_VECTORS, UNITS, add,
     affine_along, at, backward_affine_along, backward_short, element, end_seam, flush_reals,
     merge_moments, new_lines, normalize_short, open_seam, own_lines, pair_backward_sums, real,
-    rows_aligned, scale_short, seam, set_columns, settle, several_a_vector, share, stretch_moments,
+    rows_aligned, seam, set_columns, settle, several_a_vector, share, stretch_moments,
     stretch_squares, sum_parts, team, team_barrier, whole_lines,
 )
 
@@ -29,7 +29,6 @@ cdef enum:
     FEW = 32            # stretches that are dealt too unevenly to be left whole
     PIECES = 64         # at most, of one stretch
     PARTS = 32          # at most, of the stretches in backward
-    FLUSH = 8           # pairs summed as reals before they go to float64
     ROWS = 32           # stretches of a part, at least; of one of the first FEW_PARTS,
     FEW_ROWS = 8
     FEW_PARTS = 4
@@ -102,13 +101,13 @@ cdef inline void _measure(const Stretches* s, Py_ssize_t start, Py_ssize_t count
 
 
 cdef inline void _transform(const Stretches* s, Py_ssize_t m, Py_ssize_t start, Py_ssize_t count,
-                            Py_ssize_t n, const Terms* terms, seam* past) noexcept nogil:
+                            Py_ssize_t n, const Terms* terms, seam* past,
+                            Py_ssize_t ahead) noexcept nogil:
     """`count` stretches, or from `start` on n elements of one."""
     cdef Py_ssize_t here = m * s.D + start, along = (m % s.period) * s.D + start
     affine_along((s.x if s.total is NULL else s.total) + here, s.weight, s.bias,
                  at(s.residual, here), s.y + here, count, n, along, s.period * s.D, terms.pivot,
-                 terms.scale, terms.shift, s.activation, s.far, past,
-                 count * n if m + count < s.M else 0)
+                 terms.scale, terms.shift, s.activation, s.far, past, ahead)
 
 
 cdef inline void _normalize_whole(void* work, int member, int members) noexcept nogil:
@@ -126,7 +125,8 @@ cdef inline void _normalize_whole(void* work, int member, int members) noexcept 
         count = min(some, last - m)
         _measure(s, m * s.D, count, s.D, mu, m2)
         _finish(s, m, count, mu, m2, &terms)
-        _transform(s, m, 0, count, s.D, &terms, past)
+        _transform(s, m, 0, count, s.D, &terms, past,
+                   count * s.D if m + 2 * count <= s.M else 0)
         m += count
     end_seam(past)
 
@@ -145,12 +145,8 @@ cdef inline void _normalize_short(void* work, int member, int members) noexcept 
         count, here = min(some, last - m), m * s.D
         if s.addend is not NULL:
             add(s.x + here, s.addend + here, s.total + here, count * s.D)
-        if s.mean is NULL:
-            scale_short(x + here, s.weight, s.y + here, count, s.D, s.eps, s.rstd + m, past)
-        else:
-            normalize_short(x + here, s.weight, s.bias, s.y + here, count, s.D,
-                            m % s.period * s.D, s.period * s.D, s.eps, s.mean + m,
-                            at(s.var, m), s.rstd + m, past)
+        normalize_short(x + here, s.weight, s.bias, s.y + here, count, s.D, m % s.period * s.D,
+                        s.period * s.D, s.eps, at(s.mean, m), at(s.var, m), s.rstd + m, past)
         m += count
     end_seam(past)
 
@@ -185,7 +181,7 @@ cdef inline void _normalize_pieces(void* work, int member, int members) noexcept
         _finish(s, m, 1, &mu, &m2, &terms)
         # Backwards, to meet what the first sweep left in the cache.
         for p in range(last - 1, first - 1, -1):
-            _transform(s, m, p * s.piece, 1, min(s.piece, s.D - p * s.piece), &terms, past)
+            _transform(s, m, p * s.piece, 1, min(s.piece, s.D - p * s.piece), &terms, past, 0)
     end_seam(past)
 
 
@@ -278,7 +274,7 @@ cdef inline void _backward_part(const Stretches* s, Py_ssize_t part, Py_ssize_t 
             _backward_together(s, m + g, count, at(sums, g * s.D), at(sums, s.pitch + g * s.D),
                                past)
         m += some
-        if wide is not NULL and (m >= last or (m - first) % (FLUSH * PAIR * s.period) == 0):
+        if wide is not NULL and (m >= last or (m - first) % (BACKWARD_ROWS * s.period) == 0):
             flush_reals(wide + along, sums + along, n)
             flush_reals(wide + length + along, sums + s.pitch + along, n)
 
@@ -293,10 +289,7 @@ cdef inline void _backward_whole(void* work, int member, int members) noexcept n
         _backward_part(s, p // s.splits, p % s.splits, at(s.sums, member * own_lines(2 * s.pitch)),
                        past)
     end_seam(past)
-    if s.wide is not NULL:
-        team_barrier(members)
-        sum_parts(s.wide, s.parts, length, share(length, member, members),
-                  share(length, member + 1, members), s.grad_weight, s.grad_bias)
+    sum_parts(s.wide, s.parts, length, member, members, s.grad_weight, s.grad_bias)
 
 
 cdef inline void _backward_pieces(void* work, int member, int members) noexcept nogil:

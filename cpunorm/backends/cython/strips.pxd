@@ -43,13 +43,14 @@ cdef struct Images:
     const Call* call
     Py_ssize_t count, size                  # of images; elements of one
     Py_ssize_t rows, channels, inner, groups
-    Py_ssize_t chunk_rows, chunks
+    Py_ssize_t chunk_rows, chunks           # of one chunk, nobody waits for anybody
     Py_ssize_t strip_channels, strips
     Py_ssize_t per_cell, cells              # channels measured as one
     Py_ssize_t abreast, in_line
     bint few                                # rows, of groups that fill vectors
+    bint dealt                              # whole, to a member each
     bint cached                             # whether a second sweep finds everything in L2
-    # Scratch: of one image, or of one for each member where whole images are dealt.
+    # Scratch: of one image, or of one for each member where they are dealt.
     double* wide
     real* terms
     Py_ssize_t wide_size, terms_size
@@ -62,7 +63,7 @@ cdef struct Images:
 
 cdef inline Images images_of(const Call* call, Py_ssize_t count, Py_ssize_t rows,
                              Py_ssize_t inner) noexcept nogil:
-    """`inner` is at most STRIP_COLUMNS."""
+    """`inner` is at most STRIP_COLUMNS, and 1 where a group has several channels."""
     cdef:
         Images im
         Py_ssize_t width = call.C * inner, K = call.C // call.G, row_bytes, step
@@ -75,22 +76,20 @@ cdef inline Images images_of(const Call* call, Py_ssize_t count, Py_ssize_t rows
             im.abreast *= 2
     while im.in_line * width < LINE and IN_LINE_ROWS * im.in_line <= rows:
         im.in_line *= 2
-    im.few = rows < FEW_ROWS and inner == 1 and 1 < K <= FEW_CHANNELS and 2 * K >= LANES
-    if inner == 1 and (K == call.C or K >= 4 * LANES or (im.few and K >= 2 * LANES)):
+    im.few = rows < FEW_ROWS and 1 < K <= FEW_CHANNELS and 2 * K >= LANES
+    if K == call.C or K >= 4 * LANES or (im.few and K >= 2 * LANES):
         im.per_cell = K
     else:
         im.per_cell = 1
     im.cells = call.C // im.per_cell
-    # Whole groups, if they are not too wide.
-    step = K if K * inner <= STRIP_COLUMNS else im.per_cell
-    im.strip_channels = min(call.C, max(<Py_ssize_t> 1, STRIP_COLUMNS // inner // step) * step)
+    # Whole groups.
+    im.strip_channels = min(call.C, max(<Py_ssize_t> 1, STRIP_COLUMNS // inner // K) * K)
     if im.few and not call.streaming:
         im.strip_channels = min(im.strip_channels,
                                 max(<Py_ssize_t> 1, NEAR // (rows * K * sizeof(element))) * K)
     im.strips = (call.C + im.strip_channels - 1) // im.strip_channels
     row_bytes = im.strip_channels * inner * <Py_ssize_t> sizeof(element)
     if im.strips >= MANY and 2 * rows * row_bytes <= call.slab:
-        # Then nobody waits for anybody.
         im.chunks = 1
     else:
         im.chunk_rows = max(CHUNK_BYTES // row_bytes, (rows + CHUNKS - 1) // CHUNKS)
@@ -118,18 +117,39 @@ cdef inline Task task_of(const Images* im, Py_ssize_t index) noexcept nogil:
     return task
 
 
-cdef inline bint strips_whole(const Images* im) noexcept nogil:
-    """Whether a strip has all rows, and whole groups: then nobody waits for anybody."""
-    return im.chunks == 1 and (im.strips == 1
-                               or im.strip_channels % (im.channels // im.groups) == 0)
+cdef inline void deal(Images* im, Py_ssize_t lots, Py_ssize_t arrays) noexcept nogil:
+    """Settle whether a member takes images whole, of which there are so many lots, and if what it
+    has before it then, of so many arrays, stays in its L2."""
+    cdef:
+        int threads = im.call.threads
+        Py_ssize_t nbytes = im.size * <Py_ssize_t> sizeof(element)
+    im.dealt = im.count > 1 and (
+        worth_dealing(lots, nbytes, threads)
+        or evenness(lots, threads) >= evenness(im.chunks * im.strips, threads))
+    im.cached = arrays * nbytes <= im.call.slab * (1 if im.dealt else threads)
 
 
-cdef inline bint dealt_whole(const Images* im, Py_ssize_t tasks) noexcept nogil:
-    """Whether a member takes images whole, of which there are `tasks` lots."""
-    cdef int threads = im.call.threads
-    return im.count > 1 and (
-        worth_dealing(tasks, im.size * sizeof(element), threads)
-        or evenness(tasks, threads) >= evenness(im.chunks * im.strips, threads))
+cdef struct Turn:
+    Py_ssize_t first, last      # lots of images
+    int member, members         # of those who share an image
+    double* wide                # their scratch
+    real* terms
+
+
+cdef inline Turn turn_of(const Images* im, Py_ssize_t lots, int member,
+                         int members) noexcept nogil:
+    """What a member of the team takes part in."""
+    cdef Turn turn
+    if im.dealt:
+        turn.first, turn.last = share(lots, member, members), share(lots, member + 1, members)
+        turn.member, turn.members = 0, 1
+        turn.wide = im.wide + member * im.wide_size
+        turn.terms = im.terms + member * im.terms_size
+    else:
+        turn.first, turn.last = 0, lots
+        turn.member, turn.members = member, members
+        turn.wide, turn.terms = im.wide, im.terms
+    return turn
 
 
 cdef inline const real* columns_of(const Images* im, const real* per_channel,
@@ -287,7 +307,7 @@ cdef inline void _normalize_image(const Images* im, Py_ssize_t image, double* wi
         double* mean = wide
         double* m2 = wide + im.chunks * im.cells
         Task task
-    if strips_whole(im):
+    if im.chunks == 1:
         for q in range(first, last):
             task = task_of(im, q)
             _measure(im, start, q, mean, m2)
@@ -307,41 +327,23 @@ cdef inline void _normalize_image(const Images* im, Py_ssize_t image, double* wi
             _transform(im, start, q, terms, past)
 
 
-cdef inline void _normalize_dealt(void* work, int member, int members) noexcept nogil:
+cdef inline void _normalize(void* work, int member, int members) noexcept nogil:
     cdef:
         const Images* im = <const Images*> work
+        Turn turn = turn_of(im, im.count, member, members)
         Py_ssize_t n
         seam joint
         seam* past = open_seam(&joint, im.call.streaming)
-    for n in range(share(im.count, member, members), share(im.count, member + 1, members)):
-        _normalize_image(im, n, im.wide + member * im.wide_size,
-                         im.terms + member * im.terms_size, 0, 1, past)
+    for n in range(turn.first, turn.last):
+        _normalize_image(im, n, turn.wide, turn.terms, turn.member, turn.members, past)
     end_seam(past)
-
-
-cdef inline void _normalize_cut(void* work, int member, int members) noexcept nogil:
-    cdef:
-        const Images* im = <const Images*> work
-        Py_ssize_t n
-        seam joint
-        seam* past = open_seam(&joint, im.call.streaming)
-    for n in range(im.count):
-        _normalize_image(im, n, im.wide, im.terms, member, members, past)
-    end_seam(past)
-
-
-cdef inline bint fits(const Images* im, Py_ssize_t arrays, bint dealt) noexcept nogil:
-    """Whether a member of the team has no more before it than stays in its L2."""
-    cdef Py_ssize_t members = 1 if dealt else im.call.threads
-    return arrays * im.size * <Py_ssize_t> sizeof(element) <= im.call.slab * members
 
 
 cdef inline int normalize_images(Images* im) noexcept nogil:
     """Moments and, where there is a y, the transform. -1 if out of memory."""
-    cdef:
-        bint dealt = dealt_whole(im, im.count)
-        int places = im.call.threads if dealt else 1
-    im.cached = fits(im, 1, dealt)
+    cdef int places
+    deal(im, im.count, 1)
+    places = im.call.threads if im.dealt else 1
     im.wide_size = own_lines(2 * im.chunks * im.cells)
     im.pitch = whole_lines(im.channels)
     im.terms_size = own_lines(3 * im.pitch)
@@ -350,7 +352,7 @@ cdef inline int normalize_images(Images* im) noexcept nogil:
     if im.wide is NULL:
         return -1
     im.terms = <real*> (im.wide + places * im.wide_size)
-    team(_normalize_dealt if dealt else _normalize_cut, im, im.call.threads)
+    team(_normalize, im, im.call.threads)
     free(im.wide)
     return 0
 
@@ -450,7 +452,7 @@ cdef inline void _sum(const Images* im, Py_ssize_t start, Py_ssize_t index, cons
 
 cdef inline void _differentiate(const Images* im, Py_ssize_t start, Py_ssize_t index,
                                 const real* terms, seam* past) noexcept nogil:
-    """terms, (5, pitch): mean, weight, rstd, b and c of backward_block."""
+    """terms, (5, pitch): mean, rstd, b, c and weight of backward_block."""
     cdef:
         column_reals columns[5]
         const real* per_column[5]
@@ -463,29 +465,29 @@ cdef inline void _differentiate(const Images* im, Py_ssize_t start, Py_ssize_t i
     for v in range(5):
         per_column[v] = columns_of(im, terms + v * im.pitch, &task, im.in_line, columns[v])
     backward_block(<const element*> call.grad_y + here, at(x, here), <element*> call.grad_x + here,
-                   rows, stride, width, per_column[0], per_column[2], per_column[3], per_column[4],
-                   per_column[1], past, im.cached)
+                   rows, stride, width, per_column[0], per_column[1], per_column[2], per_column[3],
+                   per_column[4], past, im.cached)
     if task.rows % im.in_line:
         here += rows * stride
         backward_block(<const element*> call.grad_y + here, at(x, here),
                        <element*> call.grad_x + here, 1, stride,
                        task.rows % im.in_line * task.channels * im.inner, per_column[0],
-                       per_column[2], per_column[3], per_column[4], per_column[1], past,
+                       per_column[1], per_column[2], per_column[3], per_column[4], past,
                        im.cached)
 
 
 cdef inline void _set_backward(const Images* im, Py_ssize_t image, Py_ssize_t first,
                                Py_ssize_t last, real* terms) noexcept nogil:
-    """mean, weight and rstd of the channels of some groups."""
+    """mean, rstd and weight of the channels of some groups."""
     cdef:
         Py_ssize_t K = im.channels // im.groups, c
         const real* mean = <const real*> im.call.mean + image * im.groups
         const real* rstd = <const real*> im.call.rstd + image * im.groups
         const real* weight = <const real*> im.call.weight
     for c in range(first * K, last * K):
-        terms[im.pitch + c] = 1 if weight is NULL else weight[c]
+        terms[4 * im.pitch + c] = 1 if weight is NULL else weight[c]
     repeat_each(mean + first, last - first, K, terms + first * K)
-    repeat_each(rstd + first, last - first, K, terms + 2 * im.pitch + first * K)
+    repeat_each(rstd + first, last - first, K, terms + im.pitch + first * K)
 
 
 cdef inline void _combine(const Images* im, Py_ssize_t image, Py_ssize_t first, Py_ssize_t last,
@@ -507,14 +509,14 @@ cdef inline void _combine(const Images* im, Py_ssize_t image, Py_ssize_t first, 
                          at(<const real*> im.call.weight, c), im.rows * im.inner * K,
                          not im.frozen, <const real*> im.call.rstd + image * im.groups + first,
                          at(grad_weight, c), at(grad_bias, c), slope, offset)
-        repeat_each(slope, count, K, terms + 3 * im.pitch + c)
-        repeat_each(offset, count, K, terms + 4 * im.pitch + c)
+        repeat_each(slope, count, K, terms + 2 * im.pitch + c)
+        repeat_each(offset, count, K, terms + 3 * im.pitch + c)
         first += count
 
 
 cdef inline void _sum_groups(const Images* im, Py_ssize_t image, const Task* task, real* terms,
                              double* grad_weight, double* grad_bias) noexcept nogil:
-    """The same for the groups of a strip of few rows, from the sums on."""
+    """What `_sum` and `_combine` find, of the groups of a strip of few rows."""
     cdef:
         Py_ssize_t C = im.channels, K = C // im.groups, first = task.first_channel, here, c, g
         real slope[STRIP_COLUMNS]
@@ -524,10 +526,10 @@ cdef inline void _sum_groups(const Images* im, Py_ssize_t image, const Task* tas
         here = image * im.size + c
         backward_group(<const element*> im.call.grad_y + here, <const element*> im.call.x + here,
                        im.rows, C, K, at(<const real*> im.call.weight, c), terms[c],
-                       terms[2 * im.pitch + c], at(grad_weight, c), at(grad_bias, c), slope + g,
+                       terms[im.pitch + c], at(grad_weight, c), at(grad_bias, c), slope + g,
                        offset + g)
-    repeat_each(slope, task.channels // K, K, terms + 3 * im.pitch + first)
-    repeat_each(offset, task.channels // K, K, terms + 4 * im.pitch + first)
+    repeat_each(slope, task.channels // K, K, terms + 2 * im.pitch + first)
+    repeat_each(offset, task.channels // K, K, terms + 3 * im.pitch + first)
 
 
 cdef inline void _backward_image(
@@ -542,28 +544,29 @@ cdef inline void _backward_image(
         Py_ssize_t last_group = share(im.groups, member + 1, members)
         Py_ssize_t start = image * im.size, q
         bint summed = not im.frozen or grad_weight is not NULL
-        bint whole = strips_whole(im), differentiated = im.call.grad_x is not NULL
-        bint few = whole and im.few
+        bint differentiated = im.call.grad_x is not NULL
         Task task
-    if not whole:
-        _set_backward(im, image, first_group, last_group, terms)
-        team_barrier(members)
-    for q in range(first, last):
-        if whole:
+    if im.chunks == 1:
+        for q in range(first, last):
             task = task_of(im, q)
             first_group = task.first_channel // K
-            last_group = (task.first_channel + task.channels) // K
+            last_group = first_group + task.channels // K
             _set_backward(im, image, first_group, last_group, terms)
-        if few:
-            _sum_groups(im, image, &task, terms, grad_weight, grad_bias)
-        elif summed:
-            _sum(im, start, q, terms, wide)
-        if whole and summed and not few:
-            _combine(im, image, first_group, last_group, wide, terms, grad_weight, grad_bias)
-        if differentiated and (im.frozen or whole):
-            _differentiate(im, start, q, terms, past)
-    if whole:
+            if im.few and not im.frozen:
+                _sum_groups(im, image, &task, terms, grad_weight, grad_bias)
+            elif summed:
+                _sum(im, start, q, terms, wide)
+                _combine(im, image, first_group, last_group, wide, terms, grad_weight, grad_bias)
+            if differentiated:
+                _differentiate(im, start, q, terms, past)
         return
+    _set_backward(im, image, first_group, last_group, terms)
+    team_barrier(members)
+    for q in range(first, last):
+        if summed:
+            _sum(im, start, q, terms, wide)
+        if im.frozen and differentiated:
+            _differentiate(im, start, q, terms, past)
     team_barrier(members)
     if summed:
         _combine(im, image, first_group, last_group, wide, terms, grad_weight, grad_bias)
@@ -573,59 +576,35 @@ cdef inline void _backward_image(
             _differentiate(im, start, q, terms, past)
 
 
-cdef inline void _finish_parameters(const Images* im, int member, int members) noexcept nogil:
-    cdef:
-        const Call* call = im.call
-        Py_ssize_t C = im.channels
-    if im.sums is not NULL:
-        team_barrier(members)
-        sum_parts(im.sums, im.parts, C, share(C, member, members), share(C, member + 1, members),
-                  <real*> call.grad_weight, <real*> call.grad_bias)
-
-
-cdef inline void _backward_dealt(void* work, int member, int members) noexcept nogil:
+cdef inline void _backward(void* work, int member, int members) noexcept nogil:
     cdef:
         const Images* im = <const Images*> work
+        Turn turn = turn_of(im, im.parts, member, members)
         Py_ssize_t C = im.channels, p, n
         seam joint
         seam* past = open_seam(&joint, im.call.streaming)
-    for p in range(share(im.parts, member, members), share(im.parts, member + 1, members)):
+    for p in range(turn.first, turn.last):
         for n in range(im.count * p // im.parts, im.count * (p + 1) // im.parts):
-            _backward_image(im, n, im.wide + member * im.wide_size,
-                            im.terms + member * im.terms_size, at(im.sums, 2 * p * C),
-                            at(im.sums, (2 * p + 1) * C), 0, 1, past)
-    end_seam(past)
-    _finish_parameters(im, member, members)
-
-
-cdef inline void _backward_cut(void* work, int member, int members) noexcept nogil:
-    cdef:
-        const Images* im = <const Images*> work
-        Py_ssize_t C = im.channels, p, n
-        seam joint
-        seam* past = open_seam(&joint, im.call.streaming)
-    for p in range(im.parts):
-        for n in range(im.count * p // im.parts, im.count * (p + 1) // im.parts):
-            _backward_image(im, n, im.wide, im.terms, at(im.sums, 2 * p * C),
-                            at(im.sums, (2 * p + 1) * C), member, members, past)
+            _backward_image(im, n, turn.wide, turn.terms, at(im.sums, 2 * p * C),
+                            at(im.sums, (2 * p + 1) * C), turn.member, turn.members, past)
             # What comes next writes what others may still be reading.
-            team_barrier(members)
+            team_barrier(turn.members)
     end_seam(past)
-    _finish_parameters(im, member, members)
+    sum_parts(im.sums, im.parts, C, member, members, <real*> im.call.grad_weight,
+              <real*> im.call.grad_bias)
 
 
 cdef inline int backward_images(Images* im, bint frozen) noexcept nogil:
     """-1 if out of memory."""
     cdef:
         const Call* call = im.call
-        Py_ssize_t parts = image_parts(im.count, im.rows * im.inner)
-        bint dealt = dealt_whole(im, parts)
         bint parameters = call.grad_weight is not NULL or call.grad_bias is not NULL
-        Py_ssize_t places = call.threads if dealt else 1, sums_size = 0
+        Py_ssize_t places, sums_size = 0
         double* scratch
     im.frozen = frozen
-    im.cached = fits(im, 2, dealt)
-    im.parts = parts
+    im.parts = image_parts(im.count, im.rows * im.inner)
+    deal(im, im.parts, 2)
+    places = call.threads if im.dealt else 1
     im.wide_size = own_lines(3 * im.chunks * im.channels)
     im.pitch = whole_lines(im.channels)
     im.terms_size = own_lines(5 * im.pitch)
@@ -640,6 +619,6 @@ cdef inline int backward_images(Images* im, bint frozen) noexcept nogil:
     im.sums = scratch if parameters else NULL
     im.wide = scratch + sums_size
     im.terms = <real*> (im.wide + places * im.wide_size)
-    team(_backward_dealt if dealt else _backward_cut, im, call.threads)
+    team(_backward, im, call.threads)
     free(scratch)
     return 0

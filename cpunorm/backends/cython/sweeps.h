@@ -6,7 +6,10 @@
  * distances from the mean. A transform is centred, y = (x - mean) * scale + bias, with the mean in
  * float64: `pivot` is the mean rounded to a real, and what the rounding took away goes into the bias.
  * Reals are summed in short blocks, and only the sums of blocks in float64. `planes` stretches of n
- * elements begin `stride` elements apart.
+ * elements begin `stride` elements apart. Stores go by way of `past`, the seam of a thread whose
+ * results go past the caches, or plainly where that is NULL. `far`: x is in good part not in the
+ * caches; `cached`: a second sweep finds all of it near. What lies `ahead` of an element, if that is
+ * not 0, is wanted next, and is fetched.
  */
 #ifndef CPUNORM_SWEEPS_H
 #define CPUNORM_SWEEPS_H
@@ -19,9 +22,8 @@
 #include <omp.h>
 #endif
 
-#define BLOCK ((ptrdiff_t)(16384 / sizeof(real)))
+#define BLOCK ((ptrdiff_t)(16384 / sizeof(real))) /* values summed before the sums go to float64 */
 #define SCRATCH 1024        /* reals that wait in L1 for an activation */
-#define RELU 1              /* in the order of ACTIVATIONS */
 #define STRIP_COLUMNS 1024  /* of a strip, at most */
 #define COLUMN_VECTORS 4    /* vectors of columns measured together */
 #define SEGMENT 512         /* columns of a wider strip, whose sums stay in L1 */
@@ -43,6 +45,7 @@
 #define ALIGNED_VECTORS 8   /* of a stretch from which on its stores are aligned */
 #define SHORT_PLANE 256     /* bytes of reals of a plane of which several are summed before that */
 #define ROUGH_VECTORS 8     /* vectors that a first guess of a mean is made from */
+#define ROUGH_ROWS 8        /* or rows, of columns */
 #define TOGETHER 4          /* rows that share the loads of what runs along them */
 #define PAIR 2              /* the same, where each row is three streams of memory */
 #define UNITS 32            /* units measured together, at most */
@@ -50,7 +53,8 @@
 
 /* Code that is inlined in two places may be rounded in two ways, and which place runs may depend on the
  * number of threads. So there is one copy of every sweep, in which sums may be reordered and multiply-adds
- * fused; everything outside these sweeps is compiled to the letter. */
+ * fused; everything outside these sweeps is compiled to the letter. So are those that are EXACT, but for what
+ * is written as `fused`: their loops come in several variants, for elements of which the bits must be the same. */
 #if defined(__clang__)
 #define SWEEP static __attribute__((noinline, unused))
 #define EXACT_SWEEP SWEEP
@@ -160,25 +164,28 @@ static inline float tanh_float(float x)
 #define TANH tanh_float
 #endif
 
+/* In the order of ACTIVATIONS. */
+enum { RELU = 1, SILU, GELU, SIGMOID, HYPERBOLIC_TANGENT };
+
 /* All but ReLU, which is done while the output is written. Of whole vectors, for which there must be room: what the
  * compiler makes of the rest of a loop may be rounded in another way. */
 SWEEP void activate(real *y, ptrdiff_t n, int activation)
 {
     n = (n + LANES - 1) / LANES * LANES;
     switch (activation) {
-    case 2:
+    case SILU:
         for (ptrdiff_t i = 0; i < n; i++)
             y[i] = y[i] / (1 + EXP(-y[i]));
         break;
-    case 3:
+    case GELU:
         for (ptrdiff_t i = 0; i < n; i++)
             y[i] = (real)0.5 * y[i] * (1 + ERF(y[i] * (real)0.70710678118654752));
         break;
-    case 4:
+    case SIGMOID:
         for (ptrdiff_t i = 0; i < n; i++)
             y[i] = 1 / (1 + EXP(-y[i]));
         break;
-    case 5:
+    case HYPERBOLIC_TANGENT:
         for (ptrdiff_t i = 0; i < n; i++)
             y[i] = TANH(y[i]);
         break;
@@ -324,8 +331,10 @@ typedef struct {
     bits_vec order, before;
 } phase;
 
-ALWAYS phase phase_of(const element *y)
+ALWAYS phase phase_of(int way, const element *y)
 {
+    if (way != JOINED)
+        return (phase){0};
     const ptrdiff_t count = (LANES - until_aligned(y)) % LANES;
     const phase p = {count, turn(count), first_mask(count)};
     return p;
@@ -457,7 +466,7 @@ ALWAYS void deliver(const real *scratch, element *y, ptrdiff_t n, seam *past)
 /* The same for planes of any length, of what an activation makes of it. */
 #define WRITE_ACTIVATED_PLANES(y, planes, n, K, activation, past, TERMS, VALUE)         \
     {                                                                                   \
-        real scratch[SCRATCH + SOME_LANES];                                             \
+        real scratch[SCRATCH + LANES];                                             \
         element *to = y;                                                                \
         ptrdiff_t waiting = 0, at = 0, unit = 0, more = K;                              \
         for (ptrdiff_t p = 0; p < (planes); p++) {                                      \
@@ -677,8 +686,8 @@ ALWAYS void block_moments(const int few, const element *x, ptrdiff_t units, ptrd
                           ptrdiff_t to_y)
 {
     const ptrdiff_t some = few ? n : ROUGH_VECTORS * LANES;
-    vec sum[SOME_LANES], squares[SOME_LANES];
-    real pivot[SOME_LANES], totals[SOME_LANES], m2s[SOME_LANES];
+    vec sum[LANES], squares[LANES];
+    real pivot[LANES], totals[LANES], m2s[LANES];
     const real inverse = (real)1 / some;
     for (ptrdiff_t u = 0; u < units; u++) {
         const real first = load_one(x + u * n);
@@ -756,7 +765,7 @@ SWEEP void stretch_moments(const element *x, ptrdiff_t units, ptrdiff_t n, doubl
  * walk through the tables of pages. */
 #define NEXT_PLANE(p) ((p) + 1 < planes ? stride : 0)
 
-/* The same for up to UNITS units of `planes` stretches each; units lie side by side, planes `stride`
+/* As stretch_moments for up to UNITS units of `planes` stretches each; units lie side by side, planes `stride`
  * apart. */
 SWEEP void plane_moments(const element *x, ptrdiff_t planes, ptrdiff_t stride, ptrdiff_t units, ptrdiff_t n,
                          double *mean, double *m2)
@@ -872,9 +881,9 @@ ALWAYS void add_long(const element *grad_y, const element *x, const real *weight
     for (ptrdiff_t i = 0; i < n; i += BACKWARD_VECTORS * LANES) {
         const ptrdiff_t count = MIN(BACKWARD_VECTORS * LANES, n - i);
         if (weight)
-            add_backward(grad_y + i, x + i, weight + i, count, mean, ahead, grad_x ? grad_x + i : grad_x, &sum);
+            add_backward(grad_y + i, x + i, weight + i, count, mean, ahead, NTH(1, grad_x, i), &sum);
         else
-            add_backward(grad_y + i, x + i, (const real *)0, count, mean, ahead, grad_x ? grad_x + i : grad_x, &sum);
+            add_backward(grad_y + i, x + i, 0, count, mean, ahead, NTH(1, grad_x, i), &sum);
         flush(wide, &sum);
     }
 }
@@ -911,7 +920,7 @@ typedef struct {
 
 ALWAYS void add_lanes(vec *v, ptrdiff_t count, double *sums)
 {
-    real totals[SOME_LANES];
+    real totals[LANES];
     some_lanes_sums(v, count, totals);
     for (ptrdiff_t u = 0; u < count; u++)
         sums[u] += totals[u];
@@ -942,15 +951,15 @@ ALWAYS void short_backward_sums(const int single, const element *grad_y, const e
     vec x_ = splat(0);
     for (ptrdiff_t first = 0, left = K, run = some; first < stretches; first += LANES) {
         const ptrdiff_t count = MIN(LANES, stretches - first);
-        ptrdiff_t runs = 0, places[SOME_LANES];
-        vec g[SOME_LANES], gx[SOME_LANES], xs[SOME_LANES];
+        ptrdiff_t runs = 0, places[LANES];
+        vec g[LANES], gx[LANES], xs[LANES];
         for (ptrdiff_t u = 0; u < count; u++, grad_y += n, x += n) {
             backward_vecs one = {{0}, {0}, x_};
             if (single) {
                 const vec t = load(x, n, *mean) - *mean;
                 one.g = load(grad_y, n, 0), one.gx = one.g * t, one.x += t;
             } else
-                add_backward(grad_y, x, (const real *)0, n, *mean, 0, (const element *)0, &one);
+                add_backward(grad_y, x, 0, n, *mean, 0, 0, &one);
             g[u] = one.g, gx[u] = one.gx, x_ = one.x;
             left--, run--;
             /* Where runs end depends on nothing but the place in the group, or bits would depend on who is dealt what. */
@@ -961,7 +970,7 @@ ALWAYS void short_backward_sums(const int single, const element *grad_y, const e
         }
         add_lanes(g, count, g_sum + first);
         add_lanes(gx, count, gx_sum + first);
-        real totals[SOME_LANES];
+        real totals[LANES];
         some_lanes_sums(xs, runs, totals);
         for (ptrdiff_t k = 0; k < runs; k++)
             x_sum[places[k]] += totals[k];
@@ -981,7 +990,7 @@ SWEEP void stretches_backward_sums(const element *grad_y, const element *x, ptrd
         for (ptrdiff_t k = 0; k < stretches; k++, grad_y += n, x += n) {
             backward_wides wide;
             clear(&wide);
-            add_long(grad_y, x, (const real *)0, n, mean[k / K], 0, (const element *)0, &wide);
+            add_long(grad_y, x, 0, n, mean[k / K], 0, 0, &wide);
             add_wides(&wide, g_sum + k, gx_sum + k, x_sum + k);
         }
 }
@@ -999,7 +1008,7 @@ SWEEP void plane_backward_sums(const element *grad_y, const element *x, ptrdiff_
             clear(wide + u);
         for (ptrdiff_t p = 0; p < planes; p++, grad_y += stride, x += stride)
             for (ptrdiff_t u = 0; u < units; u++)
-                add_long(grad_y + u * n, x + u * n, (const real *)0, n, mean[u], NEXT_PLANE(p), (const element *)0, wide + u);
+                add_long(grad_y + u * n, x + u * n, 0, n, mean[u], NEXT_PLANE(p), 0, wide + u);
         for (ptrdiff_t u = 0; u < units; u++)
             add_wides(wide + u, found[0] + u, found[1] + u, found[2] + u);
     } else {
@@ -1010,7 +1019,7 @@ SWEEP void plane_backward_sums(const element *grad_y, const element *x, ptrdiff_
                 clear_units(&sum, units);
             for (ptrdiff_t u = 0; u < units; u++) {
                 backward_vecs one = {sum.g[u], sum.gx[u], sum.x[u]};
-                add_backward(grad_y + u * n, x + u * n, (const real *)0, n, mean[u], NEXT_PLANE(p), (const element *)0, &one);
+                add_backward(grad_y + u * n, x + u * n, 0, n, mean[u], NEXT_PLANE(p), 0, &one);
                 sum.g[u] = one.g, sum.gx[u] = one.gx, sum.x[u] = one.x;
             }
             if (p % some == some - 1 || p == planes - 1)
@@ -1023,14 +1032,10 @@ SWEEP void plane_backward_sums(const element *grad_y, const element *x, ptrdiff_
 
 /* ------------------------------------------------------- along a stretch: element by element */
 
-#define SUM(i, left) (load(x + (i), left, 0) + load(residual + (i), left, 0))
-
 SWEEP void add(const element *x, const element *residual, element *total, ptrdiff_t n)
 {
-    FOR_VECTORS(i, left, n, store(total + i, SUM(i, left), left);)
+    FOR_VECTORS(i, left, n, store(total + i, load(x + i, left, 0) + load(residual + i, left, 0), left);)
 }
-
-#undef SUM
 
 /* Runs BODY(1, what, streaming, other) with constants, so that there is a loop for each case. */
 #define SPECIALIZE(streaming, other, BODY, what)                                        \
@@ -1192,7 +1197,7 @@ SWEEP void affine_along(const element *x, const real *weight, const real *bias, 
             affine_rows_along(rows, 0, 0, x, w, b, y, n, pivot, scale, shift, ahead);   \
     }
     while (together && rows > 0) {
-        real scratch[SCRATCH + SOME_LANES];
+        real scratch[SCRATCH + LANES];
         const ptrdiff_t some = MIN(rows, SCRATCH / n);
         for (ptrdiff_t k = 0; k < some; k++, x += n, residual = NTH(1, residual, n)) {
             const vec p = splat(pivot[k]), a = splat(scale[k]), s = splat(shift[k]);
@@ -1309,7 +1314,7 @@ ALWAYS void backward_rows(const int rows, const int all, const int way, const in
     phase p[PAIR];
     for (int k = 0; k < rows; k++, sums += 3) {
         if (way == JOINED)
-            p[k] = phase_of(grad_x + k * n), first[k] = over[k] = splat(0);
+            p[k] = phase_of(way, grad_x + k * n), first[k] = over[k] = splat(0);
         const row_terms t = terms_of_row(sums[0], sums[1], sums[2], inverse, mean != 0, rstd[k]);
         pivot[k] = splat(mean ? mean[k] : 0), r[k] = splat(rstd[k]);
         b[k] = splat(t.b), c[k] = splat(t.c), s[k] = splat(t.s);
@@ -1359,20 +1364,20 @@ EXACT_SWEEP void backward_affine_along(const element *grad_y, const element *x, 
 #define ROWS(all, rows, way, cached)                                                    \
     backward_rows(rows, all, way, cached, grad_y, x, weight, grad_total, grad_x, n, mean, rstd, sums, inverse, \
                   grad_weight, grad_bias, past)
-#define BY_ANY_WAY(all, rows)                                                           \
+#define BY_ANY_WAY(rows)                                                                \
     if (way == JOINED)                                                                  \
-        ROWS(all, rows, JOINED, cached);                                                \
+        ROWS(0, rows, JOINED, cached);                                                  \
     else                                                                                \
-        ROWS(all, rows, way, cached);
+        ROWS(0, rows, way, cached);
     if (rows == PAIR && all && way != JOINED) {
         SPECIALIZE(way, cached, ROWS, PAIR)
     } else if (rows == PAIR && all) {
         ROWS(1, PAIR, JOINED, cached);
     } else if (rows == PAIR) {
-        BY_ANY_WAY(0, PAIR)
+        BY_ANY_WAY(PAIR)
     } else {
         for (ptrdiff_t k = 0; k < rows; k++) {
-            BY_ANY_WAY(0, 1)
+            BY_ANY_WAY(1)
             grad_y += n, x += n, grad_total = NTH(1, grad_total, n), grad_x = NTH(1, grad_x, n);
             mean = NTH(1, mean, 1), rstd++, sums += 3;
         }
@@ -1396,16 +1401,16 @@ ALWAYS int several_a_vector(ptrdiff_t n)
     return n > 1 && n <= MIN(8, LANES);
 }
 
-/* Whether it is as much in a real. */
+/* Whether eps is as much in a real: neither nothing nor infinite. */
 ALWAYS int is_real(double eps)
 {
     return eps == 0 || (eps > 1e-37 && eps < 1e37);
 }
 
 /* y = (x - mean) * rstd * weight + bias for M rows of n elements, `vectors` vectors of which the last may be partly
- * filled. Of weight and bias, `length` long, the first row takes the n from `along` on, the others what follows. */
+ * filled. Of weight and bias, `length` long, the first row takes the n from `begin` on, the others what follows. */
 ALWAYS void rows_in_registers(const int vectors, const int centred, const element *x, const real *weight,
-                              const real *bias, element *y, ptrdiff_t M, ptrdiff_t n, ptrdiff_t along,
+                              const real *bias, element *y, ptrdiff_t M, ptrdiff_t n, ptrdiff_t begin,
                               ptrdiff_t length, double eps, real *mean, real *var, real *rstd, seam *past)
 {
     const ptrdiff_t left = n - (vectors - 1) * LANES;
@@ -1436,12 +1441,12 @@ ALWAYS void rows_in_registers(const int vectors, const int centred, const elemen
         if (var)
             var[m] = variance;
         vec over = splat(0);
-        const phase p = way == JOINED ? phase_of(y) : (phase){0};
+        const phase p = phase_of(way, y);
 #pragma GCC unroll 8 /* or t would lie in memory */
         for (int v = 0; v < vectors; v++) {
             vec out = t[v] * scale;
             if (centred) {
-                const ptrdiff_t i = along + v * LANES;
+                const ptrdiff_t i = begin + v * LANES;
                 out = fused(out, weight ? load_real(weight + i, LEFT(v), 0) : splat(1),
                             bias ? load_real(bias + i, LEFT(v), 0) : splat(0));
             } else if (weight)
@@ -1450,7 +1455,7 @@ ALWAYS void rows_in_registers(const int vectors, const int centred, const elemen
         }
         if (way == JOINED)
             end_row(past, y, n, p, over);
-        along = along + n < length ? along + n : 0;
+        begin = begin + n < length ? begin + n : 0;
     }
 #undef LEFT
 }
@@ -1463,15 +1468,15 @@ ALWAYS vec sums_of_rows(vec v, const int width)
     return v;
 }
 
-/* The same for as many rows at once as fit into a vector, `width` lanes, a power of two, for each; with one weight and
- * one bias for all of them. `gaps` says that n is less. */
+/* y as of rows_in_registers for as many rows at once as fit into a vector, `width` lanes, a power of two, for each;
+ * with one weight and one bias for all of them. `gaps` says that n is less. */
 ALWAYS void rows_of_a_vector(const int width, const int gaps, const int centred, const element *x, const real *weight,
                              const real *bias, element *y, ptrdiff_t M, ptrdiff_t n, double eps, real *mean, real *var,
                              real *rstd, seam *past)
 {
     const ptrdiff_t some = LANES / width;
     const int way = gaps ? PLAIN : way_of(past, y, LANES, LANES);
-    const phase p = way == JOINED ? phase_of(y) : (phase){0};
+    const phase p = phase_of(way, y);
     const bits_vec column = lanes() & (width - 1), first_column = lanes() - column;
     const bits_vec each = lanes() * width & (int)(LANES - 1), filled = column < (int)n;
     bits_vec apart = lanes(), close = lanes();
@@ -1480,7 +1485,7 @@ ALWAYS void rows_of_a_vector(const int width, const int gaps, const int centred,
     const vec w = weight ? picked(load_real(weight, n, 0), column) : splat(1);
     const vec b = bias ? picked(load_real(bias, n, 0), column) : splat(0);
     const real inverse = (real)1 / n;
-    real scratch[SCRATCH + SOME_LANES];
+    real scratch[SCRATCH + LANES];
     ptrdiff_t waiting = 0;
     vec over = splat(0);
 #define FILLED(v) (gaps ? choose(filled, v, splat(0)) : (v))
@@ -1534,7 +1539,7 @@ ALWAYS void rows_of_a_vector(const int width, const int gaps, const int centred,
         break;
 #define CASE(v, centred)                                                                \
     case v:                                                                             \
-        rows_in_registers(v, centred, x, weight, bias, y, M, n, along, length, eps, mean, var, rstd, past); \
+        rows_in_registers(v, centred, x, weight, bias, y, M, n, begin, length, eps, mean, var, rstd, past); \
         break;
 #if SHORT_VECTORS > 4
 #define MORE(centred) CASE(5, centred) CASE(6, centred) CASE(7, centred) CASE(8, centred)
@@ -1542,22 +1547,17 @@ ALWAYS void rows_of_a_vector(const int width, const int gaps, const int centred,
 #define MORE(centred)
 #endif
 
-/* The same for rows of at most SHORT_VECTORS vectors. */
+/* For rows of at most SHORT_VECTORS vectors either of the two. No mean: not centred, y = x * rstd * weight, with one
+ * weight for all rows. */
 EXACT_SWEEP void normalize_short(const element *x, const real *weight, const real *bias, element *y, ptrdiff_t M,
-                                 ptrdiff_t n, ptrdiff_t along, ptrdiff_t length, double eps, real *mean, real *var,
+                                 ptrdiff_t n, ptrdiff_t begin, ptrdiff_t length, double eps, real *mean, real *var,
                                  real *rstd, seam *past)
 {
-    SHORT_ROWS(1)
-}
-
-/* The same, not centred: y = x * rstd * weight with one weight for all rows. */
-EXACT_SWEEP void scale_short(const element *x, const real *weight, element *y, ptrdiff_t M, ptrdiff_t n, double eps,
-                             real *rstd, seam *past)
-{
-    const real *const bias = 0;
-    real *const mean = 0, *const var = 0;
-    const ptrdiff_t along = 0, length = n;
-    SHORT_ROWS(0)
+    if (mean) {
+        SHORT_ROWS(1)
+    } else {
+        SHORT_ROWS(0)
+    }
 }
 #undef SHORT_ROWS
 #undef PACKED
@@ -1594,7 +1594,7 @@ ALWAYS void backward_in_registers(const int vectors, const element *grad_y, cons
             terms_of_row(lanes_sum(g_sum), lanes_sum(gx_sum), mean ? lanes_sum(x_sum) : 0, inverse, mean != 0, r);
         const real b = terms.b, c = terms.c, s = terms.s;
         vec over = splat(0);
-        const phase p = way == JOINED ? phase_of(grad_x + here) : (phase){0};
+        const phase p = phase_of(way, grad_x + here);
         for (int v = 0; v < vectors; v++) {
             if (grad_x) {
                 vec out = r * (g[v] * w[v] + fused(t[v], splat(b), splat(c)));
@@ -1692,14 +1692,14 @@ ALWAYS void vectors_moments(const int vectors, const ptrdiff_t left, const eleme
         if (above == 0) {
             pivot[v] = load(x + v * LANES, left, 0);
         } else {
-            real rounded_mean[SOME_LANES];
+            real rounded_mean[LANES];
             for (ptrdiff_t k = 0; k < left; k++)
                 rounded_mean[k] = mean[v * LANES + k];
             pivot[v] = load_real(rounded_mean, left, 0);
         }
     }
     if (above == 0) {
-        const ptrdiff_t some = MIN(rows, 8);
+        const ptrdiff_t some = MIN(rows, ROUGH_ROWS);
         for (ptrdiff_t r = 1; r < some; r++)
             for (int v = 0; v < vectors; v++)
                 sum[v] += load(x + r * stride + v * LANES, left, 0) - pivot[v];
@@ -1739,13 +1739,13 @@ ALWAYS void add_rows(const int together, const element *x, ptrdiff_t stride, ptr
  * lie side by side. Elsewhere it foresees no steps from row to row, and TOGETHER they take fewer loads of sums. */
 #define ONE_BY_ONE(far, stride, n) (far && (stride) == (n))
 
-/* The same for up to SEGMENT columns, along the rows, `far` where they are not in the caches. Below these rows
+/* As vectors_moments for up to SEGMENT columns, along the rows, `far` where they are not in the caches. Below these rows
  * come `below` more. */
 ALWAYS void segment_moments(const element *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t n, double above,
                             ptrdiff_t below, int far, double *mean, double *m2)
 {
     segment_reals pivot, sum, squares;
-    const ptrdiff_t some = MIN(rows, 8);
+    const ptrdiff_t some = MIN(rows, ROUGH_ROWS);
     for (ptrdiff_t k = 0; k < n; k++)
         sum[k] = squares[k] = 0, pivot[k] = above == 0 ? 0 : mean[k];
     if (above == 0) {
@@ -1871,7 +1871,7 @@ ALWAYS void add_backward_rows(const int together, const int centred, const eleme
     })
 }
 
-/* The same for up to SEGMENT columns, along the rows. */
+/* As vectors_backward_sums for up to SEGMENT columns, along the rows. */
 ALWAYS void segment_backward_sums(const int centred, const element *grad_y, const element *x, const real *weight,
                                   ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t n, ptrdiff_t below,
                                   int far, const real *mean, double *g_sum, double *gx_sum, double *x_sum)
@@ -1881,7 +1881,7 @@ ALWAYS void segment_backward_sums(const int centred, const element *grad_y, cons
     for (ptrdiff_t k = 0; k < n; k++)
         a[k] = b[k] = c[k] = 0;
 #define ADD(together, ahead)                                                            \
-    add_backward_rows(together, centred, grad_y + r * stride, x + r * stride, weight ? weight + r : weight, \
+    add_backward_rows(together, centred, grad_y + r * stride, x + r * stride, NTH(1, weight, r), \
                       stride, n, mean, a, b, c, ahead)
     for (; !ONE_BY_ONE(far, stride, n) && r + TOGETHER <= rows; r += TOGETHER)
         ADD(TOGETHER, NEXT_ROWS(rows + below - r));
@@ -1902,12 +1902,12 @@ SWEEP void column_backward_sums(const element *grad_y, const element *x, const r
 {
     for (ptrdiff_t start = 0; start < rows; start += BACKWARD_ROWS) {
         const ptrdiff_t count = MIN(BACKWARD_ROWS, rows - start), here = start * stride;
-        const real *weights = weight ? weight + start : weight;
+        const real *weights = NTH(1, weight, start);
         if (straight(width, far)) {
             FOR_COLUMNS(j, vectors, left, width,
                         vectors_backward_sums(vectors, left, grad_y + here + j, x + here + j, weights, count, stride,
                                               NEXT_COLUMNS(j, vectors, count), mean + j, g_sum + j, gx_sum + j,
-                                              x_sum ? x_sum + j : x_sum);)
+                                              NTH(1, x_sum, j));)
         } else {
 #define SEGMENTS(centred)                                                               \
     for (ptrdiff_t j = 0; j < width; j += SEGMENT)                                      \
@@ -2042,24 +2042,27 @@ SWEEP void backward_group(const element *grad_y, const element *x, ptrdiff_t row
  * the other is how the prefetchers of the hardware follow them best, but with gaps they do not. */
 #define CLOSE_BYTES 1024
 
-#define FOR_BLOCK(rows, stride, width, PREPARE, AT)                                     \
+/* The `rows` rows of a sweep, `stride` apart and `width` wide: PREPARE(j, left), then AT(i, left) for element i of
+ * column j in each row. */
+#define FOR_BLOCK(PREPARE, AT)                                                          \
     {                                                                                   \
-        const int close = cached || (stride) != (width)                                 \
-                          || TOGETHER * (stride) * (ptrdiff_t)sizeof(element) <= CLOSE_BYTES; \
+        const int close = cached || stride != width                                     \
+                          || TOGETHER * stride * (ptrdiff_t)sizeof(element) <= CLOSE_BYTES; \
         ptrdiff_t row = 0;                                                              \
-        for (; close && row + TOGETHER <= (rows); row += TOGETHER)                      \
+        for (; close && row + TOGETHER <= rows; row += TOGETHER)                        \
             FOR_VECTORS(j, left, width, PREPARE(j, left)                                \
-                AT(row * (stride) + j, left)                                            \
-                AT((row + 1) * (stride) + j, left)                                      \
-                AT((row + 2) * (stride) + j, left)                                      \
-                AT((row + 3) * (stride) + j, left))                                     \
-        for (; row < (rows); row++)                                                     \
-            FOR_VECTORS(j, left, width, PREPARE(j, left) AT(row * (stride) + j, left))  \
+                AT(row * stride + j, left)                                              \
+                AT((row + 1) * stride + j, left)                                        \
+                AT((row + 2) * stride + j, left)                                        \
+                AT((row + 3) * stride + j, left))                                       \
+        for (; row < rows; row++)                                                       \
+            FOR_VECTORS(j, left, width, PREPARE(j, left) AT(row * stride + j, left))    \
     }
+_Static_assert(TOGETHER == 4, "FOR_BLOCK counts them");
 
-/* Writes VALUE(j, left), of column j of the row that begins at `start`, to rows that are JOINED. */
-#define JOIN_ROWS(y, rows, width, past, VALUE)                                          \
-    for (ptrdiff_t row = 0, start = 0; row < (rows); row++, start += (width))           \
+/* Writes VALUE(j, left), of column j of the row that begins at `start`, to the rows of a sweep, which are JOINED. */
+#define JOIN_ROWS(y, VALUE)                                                             \
+    for (ptrdiff_t row = 0, start = 0; row < rows; row++, start += width)               \
         WRITE_PAST((y) + start, width, past, VALUE)
 
 /* y = activation((x - pivot) * scale + shift + residual): pivot, scale and shift per column. */
@@ -2070,8 +2073,8 @@ SWEEP void affine_block(const element *x, const element *residual, element *y, p
     const vec floor = floor_of(activation);
     const int way = way_of(past, y, stride, width);
 #define COLUMNS(j, left)                                                                \
-    const vec p = load_real(pivot + j, left, 0), a = load_real(scale + j, left, 0);     \
-    const vec b = load_real(shift + j, left, 0);
+    const vec p = load_real(pivot + (j), left, 0), a = load_real(scale + (j), left, 0); \
+    const vec b = load_real(shift + (j), left, 0);
 #define VALUE(i, left) fused(load(x + (i), left, 0) - p, a, b)
 #define ADDED(i, left) (VALUE(i, left) + load(residual + (i), left, 0))
 #define PUT(i, value, left) put(y + (i), value, left, way);
@@ -2085,27 +2088,18 @@ SWEEP void affine_block(const element *x, const element *residual, element *y, p
         at_least(residual ? ADDED(start + (j), left) : VALUE(start + (j), left), floor); \
     })
     if (way == JOINED && activation <= RELU) {
-        JOIN_ROWS(y, rows, width, past, IN_STRETCH)
+        JOIN_ROWS(y, IN_STRETCH)
     } else if (activation > RELU) {
-        for (ptrdiff_t row = 0; row < rows; row++)
-            for (ptrdiff_t start = 0; start < width; start += SCRATCH) {
-                real scratch[SCRATCH];
-                const ptrdiff_t count = MIN(SCRATCH, width - start), here = row * stride + start;
-                FOR_VECTORS(i, left, count, {
-                    COLUMNS(start + i, left)
-                    store_real(scratch + i, residual ? ADDED(here + i, left) : VALUE(here + i, left), left);
-                })
-                activate(scratch, count, activation);
-                deliver(scratch, y + here, count, way ? past : 0);
-            }
+        for (ptrdiff_t row = 0, start = 0; row < rows; row++, start += stride)
+            WRITE_ACTIVATED(y + start, width, activation, way ? past : 0, done, IN_STRETCH)
     } else if (residual && activation) {
-        FOR_BLOCK(rows, stride, width, COLUMNS, CUT_ADDED)
+        FOR_BLOCK(COLUMNS, CUT_ADDED)
     } else if (residual) {
-        FOR_BLOCK(rows, stride, width, COLUMNS, PUT_ADDED)
+        FOR_BLOCK(COLUMNS, PUT_ADDED)
     } else if (activation) {
-        FOR_BLOCK(rows, stride, width, COLUMNS, CUT_VALUE)
+        FOR_BLOCK(COLUMNS, CUT_VALUE)
     } else {
-        FOR_BLOCK(rows, stride, width, COLUMNS, PUT_VALUE)
+        FOR_BLOCK(COLUMNS, PUT_VALUE)
     }
 #undef VALUE
 #undef ADDED
@@ -2139,13 +2133,13 @@ EXACT_SWEEP void backward_block(const element *grad_y, const element *x, element
 #define FROZEN_IN_STRETCH(j, left) ({ COLUMNS(j, left) HELD(start + (j), left); })
 #define THROUGH_IN_STRETCH(j, left) ({ ALL_COLUMNS(j, left) ALL(start + (j), left); })
     if (way == JOINED && !x) {
-        JOIN_ROWS(grad_x, rows, width, past, FROZEN_IN_STRETCH)
+        JOIN_ROWS(grad_x, FROZEN_IN_STRETCH)
     } else if (way == JOINED) {
-        JOIN_ROWS(grad_x, rows, width, past, THROUGH_IN_STRETCH)
+        JOIN_ROWS(grad_x, THROUGH_IN_STRETCH)
     } else if (!x) {
-        FOR_BLOCK(rows, stride, width, COLUMNS, FROZEN)
+        FOR_BLOCK(COLUMNS, FROZEN)
     } else {
-        FOR_BLOCK(rows, stride, width, ALL_COLUMNS, THROUGH)
+        FOR_BLOCK(ALL_COLUMNS, THROUGH)
     }
 #undef HELD
 #undef ALL
@@ -2158,16 +2152,16 @@ EXACT_SWEEP void backward_block(const element *grad_y, const element *x, element
 #undef PUT
 }
 
-/* The rows of a strip with a weight each. They are taken TOGETHER where all is in the cache, or with gaps between
- * them, unless they are JOINED; where not, `ahead` is how far away lies what is read next: it is fetched, row by row,
- * as the hardware follows. */
-#define FOR_ROWS(row, rows, ahead, AT)                                                  \
+/* AT(together, row) of the rows of a sweep, with a weight each. They are taken TOGETHER where all is in the cache, or
+ * with gaps between them, unless they are JOINED; where not, `ahead` is how far away lies what is read next: it is
+ * fetched, row by row, as the hardware follows. */
+#define FOR_ROWS(AT)                                                                    \
     {                                                                                   \
-        const int by_row = way == JOINED || ((ahead) && stride == width);               \
+        const int by_row = way == JOINED || (ahead && stride == width);                 \
         ptrdiff_t row = 0;                                                              \
-        for (; !by_row && row + TOGETHER <= (rows); row += TOGETHER)                    \
+        for (; !by_row && row + TOGETHER <= rows; row += TOGETHER)                      \
             AT(TOGETHER, row);                                                          \
-        for (; row < (rows); row++)                                                     \
+        for (; row < rows; row++)                                                       \
             AT(1, row);                                                                 \
     }
 
@@ -2207,9 +2201,9 @@ EXACT_SWEEP void affine_strip(const element *x, element *y, ptrdiff_t rows, ptrd
     affine_rows(together, x + row * stride, y + row * stride, stride, width, pivot, scale, shift, \
                 NTH(row, weight, 1), NTH(row, bias, 1), way, ahead)
     if (way == JOINED) {
-        JOIN_ROWS(y, rows, width, past, IN_STRETCH)
+        JOIN_ROWS(y, IN_STRETCH)
     } else {
-        FOR_ROWS(row, rows, ahead, AT)
+        FOR_ROWS(AT)
     }
 #undef IN_STRETCH
 #undef AT
@@ -2221,7 +2215,7 @@ ALWAYS void backward_strip_rows(const int together, const int parameters, const 
                                 const real *rstd, const real *shift, const real *b, const real *c,
                                 double *grad_weight, double *grad_bias, const int way, seam *past, ptrdiff_t ahead)
 {
-    const phase p = way == JOINED ? phase_of(grad_x) : (phase){0};
+    const phase p = phase_of(way, grad_x);
     vec weight_sum[TOGETHER], bias_sum[TOGETHER], over = splat(0);
     for (int k = 0; k < together; k++)
         weight_sum[k] = bias_sum[k] = splat(0);
@@ -2274,9 +2268,9 @@ EXACT_SWEEP void backward_strip(const element *grad_y, const element *x, const r
 #define SUMMED(together, row) ROWS(together, 1, row)
 #define ALONE(together, row) ROWS(together, 0, row)
     if (grad_weight) {
-        FOR_ROWS(row, rows, ahead, SUMMED)
+        FOR_ROWS(SUMMED)
     } else {
-        FOR_ROWS(row, rows, ahead, ALONE)
+        FOR_ROWS(ALONE)
     }
 #undef ROWS
 #undef SUMMED

@@ -23,7 +23,7 @@ cdef extern from "sweeps.h" nogil:
         TOGETHER
         UNITS
 
-    ctypedef real column_reals[1040]
+    ctypedef real column_reals[STRIP_COLUMNS]   # and a line more
     void* new_lines(size_t nbytes) noexcept
 
     ctypedef void (*team_body)(void* work, int member, int members) noexcept nogil
@@ -89,10 +89,8 @@ cdef extern from "sweeps.h" nogil:
 
     bint several_a_vector(Py_ssize_t n) noexcept
     void normalize_short(const element* x, const real* weight, const real* bias, element* y,
-                         Py_ssize_t M, Py_ssize_t n, Py_ssize_t along, Py_ssize_t length,
+                         Py_ssize_t M, Py_ssize_t n, Py_ssize_t begin, Py_ssize_t length,
                          double eps, real* mean, real* var, real* rstd, seam* past) noexcept
-    void scale_short(const element* x, const real* weight, element* y, Py_ssize_t M, Py_ssize_t n,
-                     double eps, real* rstd, seam* past) noexcept
     void backward_short(const element* grad_y, const element* x, const real* weight,
                         const element* grad_total, element* grad_x, Py_ssize_t M, Py_ssize_t n,
                         Py_ssize_t period, const real* mean, const real* rstd,
@@ -214,9 +212,8 @@ cdef inline void take_statistics(const Call* call, Py_ssize_t first, Py_ssize_t 
     where there is a place for it."""
     cdef:
         const real* given_mean = <const real*> call.mean + first
-        const real* given_rstd = at(<const real*> call.rstd, first)
+        real* given_rstd = at(<real*> call.rstd, first)
         const real* given_var = at(<const real*> call.var, first)
-        real* found = at(<real*> call.rstd, first)
         double eps = call.eps
         Py_ssize_t i
     for i in range(count):
@@ -227,20 +224,23 @@ cdef inline void take_statistics(const Call* call, Py_ssize_t first, Py_ssize_t 
         return
     for i in range(count):
         rstd[i] = <real> rstd_of(given_var[i], eps)
-    if found is not NULL:
+    if given_rstd is not NULL:
         for i in range(count):
-            found[i] = <real> rstd[i]
+            given_rstd[i] = <real> rstd[i]
 
 
-cdef inline void sum_parts(double* sums, Py_ssize_t parts, Py_ssize_t length, Py_ssize_t first,
-                           Py_ssize_t last, real* grad_weight,
-                           real* grad_bias) noexcept nogil:
-    """Add what the parts of a backward pass found, (parts, 2, length), up in the first, and write
-    it to the outputs wanted."""
+cdef inline void sum_parts(double* sums, Py_ssize_t parts, Py_ssize_t length, int member,
+                           int members, real* grad_weight, real* grad_bias) noexcept nogil:
+    """The end of a backward pass: add what its parts found, (parts, 2, length) or NULL, up in the
+    first, and write it to the outputs wanted. Each member does its share, once all are here."""
     cdef:
-        Py_ssize_t i, p
+        Py_ssize_t first = share(length, member, members)
+        Py_ssize_t last = share(length, member + 1, members), i, p
         double* weight_sums = sums
         double* bias_sums = sums + length
+    if sums is NULL:
+        return
+    team_barrier(members)
     for p in range(1, parts):
         for i in range(first, last):
             weight_sums[i] += weight_sums[2 * p * length + i]

@@ -45,8 +45,6 @@ typedef real element;
 #endif
 
 #define LANES ((ptrdiff_t)(VECTOR_BYTES / sizeof(real)))
-#define SOME_LANES (VECTOR_BYTES / sizeof(real))
-#define STORE_BYTES ((ptrdiff_t)(LANES * sizeof(element)))
 
 typedef real vec __attribute__((vector_size(VECTOR_BYTES)));
 typedef real loose_vec __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
@@ -348,9 +346,7 @@ ALWAYS vec load(const element *p, ptrdiff_t left, real fill)
     return (vec)_mm512_mask_blend_ps(mask, (__m512)splat(fill), (__m512)v);
 #else
     packed h = {0};
-#if defined(__AVX__)
-    h = (packed)load_bytes(p, left * sizeof(element), sizeof(element));
-#elif defined(__SSE2__)
+#if defined(__SSE2__)
     const __m128i eight = load_bytes(p, left * sizeof(element), sizeof(element));
     memcpy(&h, &eight, sizeof h);
 #else
@@ -380,12 +376,6 @@ ALWAYS void store(element *p, vec v, ptrdiff_t left)
 #endif
 }
 
-/* What a value becomes by being stored. */
-ALWAYS vec rounded(vec v)
-{
-    return widen(narrow(v));
-}
-
 #else
 
 ALWAYS vec load(const element *p, ptrdiff_t left, real fill)
@@ -396,11 +386,6 @@ ALWAYS vec load(const element *p, ptrdiff_t left, real fill)
 ALWAYS void store(element *p, vec v, ptrdiff_t left)
 {
     store_real(p, v, left);
-}
-
-ALWAYS vec rounded(vec v)
-{
-    return v;
 }
 
 #endif
@@ -451,12 +436,12 @@ ALWAYS real load_one(const element *p)
 /* One, to an aligned p. */
 ALWAYS void stream(element *p, vec v)
 {
-#if HALF && defined(__AVX512F__)
-    _mm256_stream_si256((__m256i *)p, (__m256i)narrow(v));
-#elif HALF && defined(__AVX__)
-    _mm_stream_si128((__m128i *)p, (__m128i)narrow(v));
-#elif HALF
+#if !CAN_STREAM
     store(p, v, LANES);
+#elif HALF && defined(__AVX512F__)
+    _mm256_stream_si256((__m256i *)p, (__m256i)narrow(v));
+#elif HALF
+    _mm_stream_si128((__m128i *)p, (__m128i)narrow(v));
 #elif defined(__AVX512F__) && defined(ELEMENT_FLOAT64)
     _mm512_stream_pd(p, (__m512d)v);
 #elif defined(__AVX512F__)
@@ -465,12 +450,10 @@ ALWAYS void stream(element *p, vec v)
     _mm256_stream_pd(p, (__m256d)v);
 #elif defined(__AVX__)
     _mm256_stream_ps(p, (__m256)v);
-#elif defined(__SSE2__) && defined(ELEMENT_FLOAT64)
+#elif defined(ELEMENT_FLOAT64)
     _mm_stream_pd(p, (__m128d)v);
-#elif defined(__SSE2__)
-    _mm_stream_ps(p, (__m128)v);
 #else
-    store(p, v, LANES);
+    _mm_stream_ps(p, (__m128)v);
 #endif
 }
 
@@ -495,7 +478,7 @@ ALWAYS void stream_fence(void)
 /* Elements before the first aligned store. */
 ALWAYS ptrdiff_t until_aligned(const element *p)
 {
-    return (ptrdiff_t)((uintptr_t)(-(intptr_t)p) % STORE_BYTES / sizeof(element));
+    return (ptrdiff_t)((uintptr_t)(-(intptr_t)p) % (LANES * sizeof(element)) / sizeof(element));
 }
 
 /* Whether rows that are `stride` apart begin with aligned stores. */
@@ -596,7 +579,7 @@ ALWAYS bits_vec turn(ptrdiff_t count)
 
 ALWAYS vec roots(vec v)
 {
-    real root[SOME_LANES];
+    real root[LANES];
     store_real(root, v, LANES);
     for (ptrdiff_t i = 0; i < LANES; i++)
         root[i] = sizeof(real) == sizeof(double) ? __builtin_sqrt(root[i]) : __builtin_sqrtf(root[i]);

@@ -143,97 +143,40 @@ cdef void set_channels(Call* call, cnp.ndarray x, cnp.ndarray mean, bint last):
     call.B, call.G = mean.shape[0], mean.shape[1]
 
 
-cdef run_channels_normalize(bint last, cnp.ndarray x, residual, weight, bias, double eps,
-                            int activation, y, mean, var, rstd, int threads):
-    cdef:
-        Call call = normalize_call(x, residual, weight, bias, eps, activation, y, None, mean, var,
-                                   rstd, threads)
-        Table* table = tables[element_of(x)]
+def channels_normalize(bint last, cnp.ndarray x, residual, weight, bias, double eps,
+                       int activation, y, mean, var, rstd, int threads):
+    cdef Call call = normalize_call(x, residual, weight, bias, eps, activation, y, None, mean, var,
+                                    rstd, threads)
     set_channels(&call, x, mean, last)
-    run(table.last_normalize if last else table.first_normalize, &call)
+    run(tables[element_of(x)].channels[last].normalize, &call)
 
 
-cdef run_channels_apply(bint last, cnp.ndarray x, residual, weight, bias, int activation, y, mean,
-                        rstd, int threads):
-    cdef:
-        Call call = normalize_call(x, residual, weight, bias, 0, activation, y, None, mean, None,
-                                   rstd, threads)
-        Table* table = tables[element_of(x)]
+def channels_apply(bint last, cnp.ndarray x, residual, weight, bias, int activation, y, mean,
+                   rstd, int threads):
+    cdef Call call = normalize_call(x, residual, weight, bias, 0, activation, y, None, mean, None,
+                                    rstd, threads)
     set_channels(&call, x, mean, last)
-    run(table.last_apply if last else table.first_apply, &call)
+    run(tables[element_of(x)].channels[last].apply, &call)
 
 
-cdef run_channels_moments(bint last, cnp.ndarray x, mean, var, int threads):
-    cdef:
-        Call call = normalize_call(x, None, None, None, 0, 0, None, None, mean, var, None, threads)
-        Table* table = tables[element_of(x)]
+def channels_moments(bint last, cnp.ndarray x, mean, var, int threads):
+    channels_normalize(last, x, None, None, None, 0, 0, None, mean, var, None, threads)
+
+
+def channels_backward(bint last, grad_y, cnp.ndarray x, mean, rstd, weight, grad_x, grad_weight,
+                      grad_bias, int threads):
+    cdef Call call = backward_call(grad_y, x, mean, rstd, weight, None, grad_x, grad_weight,
+                                   grad_bias, threads)
     set_channels(&call, x, mean, last)
-    run(table.last_moments if last else table.first_moments, &call)
+    run(tables[element_of(x)].channels[last].backward, &call)
 
 
-cdef run_channels_backward(bint last, bint frozen, grad_y, cnp.ndarray x, mean, rstd, weight,
-                           grad_x, grad_weight, grad_bias, int threads):
-    cdef:
-        Call call = backward_call(grad_y, x, mean, rstd, weight, None, grad_x, grad_weight,
-                                  grad_bias, threads)
-        Table* table = tables[element_of(x)]
+def channels_backward_apply(bint last, grad_y, cnp.ndarray x, mean, rstd, weight, grad_x,
+                            grad_weight, grad_bias, int threads):
+    cdef Call call = backward_call(grad_y, x, mean, rstd, weight, None, grad_x, grad_weight,
+                                   grad_bias, threads)
     set_channels(&call, x, mean, last)
-    if frozen:
-        run(table.last_backward_apply if last else table.first_backward_apply, &call)
-    else:
-        run(table.last_backward if last else table.first_backward, &call)
-
-
-def first_normalize(cnp.ndarray x, residual, weight, bias, double eps, int activation, y, mean,
-                    var, rstd, int threads):
-    run_channels_normalize(False, x, residual, weight, bias, eps, activation, y, mean, var, rstd,
-                           threads)
-
-
-def first_apply(cnp.ndarray x, residual, weight, bias, int activation, y, mean, rstd, int threads):
-    run_channels_apply(False, x, residual, weight, bias, activation, y, mean, rstd, threads)
-
-
-def first_moments(cnp.ndarray x, mean, var, int threads):
-    run_channels_moments(False, x, mean, var, threads)
-
-
-def first_backward(grad_y, cnp.ndarray x, mean, rstd, weight, grad_x, grad_weight, grad_bias,
-                   int threads):
-    run_channels_backward(False, False, grad_y, x, mean, rstd, weight, grad_x, grad_weight,
-                          grad_bias, threads)
-
-
-def first_backward_apply(grad_y, cnp.ndarray x, mean, rstd, weight, grad_x, grad_weight,
-                         grad_bias, int threads):
-    run_channels_backward(False, True, grad_y, x, mean, rstd, weight, grad_x, grad_weight,
-                          grad_bias, threads)
-
-
-def last_normalize(cnp.ndarray x, residual, weight, bias, double eps, int activation, y, mean,
-                   var, rstd, int threads):
-    run_channels_normalize(True, x, residual, weight, bias, eps, activation, y, mean, var, rstd,
-                           threads)
-
-
-def last_apply(cnp.ndarray x, residual, weight, bias, int activation, y, mean, rstd, int threads):
-    run_channels_apply(True, x, residual, weight, bias, activation, y, mean, rstd, threads)
-
-
-def last_moments(cnp.ndarray x, mean, var, int threads):
-    run_channels_moments(True, x, mean, var, threads)
-
-
-def last_backward(grad_y, cnp.ndarray x, mean, rstd, weight, grad_x, grad_weight, grad_bias,
-                  int threads):
-    run_channels_backward(True, False, grad_y, x, mean, rstd, weight, grad_x, grad_weight,
-                          grad_bias, threads)
-
-
-def last_backward_apply(grad_y, cnp.ndarray x, mean, rstd, weight, grad_x, grad_weight, grad_bias,
-                        int threads):
-    run_channels_backward(True, True, grad_y, x, mean, rstd, weight, grad_x, grad_weight,
-                          grad_bias, threads)
+    run(tables[element_of(x)].channels[last].backward_apply, &call)
 
 
 # -------------------------------------------------------------------------------- speed of memory
