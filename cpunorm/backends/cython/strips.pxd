@@ -255,14 +255,19 @@ cdef inline void _finish(const Images* im, Py_ssize_t image, Py_ssize_t first, P
     cdef:
         Py_ssize_t in_group = im.cells // im.groups, count, start
         Py_ssize_t n = im.rows * im.inner * im.per_cell
-        double mu[STRIP_COLUMNS]
-        double v[STRIP_COLUMNS]
+        double group_mean[STRIP_COLUMNS]
+        double group_m2[STRIP_COLUMNS]
         double r[STRIP_COLUMNS]
+        double* mu
+        double* v
         const Call* call = im.call
     _merge(im, first * in_group, last * in_group, mean, m2)
     while first < last:
         count = min(last - first, <Py_ssize_t> STRIP_COLUMNS)
-        fold_moments(n, mean + first * in_group, m2 + first * in_group, 1, count, in_group, mu, v)
+        mu, v = mean + first * in_group, m2 + first * in_group
+        if in_group > 1:
+            fold_moments(n, mu, v, 1, count, in_group, group_mean, group_m2)
+            mu, v = group_mean, group_m2
         start = image * im.groups + first
         settle(mu, v, count, n * in_group, call.eps, r, <real*> call.mean + start,
                <real*> call.var + start, at(<real*> call.rstd, start))

@@ -523,7 +523,7 @@ SWEEP void merge_columns(double n_a, double *mean_a, double *m2_a, double n_b, c
 SWEEP void fold_moments(double n, const double *restrict mean, const double *restrict m2, ptrdiff_t copies,
                         ptrdiff_t channels, ptrdiff_t inner, double *restrict out_mean, double *restrict out_m2)
 {
-    const double count = copies * inner;
+    const double inverse = 1.0 / (copies * inner);
     const ptrdiff_t width = channels * inner;
     if (inner == 1) {
         for (ptrdiff_t c = 0; c < channels; c++)
@@ -532,7 +532,7 @@ SWEEP void fold_moments(double n, const double *restrict mean, const double *res
             for (ptrdiff_t c = 0; c < channels; c++)
                 out_mean[c] += mean[k * width + c] - mean[c];
         for (ptrdiff_t c = 0; c < channels; c++)
-            out_mean[c] = mean[c] + out_mean[c] / count;
+            out_mean[c] = mean[c] + out_mean[c] * inverse;
         for (ptrdiff_t k = 0; k < copies; k++)
             for (ptrdiff_t c = 0; c < channels; c++) {
                 const double delta = mean[k * width + c] - out_mean[c];
@@ -545,7 +545,7 @@ SWEEP void fold_moments(double n, const double *restrict mean, const double *res
         for (ptrdiff_t k = 0; k < copies; k++)
             for (ptrdiff_t s = 0; s < inner; s++)
                 shift += mean[k * width + s] - mean[0];
-        const double mu = mean[0] + shift / count;
+        const double mu = mean[0] + shift * inverse;
         for (ptrdiff_t k = 0; k < copies; k++)
             for (ptrdiff_t s = 0; s < inner; s++) {
                 const double delta = mean[k * width + s] - mu;
@@ -576,9 +576,10 @@ SWEEP void fold_sums(const double *restrict columns, ptrdiff_t copies, ptrdiff_t
 EXACT_SWEEP void settle(const double *restrict mu, const double *restrict m2, ptrdiff_t n, double count, double eps,
                         double *restrict r, real *restrict mean, real *restrict var, real *restrict rstd)
 {
+    const double inverse = 1 / count;
     for (ptrdiff_t i = 0; i < n; i++) {
         /* Rounding can leave m2 a hair below zero; a NaN must pass. */
-        const double v = m2[i] < 0 ? 0 : m2[i] / count;
+        const double v = m2[i] < 0 ? 0 : m2[i] * inverse;
         r[i] = 1 / sqrt(v + eps);
         if (var)
             var[i] = v;
@@ -689,6 +690,7 @@ ALWAYS void block_moments(const int few, const element *x, ptrdiff_t units, ptrd
     vec sum[LANES], squares[LANES];
     real pivot[LANES], totals[LANES], m2s[LANES];
     const real inverse = (real)1 / some;
+    const double share = 1.0 / n;
     for (ptrdiff_t u = 0; u < units; u++) {
         const real first = load_one(x + u * n);
         vec total = {0};
@@ -719,7 +721,7 @@ ALWAYS void block_moments(const int few, const element *x, ptrdiff_t units, ptrd
             add_stretch(here, n, pivot[u], here, 0, &total, &square);
             totals[u] = lanes_sum(total), m2s[u] = lanes_sum(square);
         }
-        const double rest = (double)totals[u] / n;
+        const double rest = totals[u] * share;
         mean[u] = pivot[u] + rest;
         m2[u] = m2s[u] - rest * totals[u];
     }
@@ -1289,8 +1291,9 @@ EXACT_SWEEP void backward_affine(const element *grad_y, const element *x, elemen
 #undef PLANES
 }
 
-/* Of a row, from its three sums over 1 / inverse values: grad_x = rstd * (grad_y * weight + b * (x - mean) + c), and
- * x_hat = (x - mean) * rstd + s, where s is what the mean lost when it was rounded. */
+/* Of a row, or whatever shares a statistic, from its three sums over 1 / inverse values:
+ * grad_x = rstd * (grad_y * weight + b * (x - mean) + c), and x_hat = (x - mean) * rstd + s. The mean arrives rounded:
+ * what was rounded away is the mean of what is left. */
 typedef struct {
     double b, c, s;
 } row_terms;
@@ -1766,9 +1769,9 @@ ALWAYS void segment_moments(const element *x, ptrdiff_t rows, ptrdiff_t stride, 
 }
 
 /* Whether strips are taken a few vectors at a time, straight down, with sums in registers. */
-ALWAYS int straight(ptrdiff_t width, int far)
+ALWAYS int straight(ptrdiff_t rows, ptrdiff_t width, int far)
 {
-    return width <= (far ? COLUMN_VECTORS : STRAIGHT_VECTORS) * LANES;
+    return rows <= 2 * TOGETHER || width <= (far ? COLUMN_VECTORS : STRAIGHT_VECTORS) * LANES;
 }
 
 /* Mean and m2 of every column of a strip, `far` where it is not in the caches. */
@@ -1777,7 +1780,7 @@ SWEEP void column_moments(const element *x, ptrdiff_t rows, ptrdiff_t stride, pt
 {
     for (ptrdiff_t start = 0; start < rows; start += COLUMN_ROWS, x += COLUMN_ROWS * stride) {
         const ptrdiff_t count = MIN(COLUMN_ROWS, rows - start);
-        if (straight(width, far)) {
+        if (straight(rows, width, far)) {
             FOR_COLUMNS(j, vectors, left, width,
                         vectors_moments(vectors, left, x + j, count, stride, start, mean + j, m2 + j);)
         } else {
@@ -1903,7 +1906,7 @@ SWEEP void column_backward_sums(const element *grad_y, const element *x, const r
     for (ptrdiff_t start = 0; start < rows; start += BACKWARD_ROWS) {
         const ptrdiff_t count = MIN(BACKWARD_ROWS, rows - start), here = start * stride;
         const real *weights = NTH(1, weight, start);
-        if (straight(width, far)) {
+        if (straight(rows, width, far)) {
             FOR_COLUMNS(j, vectors, left, width,
                         vectors_backward_sums(vectors, left, grad_y + here + j, x + here + j, weights, count, stride,
                                               NEXT_COLUMNS(j, vectors, count), mean + j, g_sum + j, gx_sum + j,
@@ -1956,35 +1959,28 @@ EXACT_SWEEP void finish_backward(const double *g_sum, const double *gx_sum, cons
 {
     const double inverse = 1.0 / rows;
     for (ptrdiff_t i = 0; i < n; i++) {
-        /* The mean arrives rounded: what was rounded away is the mean of what is left. */
-        const double r = rstd[i], rest = centred ? x_sum[i] * inverse : 0;
-        const real slope = -r * r * (gx_sum[i] - rest * g_sum[i]) * inverse;
-        shift[i] = -rest * r;
-        b[i] = slope, c[i] = centred ? -g_sum[i] * inverse - slope * rest : 0;
+        const row_terms t = terms_of_row(g_sum[i], gx_sum[i], x_sum[i], inverse, centred, rstd[i]);
+        shift[i] = t.s, b[i] = t.b, c[i] = t.c;
     }
 }
 
-ALWAYS void combine_groups(const ptrdiff_t K, ptrdiff_t groups, const double *restrict g,
+ALWAYS void combine_groups(const ptrdiff_t K, const int through, ptrdiff_t groups, const double *restrict g,
                            const double *restrict gx, const double *restrict x, const real *restrict weight,
-                           double n, int through, const real *restrict rstd, double *restrict grad_weight,
+                           double n, const real *restrict rstd, double *restrict grad_weight,
                            double *restrict grad_bias, real *restrict b, real *restrict c)
 {
+    const double inverse = 1 / n;
     for (ptrdiff_t i = 0; i < groups; i++) {
-        const double r = rstd[i];
-        double rest = 0, g_sum = 0, gx_sum = 0;
-        /* The mean arrives rounded: what was rounded away is the mean of what is left. */
-        for (ptrdiff_t k = i * K; through && k < (i + 1) * K; k++)
-            rest += x[k];
-        rest /= n;
+        double g_sum = 0, gx_sum = 0, x_sum = 0;
         for (ptrdiff_t k = i * K; k < (i + 1) * K; k++) {
-            const double centred = gx[k] - rest * g[k], w = weight ? weight[k] : 1;
-            g_sum += w * g[k];
-            gx_sum += w * centred;
-            if (grad_weight)
-                grad_weight[k] += r * centred, grad_bias[k] += g[k];
+            const double w = weight ? weight[k] : 1;
+            g_sum += w * g[k], gx_sum += w * gx[k], x_sum += through ? x[k] : 0;
         }
-        const double slope = -r * r * gx_sum / n;
-        b[i] = slope, c[i] = -g_sum / n - slope * rest;
+        const row_terms t = terms_of_row(g_sum, gx_sum, x_sum, inverse, through, rstd[i]);
+        if (grad_weight)
+            for (ptrdiff_t k = i * K; k < (i + 1) * K; k++)
+                grad_weight[k] += rstd[i] * gx[k] + t.s * g[k], grad_bias[k] += g[k];
+        b[i] = t.b, c[i] = t.c;
     }
 }
 
@@ -1994,10 +1990,15 @@ SWEEP void combine_channels(ptrdiff_t K, ptrdiff_t groups, const double *g, cons
                             const real *weight, double n, int through, const real *rstd, double *grad_weight,
                             double *grad_bias, real *b, real *c)
 {
-    if (K == 1)
-        combine_groups(1, groups, g, gx, x, weight, n, through, rstd, grad_weight, grad_bias, b, c);
+#define GROUPS(K, through)                                                              \
+    combine_groups(K, through, groups, g, gx, x, weight, n, rstd, grad_weight, grad_bias, b, c)
+    if (K == 1 && through)
+        GROUPS(1, 1);
+    else if (through)
+        GROUPS(K, 1);
     else
-        combine_groups(K, groups, g, gx, x, weight, n, through, rstd, grad_weight, grad_bias, b, c);
+        GROUPS(K, 0);
+#undef GROUPS
 }
 
 /* The same, from the sums on, for one group of K channels in at most BACKWARD_ROWS rows: they stay in L1. K is
@@ -2030,10 +2031,10 @@ SWEEP void backward_group(const element *grad_y, const element *x, ptrdiff_t row
     double g_sum = lanes_sum(sum.g), gx_sum = lanes_sum(sum.gx), x_sum = lanes_sum(sum.x);
     if (!few)
         add_wides(&wide, &g_sum, &gx_sum, &x_sum);
-    const double n = rows * K, r = rstd, rest = x_sum / n, slope = -r * r * (gx_sum - rest * g_sum) / n;
-    *b = slope, *c = -g_sum / n - slope * rest;
+    const row_terms t = terms_of_row(g_sum, gx_sum, x_sum, 1.0 / (rows * K), 1, rstd);
+    *b = t.b, *c = t.c;
     for (ptrdiff_t k = 0; grad_weight && k < K; k++)
-        grad_weight[k] += r * (gx[k] - rest * g[k]), grad_bias[k] += g[k];
+        grad_weight[k] += (double)rstd * gx[k] + t.s * g[k], grad_bias[k] += g[k];
 }
 
 /* --------------------------------------------------------- the rows of a strip: element by element */
