@@ -104,11 +104,15 @@ def _listed(options: Sequence[object]) -> str:
     return ", ".join(map(repr, options))
 
 
-def array(name: str, a: Any) -> Array:
-    """Check an array, of NumPy or of whoever lets its memory be read; return one of NumPy."""
+def _is_plain(a: Any) -> bool:
     # A subclass may redefine arithmetic (masked arrays) or shape (matrix): taking only its data
     # would silently drop what it means. A memmap is plain memory.
-    if type(a) is np.ndarray or isinstance(a, np.memmap):
+    return type(a) is np.ndarray or isinstance(a, np.memmap)
+
+
+def array(name: str, a: Any) -> Array:
+    """Check an array, of NumPy or of whoever lets its memory be read; return one of NumPy."""
+    if _is_plain(a):
         return np.asarray(a)
     reason = ""
     if not isinstance(a, (np.ndarray, np.generic)):
@@ -191,7 +195,7 @@ def _parameter(name: str, given: Any, shape: tuple[int, ...], x: Array, of: str)
     return None if given is None else _sized(name, given, shape, _beside(x), of)
 
 
-def _number(name: str, value: Any) -> float:
+def number(name: str, value: Any) -> float:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.number)):
         raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
     if isinstance(value, np.complexfloating):
@@ -203,7 +207,7 @@ def _number(name: str, value: Any) -> float:
 
 
 def _eps(value: Any, *, positive: bool = False) -> float:
-    eps = _number("eps", value)
+    eps = number("eps", value)
     if not (0 < eps < math.inf if positive else 0 <= eps < math.inf):
         bound = "> 0 when the batch is normalised by its own statistics" if positive else ">= 0"
         raise ValueError(f"eps must be finite and {bound}, got {value!r}")
@@ -287,7 +291,7 @@ def _out(
     name: str, out: Any, x: Array, same_as: dict[str, Array], others: dict[str, Array | None]
 ) -> Array:
     """Check an output: it may be one of `same_as` itself, and shares no memory otherwise."""
-    if not isinstance(out, np.ndarray):
+    if not _is_plain(out):
         raise TypeError(f"{name} must be a numpy.ndarray, got {_kind(out)}")
     checked = _like(name, out, x)
     if not checked.flags.writeable:
@@ -446,18 +450,21 @@ def axis_norm(
         summands["residual"] = residual = _like("residual", residual, x)
     mask = _mask(mask, x, axes[-1])
     parameters = {"weight": weight, "bias": bias, "mask": mask}
+    total: Array | None = None
     if out is not None:
-        out = _out("out", out, x, summands, parameters)
+        y = _out("out", out, x, summands, parameters)
     if sum_out is not None:
-        sum_out = _out("sum_out", sum_out, x, summands, parameters)
-        if out is not None and np.shares_memory(out, sum_out):
+        total = _out("sum_out", sum_out, x, summands, parameters)
+        if out is not None and np.shares_memory(y, total):
             raise ValueError("sum_out must not overlap out, got a view of its memory")
     backend = _dispatch.resolve(backend)
 
     frame, positions = _axis_problem(x, axes, mask)
     solve = _solver(positions)
-    y = frame.new(x) if out is None else out
-    total = None if not add else frame.new(x) if sum_out is None else sum_out
+    if out is None:
+        out = y = frame.new(x)
+    if sum_out is None and add:
+        sum_out = total = frame.new(x)
     new_statistic = np.empty if x.size and mask is None else np.zeros
     rstd = new_statistic(frame.kept_shape, acc)
     mean = new_statistic(frame.kept_shape, acc) if center else None
@@ -481,11 +488,11 @@ def axis_norm(
         )
         frame.deliver(y_placed, y)
         frame.deliver(total_placed, total)
-    result = (y, total) if add else (y,)
+    result = (out, sum_out) if add else (out,)
     if return_stats:
         mean = None if mean is None else frame.unlay_statistic(mean)
         return (*result, Stats(mean, frame.unlay_statistic(rstd)))
-    return result if add else y
+    return result if add else out
 
 
 def axis_norm_backward(
@@ -663,7 +670,7 @@ def channel_norm(
     statistics = _running_statistics(running, channels, x, frozen)
     kept, momentum, eps = resolve_convention(convention, momentum, eps)
     eps = _eps(eps, positive=op == "batch_norm" and not frozen)
-    momentum = _number("momentum", momentum)
+    momentum = number("momentum", momentum)
     return_stats = flag("return_stats", return_stats)
     activation = _activation(activation, return_stats)
     summands = {"x": x}
@@ -674,7 +681,7 @@ def channel_norm(
     if not frozen:
         _updatable(statistics, {**summands, **parameters})
     if out is not None:
-        out = _out("out", out, x, summands, parameters | statistics)
+        y = _out("out", out, x, summands, parameters | statistics)
     per_statistic = x.size // max(1, math.prod(channels.stats))
     if op != "group_norm" and not frozen and per_statistic == 1:
         unit = "channel" if op == "batch_norm" else "channel of an image"
@@ -685,7 +692,8 @@ def channel_norm(
 
     frame, positions = _channel_problem(x, channels, mask)
     solve = _solver(positions)
-    y = frame.new(x) if out is None else out
+    if out is None:
+        out = y = frame.new(x)
     if frozen:
         with np.errstate(all="ignore"):
             mean = statistics["running_mean"].astype(acc).reshape(channels.stats)
@@ -717,8 +725,8 @@ def channel_norm(
         frame.deliver(placed, y)
     if return_stats:
         shape = channels.public_stats
-        return y, Stats(mean.reshape(shape), rstd.reshape(shape))
-    return y
+        return out, Stats(mean.reshape(shape), rstd.reshape(shape))
+    return out
 
 
 def channel_moments(

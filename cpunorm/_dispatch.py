@@ -114,6 +114,8 @@ def use_backend(name: str) -> Iterator[None]:
     >>> with cpunorm.use_backend("numpy"):
     ...     y = cpunorm.rms_norm(np.ones((2, 4)), 4)
     """
+    if name is None:
+        raise TypeError("name must be a string, got None")
     check_backend(name)
     token = _current.set(name)
     try:

@@ -109,8 +109,11 @@ def read(a: Any) -> Array:
         raise BufferError("it is negated only when it is read; use resolve_neg() first")
     relay = _Relay(a)
     array = np.from_dlpack(relay)
-    if not relay.is_bfloat16:
-        return array
+    return as_bfloat16(array) if relay.is_bfloat16 else array
+
+
+def as_bfloat16(array: Array) -> Array:
+    """View 16 bits of another name as what they are."""
     try:
         from ml_dtypes import bfloat16
     except ImportError:

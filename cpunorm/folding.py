@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ._canonical import DTYPE_NAMES, Array, is_supported
+from ._canonical import DTYPE_NAMES, Array, array, is_supported, number
 from .layers import BatchNorm
 
 STATISTICS = ("running_mean", "running_var")
@@ -33,7 +33,7 @@ def fold_batch_norm(
         The layer's weight; float16, bfloat16, float32 or float64.
     bias : ndarray, shape (C,), or None
         The layer's bias, C being the number of its output channels.
-    bn : BatchNorm, or mapping of str to array_like
+    bn : BatchNorm, or mapping of str to ndarray
         The batch norm, or its arrays as `BatchNorm.state_dict` names them: `running_mean` and
         `running_var`, `weight` and `bias` where it has them, and `eps` where it is not 1e-5. An
         activation of the layer stays to be applied.
@@ -75,7 +75,7 @@ def fold_batch_norm(
     >>> bool(np.allclose(x @ weight.T + bias, expected))
     True
     """
-    _check_array("weight", weight)
+    weight = _array("weight", weight)
     arrays, eps = _arrays_of(bn)
     channels = arrays["running_var"].shape[0]
     variance = arrays["running_var"] + eps
@@ -85,19 +85,20 @@ def fold_batch_norm(
     along = _along(weight, layout, scale)
     old = np.zeros(channels) if bias is None else _parameter("bias", bias, (channels,))
     new = (old - arrays["running_mean"]) * scale + arrays["bias"]
-    return (weight.astype(np.float64) * along).astype(weight.dtype), new.astype(weight.dtype)
+    with np.errstate(over="ignore"):  # of 16 bits: infinite, as in the kernels
+        return (weight.astype(np.float64) * along).astype(weight.dtype), new.astype(weight.dtype)
 
 
-def _check_array(name: str, a: Any) -> None:
-    if type(a) is not np.ndarray and not isinstance(a, np.memmap):
-        raise TypeError(f"{name} must be a numpy.ndarray, got {type(a).__name__}")
+def _array(name: str, given: Any) -> Array:
+    a = array(name, given)
     if not is_supported(a.dtype):
         raise TypeError(f"{name} must have dtype {DTYPE_NAMES}, got {a.dtype}")
+    return a
 
 
-def _parameter(name: str, a: Any, shape: tuple[int, ...]) -> Array:
+def _parameter(name: str, given: Any, shape: tuple[int, ...]) -> Array:
     """Check an array along the channels, and return it in float64."""
-    _check_array(name, a)
+    a = _array(name, given)
     if a.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, one per channel of bn, got {a.shape}")
     return np.asarray(a, np.float64)
@@ -109,7 +110,7 @@ def _arrays_of(bn: Any) -> tuple[dict[str, Array], float]:
         given: Mapping[str, Any] = {name: getattr(bn, name) for name in (*STATISTICS, *AFFINE)}
         eps = bn.eps
     elif isinstance(bn, Mapping):
-        given, eps = bn, float(bn.get("eps", 1e-5))
+        given, eps = bn, number("bn.eps", bn.get("eps", 1e-5))
     else:
         raise TypeError(f"bn must be a BatchNorm or a mapping, got {type(bn).__name__}")
     for name in STATISTICS:

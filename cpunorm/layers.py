@@ -73,11 +73,12 @@ class _Layer(ABC):
         dtype: DTypeLike,
         backend: str | None,
     ) -> None:
-        if dtype is None:
-            raise TypeError(f"dtype must be {DTYPE_NAMES}, got None")
-        self.dtype = np.dtype(dtype)
-        if not is_supported(self.dtype):
-            raise TypeError(f"dtype must be {DTYPE_NAMES}, got {self.dtype}")
+        try:
+            self.dtype = np.dtype(dtype)
+        except TypeError:
+            raise TypeError(f"dtype must be {DTYPE_NAMES}, got {dtype!r}") from None
+        if dtype is None or not is_supported(self.dtype):
+            raise TypeError(f"dtype must be {DTYPE_NAMES}, got {dtype}")
         if min(shape, default=0) < 0:
             raise ValueError(f"a layer's sizes must not be negative, got {shape}")
         self.backend = backend
@@ -162,7 +163,7 @@ class _Layer(ABC):
         Self
             The layer.
         """
-        self.training = bool(mode)
+        self.training = flag("mode", mode)
         return self
 
     def eval(self) -> Self:
@@ -255,11 +256,17 @@ class _Layer(ABC):
 
 def _loaded(name: str, value: Any, target: Array) -> Array:
     """Return a value of a state as an array with the shape and dtype of `target`."""
+    from . import _interchange  # takes a moment to import, and few need it
+
     # A torch parameter gives its values only when detached from its graph.
     value = value.detach() if hasattr(value, "detach") else value
     try:
-        values = np.asarray(value).astype(target.dtype, casting="same_kind")
-    except (TypeError, ValueError) as error:
+        foreign = not isinstance(value, np.ndarray) and _interchange.is_foreign(value)
+        values = _interchange.read(value) if foreign else np.asarray(value)
+        if values.dtype == "V2":  # what `numpy.savez` makes of bfloat16
+            values = _interchange.as_bfloat16(values)
+        values = values.astype(target.dtype, casting="same_kind")
+    except (TypeError, ValueError, BufferError, RuntimeError) as error:
         raise TypeError(f"state[{name!r}] must convert to {target.dtype}: {error}") from None
     if values.shape != target.shape:
         raise ValueError(f"state[{name!r}] must have shape {target.shape}, got {values.shape}")
@@ -294,7 +301,7 @@ class _ChannelNorm(_Layer):
         self.running_mean: Array | None = None
         self.running_var: Array | None = None
         self.num_batches_tracked: Array | None = None
-        if track_running_stats:
+        if flag("track_running_stats", track_running_stats):
             self.running_mean = np.zeros(count, self.dtype)
             self.running_var = np.ones(count, self.dtype)
             self.num_batches_tracked = np.array(0, np.int64)
@@ -379,7 +386,8 @@ class BatchNorm(_ChannelNorm):
     running_mean, running_var : ndarray or None
         (C,), zeros and ones at first.
     num_batches_tracked : ndarray or None
-        The number of batches in the running statistics, a 0-d int64 array. Empty ones do not count.
+        The number of batches in the running statistics, a 0-d int64 array. Those that do not move
+        them, empty or masked but for one position, do not count.
     grad_weight, grad_bias : ndarray or None
         (C,), written by `backward`.
     training : bool
@@ -430,8 +438,13 @@ class BatchNorm(_ChannelNorm):
             layout, activation, dtype, backend,
         )  # fmt: skip
 
-    def _forward(self, x: Array, **options: Any) -> Any:
+    def _forward(self, x: Array, mask: Readable | None = None, **options: Any) -> Any:
         count = self.num_batches_tracked
+        # Where no position counts, or one, the statistics stay as they are.
+        moved = x.size and (mask is None or np.count_nonzero(array("mask", mask)) > 1)
+        counted = count if self.training and moved else None
+        if counted is not None and not counted.flags.writeable:
+            raise ValueError("num_batches_tracked must be writeable, got a read-only array")
         momentum = self.momentum
         if momentum is None:
             weight_of_new = 0.0 if count is None else 1.0 / (int(count) + 1)
@@ -440,10 +453,10 @@ class BatchNorm(_ChannelNorm):
             x, self.running_mean, self.running_var, self.weight, self.bias,
             self.training or self.running_mean is None, momentum, self.eps,
             convention=self.convention, layout=self.layout, activation=self.activation,
-            backend=self.backend, **options,
+            mask=mask, backend=self.backend, **options,
         )  # fmt: skip
-        if self.training and count is not None and x.size:
-            count += 1
+        if counted is not None:
+            counted += 1
         return result
 
     def _gradients(self, grad_y: Readable, x: Array, stats: Stats, **options: Any) -> Gradients:
@@ -659,9 +672,10 @@ class _AxisNorm(_Layer):
         backend: str | None,
     ) -> None:
         self.normalized_shape = integers("normalized_shape", normalized_shape)
-        super().__init__(self.normalized_shape, elementwise_affine, bias, dtype, backend)
+        self.elementwise_affine = affine = flag("elementwise_affine", elementwise_affine)
+        bias = affine and flag("bias", bias)
+        super().__init__(self.normalized_shape, affine, bias, dtype, backend)
         self.eps = eps
-        self.elementwise_affine = elementwise_affine
         # An empty batch changes nothing and has the arguments checked where all checks live;
         # `axis` waits for the rank of the first x.
         self.axis: Shape | None = None
@@ -758,10 +772,7 @@ class LayerNorm(_AxisNorm):
         dtype: DTypeLike = np.float32,
         backend: str | None = None,
     ) -> None:
-        super().__init__(
-            normalized_shape, eps, elementwise_affine, elementwise_affine and bias,
-            axis, dtype, backend,
-        )  # fmt: skip
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, axis, dtype, backend)
 
     def _forward(self, x: Array, **options: Any) -> Any:
         return functional.layer_norm(

@@ -109,8 +109,35 @@ _into_rstd = _argument("rstd", written=True)
 _into_grad_x = _argument("grad_x", written=True)
 _into_grad_weight = _argument("grad_weight", written=True)
 _into_grad_bias = _argument("grad_bias", written=True)
-_into_running_mean = _argument("running_mean", written=True)
-_into_running_var = _argument("running_var", written=True)
+_from_running_mean = _argument("running_mean", written=False)
+_from_running_var = _argument("running_var", written=False)
+
+
+def _check_updatable(running_mean, running_var):
+    """Raise unless both can be written, each where the other is not."""
+    raise NotImplementedError
+
+
+@overload(_check_updatable)
+def _check_updatable_in_nopython(running_mean, running_var):
+    statistics = {"running_mean": running_mean, "running_var": running_var}
+    read_only = [n for n, a in statistics.items() if isinstance(a, types.Array) and not a.mutable]
+    if read_only:
+        message = f"{read_only[0]} must be writeable where it is updated"
+
+        def of_read_only(running_mean, running_var):
+            raise ValueError(message)
+
+        return of_read_only
+    if _absent(running_mean) or _absent(running_var):
+        return lambda running_mean, running_var: None
+
+    def of_writeable(running_mean, running_var):
+        distance = np.intp(running_mean.ctypes.data) - np.intp(running_var.ctypes.data)
+        if -running_mean.nbytes < distance < running_var.nbytes:
+            raise ValueError("running_mean must not overlap running_var")
+
+    return of_writeable
 
 
 def _new(out, x):
@@ -413,11 +440,17 @@ def batch_norm(
         raise ValueError("running_mean and running_var must be given together")
     if running_mean is None and not training:
         raise ValueError("running_mean and running_var must be given where training is False")
+    if training and not eps > 0:
+        raise ValueError("eps must be > 0 when the batch is normalised by its own statistics")
+    if training and N * S == 1:
+        raise ValueError("x must hold more than one value per channel to have a variance")
+    if training:
+        _check_updatable(running_mean, running_var)
     failed = _batch_norm(
         x,
         _from_x(x, x, x.shape),
-        _into_running_mean(running_mean, x, (C,)),
-        _into_running_var(running_var, x, (C,)),
+        _from_running_mean(running_mean, x, (C,)),
+        _from_running_var(running_var, x, (C,)),
         _from_weight(weight, x, (C,)),
         _from_bias(bias, x, (C,)),
         _into_out(y, x, x.shape),

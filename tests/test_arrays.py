@@ -171,6 +171,22 @@ def test_a_memmap_is_plain_memory(tmp_path, addresses):
     assert lying.ctypes.data in addresses
 
 
+def test_a_memmap_to_write_to_is_what_comes_back(tmp_path, backend):
+    x = x_of()
+    given, sum_given = (
+        np.memmap(tmp_path / name, x.dtype, "w+", shape=x.shape) for name in ("y", "sum")
+    )
+    options = {"backend": backend}
+    assert cpunorm.group_norm(x, 2, out=given, **options) is given
+    assert_same_bits(np.asarray(given), cpunorm.group_norm(x, 2, **options))
+    y, total = cpunorm.add_rms_norm(
+        x, x, x.shape[-1], out=given, sum_out=sum_given, backend=backend
+    )
+    assert y is given
+    assert total is sum_given
+    assert_same_bits(np.asarray(total), x + x)
+
+
 # --- What is refused -----------------------------------------------------------------------------
 
 

@@ -6,7 +6,16 @@ import pytest
 import cpunorm
 
 from .cases import CASES, SMALL_CASES, channel_cases
-from .support import assert_same_bits, copies, pick, run, run_backward, statistics
+from .support import (
+    DTYPES,
+    HALF_DTYPES,
+    assert_same_bits,
+    copies,
+    pick,
+    run,
+    run_backward,
+    statistics,
+)
 
 # Large enough for more than one thread: 64 KiB and above. Some are kept small, for many runs.
 THREADED_CASES = [c for c in CASES if np.prod(c.shape) >= 2**14]
@@ -67,3 +76,18 @@ def test_any_address(case, backend):
         moved = {name: at_offset(a, count) for name, a in arrays.items()}
         got = everything(case, moved, at_offset(grad_y, count), backend)
         assert_same_bits(got, expected)
+
+
+@pytest.mark.parametrize("dtype", (*DTYPES, *HALF_DTYPES))
+@pytest.mark.parametrize("case", SMALL_CASES, ids=str)
+def test_what_else_is_wanted_changes_no_bits_of_a_gradient(case, dtype, backend):
+    arrays, grad_y = case.arrays(dtype), case.grad_y().astype(dtype)
+    stats = statistics(case, arrays, backend=backend)
+    every = run_backward(case, arrays, grad_y, stats, backend=backend)
+    for need in ((True, False, False), (False, True, True)):
+        some = run_backward(case, arrays, grad_y, stats, backend=backend, need=need)
+        for wanted, one, all_ in zip(need, some, every, strict=True):
+            if wanted and all_ is not None:
+                assert_same_bits(one, all_)
+            else:
+                assert one is None

@@ -119,7 +119,8 @@ W, GOOD = np.ones((4, 3, 2, 2)), batch_norm(4)
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (([1.0], None, GOOD), TypeError, "weight must be a numpy.ndarray, got list"),
+        (([1.0], None, GOOD), TypeError, "weight must be a numpy.ndarray.* got builtins.list"),
+        ((W, None, GOOD | {"eps": "a"}), TypeError, r"bn\.eps must be a real number, got str"),
         ((W.astype(int), None, GOOD), TypeError, "weight must have dtype .* got int64"),
         ((W, np.ones(3), GOOD), ValueError, r"bias must have shape \(4,\)"),
         ((W, None, None), TypeError, "bn must be a BatchNorm or a mapping, got NoneType"),
@@ -138,6 +139,22 @@ W, GOOD = np.ones((4, 3, 2, 2)), batch_norm(4)
 def test_wrong_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         cpunorm.fold_batch_norm(*arguments)
+
+
+def test_tensors_are_read_and_overflow_is_infinite_without_a_warning():
+    torch = pytest.importorskip("torch")
+    state = torch.nn.BatchNorm1d(4).double().state_dict()
+    weight = torch.full((4, 3), 2.0, dtype=torch.float64)
+    found = cpunorm.fold_batch_norm(weight, None, state, "OI")
+    expected = cpunorm.fold_batch_norm(weight.numpy(), None, cpunorm.BatchNorm(4), "OI")
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b)
+    large = np.full((4, 3), 6e4, np.float16)
+    with np.errstate(all="raise"):
+        folded, _ = cpunorm.fold_batch_norm(
+            large, None, batch_norm(4) | {"weight": W[:, 0, 0, 0] * 9}, "OI"
+        )
+    assert np.isinf(folded).all()
 
 
 # ------------------------------------------------------------------------------------- ONNX files

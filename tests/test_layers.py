@@ -10,7 +10,13 @@ import pytest
 import cpunorm
 from cpunorm import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm, reference
 
-from .support import GRADIENT_TOLERANCE, HALF_DTYPES, VALUE_TOLERANCE, assert_close
+from .support import (
+    GRADIENT_TOLERANCE,
+    HALF_DTYPES,
+    VALUE_TOLERANCE,
+    assert_close,
+    assert_same_bits,
+)
 
 FLOAT32 = np.dtype("float32")
 VALUES, GRADIENTS = VALUE_TOLERANCE[FLOAT32], GRADIENT_TOLERANCE[FLOAT32]
@@ -453,3 +459,59 @@ def test_wrong_arguments_are_caught_by_the_constructor(make, error, match):
 )
 def test_repr_is_the_call_that_makes_it(text):
     assert repr(eval(text)) == text
+
+
+@pytest.mark.parametrize("counting", [0, 1])
+def test_a_batch_that_moves_nothing_is_not_counted(counting):
+    layer, x = BatchNorm(C, momentum=None), normal(*SHAPE)
+    mask = np.zeros((SHAPE[0], *SHAPE[2:]), bool)
+    mask.flat[:counting] = True
+    layer(x, mask=mask)
+    assert layer.num_batches_tracked == 0
+    layer(x)
+    assert layer.num_batches_tracked == 1
+    np.testing.assert_allclose(layer.running_mean, x.mean((0, 2, 3)), rtol=1e-5)
+
+
+def test_a_counter_that_cannot_be_written_is_an_error_before_anything_is():
+    layer = BatchNorm(C)
+    layer.num_batches_tracked.flags.writeable = False
+    with pytest.raises(ValueError, match="num_batches_tracked must be writeable"):
+        layer(normal(*SHAPE))
+    assert not layer.running_mean.any()
+    layer.eval()(normal(*SHAPE))
+
+
+def test_bfloat16_state_comes_back_from_a_file_and_from_torch():
+    bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
+    layer = randomised(BatchNorm(C, dtype=bfloat16))
+    file = io.BytesIO()
+    np.savez(file, **layer.state_dict())
+    for dtype in (bfloat16, np.float32):
+        file.seek(0)
+        other = BatchNorm(C, dtype=dtype)
+        other.load_state_dict(np.load(file))
+        assert_same_bits(other.running_var, layer.running_var.astype(dtype))
+    torch = pytest.importorskip("torch")
+    theirs = torch.nn.BatchNorm2d(C)
+    theirs.running_mean.uniform_()
+    layer.load_state_dict(theirs.bfloat16().state_dict())
+    expected = theirs.running_mean.float().numpy().astype(bfloat16)
+    assert_same_bits(layer.running_mean, expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: LayerNorm(C, bias="no"), "bias"),
+        (lambda: LayerNorm(C, elementwise_affine="no"), "elementwise_affine"),
+        (lambda: LayerNorm(C, 1e-5, np.ones(C), np.zeros(C)), "elementwise_affine"),
+        (lambda: RMSNorm(C, elementwise_affine=1), "elementwise_affine"),
+        (lambda: BatchNorm(C, track_running_stats="no"), "track_running_stats"),
+        (lambda: BatchNorm(C).train("no"), "mode"),
+        (lambda: BatchNorm(C, dtype="bogus"), "dtype"),
+    ],
+)
+def test_a_wrong_kind_of_argument_is_named(make, name):
+    with pytest.raises(TypeError, match=f"^{name} must be"):
+        make()

@@ -280,3 +280,32 @@ def test_nothing_of_nothing():
     layer_backward(x, x, *Stats(none, none), None, *grads)
     assert not grads[1].any()
     assert not grads[2].any()
+
+
+def test_running_statistics_are_each_for_itself_and_writeable_where_they_are_moved():
+    x, a, b = normal((4, 3, 5), "f4"), np.zeros(3, "f4"), np.ones(3, "f4")
+    with pytest.raises(ValueError, match="running_mean must not overlap running_var"):
+        norm.batch_norm(x, a, a, None, None, True)
+    memory = np.zeros(5, "f4")
+    with pytest.raises(ValueError, match="running_mean must not overlap running_var"):
+        norm.batch_norm(x, memory[2:], memory[:3], None, None, True)
+    given = a.copy(), b.copy()
+    for array in given:
+        array.flags.writeable = False
+    np.testing.assert_array_equal(
+        norm.batch_norm(x, *given), cpunorm.batch_norm(x, a, b, training=False)
+    )
+    for pair, name in (((given[0], b), "running_mean"), ((a, given[1]), "running_var")):
+        with pytest.raises(ValueError, match=f"{name} must be writeable"):
+            norm.batch_norm(x, *pair, None, None, True)
+    assert not a.any()
+    assert not memory.any()
+
+
+def test_training_has_a_variance():
+    x, a, b = normal((4, 3, 5), "f4"), np.zeros(3, "f4"), np.ones(3, "f4")
+    with pytest.raises(ValueError, match="eps must be > 0"):
+        norm.batch_norm(x, a, b, None, None, True, 0.1, 0.0)
+    with pytest.raises(ValueError, match="more than one value per channel"):
+        norm.batch_norm(x[:1, :, :1].copy(), a, b, None, None, True)
+    assert not a.any()

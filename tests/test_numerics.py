@@ -92,7 +92,7 @@ def test_gradients_under_an_offset(case, backend):
 # --- Constants -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [0.1, -1e4, 3.3e7, 1e30])
+@pytest.mark.parametrize("value", [0.1, -1e4, 3.3e7, 1e30, 1e38])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CENTRED, ids=str)
 def test_a_constant_gives_exactly_the_bias(case, dtype, value, backend):

@@ -4,6 +4,7 @@ CPUNORM_L2 and CPUNORM_L3, in bytes, stand in for what the system says.
 """
 
 import os
+import sys
 
 _CPU = "/sys/devices/system/cpu/cpu0/cache"
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -22,7 +23,7 @@ def cache_bytes(level: int) -> int:
 
 def _given(level: int) -> int:
     given = os.environ.get(f"CPUNORM_L{level}", "")
-    return int(given) if given.isdecimal() else 0
+    return min(int(given), sys.maxsize) if given.isdecimal() else 0
 
 
 def _told(level: int) -> int:

@@ -53,8 +53,8 @@
 
 /* Code that is inlined in two places may be rounded in two ways, and which place runs may depend on the
  * number of threads. So there is one copy of every sweep, in which sums may be reordered and multiply-adds
- * fused; everything outside these sweeps is compiled to the letter. So are those that are EXACT, but for what
- * is written as `fused`: their loops come in several variants, for elements of which the bits must be the same. */
+ * fused; everything outside these sweeps is compiled to the letter. Those that are EXACT have loops in several
+ * variants, whose elements must have the same bits: `fused` and `difference` say what is done first there. */
 #if defined(__clang__)
 #define SWEEP static __attribute__((noinline, unused))
 #define EXACT_SWEEP SWEEP
@@ -635,19 +635,20 @@ ALWAYS void add_stretch(const element *x, ptrdiff_t n, real pivot, const element
 ALWAYS real rough_mean(const element *x, ptrdiff_t n)
 {
     const real first = load_one(x);
+    const vec p = splat(first);
     const ptrdiff_t some = MIN(n, ROUGH_VECTORS * LANES);
     vec a = {0}, b = {0};
     ptrdiff_t i = 0;
     for (; i + 2 * LANES <= some; i += 2 * LANES) {
-        a += load(x + i, LANES, 0) - first;
-        b += load(x + i + LANES, LANES, 0) - first;
+        a += difference(load(x + i, LANES, 0), p);
+        b += difference(load(x + i + LANES, LANES, 0), p);
     }
     if (i + LANES <= some) {
-        a += load(x + i, LANES, 0) - first;
+        a += difference(load(x + i, LANES, 0), p);
         i += LANES;
     }
     if (i < some)
-        b += load_any(x, i, some - i, first) - first;
+        b += difference(load_any(x, i, some - i, first), p);
     return first + lanes_sum(a + b) / some;
 }
 
@@ -694,7 +695,7 @@ ALWAYS void block_moments(const int few, const element *x, ptrdiff_t units, ptrd
     for (ptrdiff_t u = 0; u < units; u++) {
         const real first = load_one(x + u * n);
         vec total = {0};
-        FOR_VECTORS(i, left, some, total += load_any(x + u * n, i, left, first) - first;)
+        FOR_VECTORS(i, left, some, total += difference(load_any(x + u * n, i, left, first), splat(first));)
         pivot[u] = first, sum[u] = total;
     }
     some_lanes_sums(sum, units, totals);
@@ -1432,7 +1433,7 @@ ALWAYS void rows_in_registers(const int vectors, const int centred, const elemen
             const double mu = first + lanes_sum(sum) * inverse;
             const real pivot = mu, rest = mu - pivot;
             for (int v = 0; v < vectors; v++)
-                t[v] = (t[v] - pivot) - rest;
+                t[v] = difference(t[v], splat(pivot)) - rest;
             if (left < LANES)
                 t[vectors - 1] = choose(first_mask(left), t[vectors - 1], splat(0));
             mean[m] = pivot;
@@ -1705,7 +1706,7 @@ ALWAYS void vectors_moments(const int vectors, const ptrdiff_t left, const eleme
         const ptrdiff_t some = MIN(rows, ROUGH_ROWS);
         for (ptrdiff_t r = 1; r < some; r++)
             for (int v = 0; v < vectors; v++)
-                sum[v] += load(x + r * stride + v * LANES, left, 0) - pivot[v];
+                sum[v] += difference(load(x + r * stride + v * LANES, left, 0), pivot[v]);
         for (int v = 0; v < vectors; v++)
             pivot[v] += sum[v] / (real)some, sum[v] = splat(0);
     }
@@ -1756,7 +1757,7 @@ ALWAYS void segment_moments(const element *x, ptrdiff_t rows, ptrdiff_t stride, 
             const vec first = load(x + j, left, 0);
             vec total = {0};
             for (ptrdiff_t r = 1; r < some; r++)
-                total += load(x + r * stride + j, left, 0) - first;
+                total += difference(load(x + r * stride + j, left, 0), first);
             store_real(pivot + j, first + total / (real)some, left);
         })
     }
@@ -2230,7 +2231,7 @@ ALWAYS void backward_strip_rows(const int together, const int parameters, const 
                 prefetch(grad_y + i + ahead), prefetch(x + i + ahead);
             const vec g = load(grad_y + i, left, 0), t = load(x + i, left, 0) - m;
             if (grad_x) {
-                vec out = r * (g * (weight ? weight[k] : (real)1) + (b_ * t + c_));
+                vec out = r * (g * (weight ? weight[k] : (real)1) + fused(t, b_, c_));
                 if (grad_total)
                     out += load(grad_total + i, left, 0);
                 if (together == 1)
@@ -2239,7 +2240,7 @@ ALWAYS void backward_strip_rows(const int together, const int parameters, const 
                     put(grad_x + i, out, left, way);
             }
             if (parameters) {
-                weight_sum[k] += g * (t * r + s);
+                weight_sum[k] = fused(g, fused(t, r, s), weight_sum[k]);
                 bias_sum[k] += g;
             }
         }

@@ -609,6 +609,19 @@ ALWAYS vec fused(vec a, vec b, vec c)
 #endif
 }
 
+/* a - b, which the compiler is not to take apart: the sum of such differences would become one of the values, which
+ * may be large where what they differ by is not. */
+ALWAYS vec difference(vec a, vec b)
+{
+    vec d = a - b;
+#if defined(__SSE2__)
+    __asm__("" : "+x"(d));
+#elif defined(__aarch64__)
+    __asm__("" : "+w"(d));
+#endif
+    return d;
+}
+
 /* v where it is not below floor; NaN stays NaN. */
 ALWAYS vec at_least(vec v, vec floor)
 {
