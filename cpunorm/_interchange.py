@@ -20,6 +20,17 @@ class SupportsDLPack(Protocol):
     def __dlpack_device__(self) -> tuple[int, int]: ...
 
 
+class SupportsArrayAPI(Protocol):
+    """What is an array of the array API standard, and so has `__dlpack_device__` too.
+
+    JAX's arrays do have it; their stubs do not say so.
+    """
+
+    def __array_namespace__(self, *, api_version: None = ...) -> Any: ...
+
+    def __dlpack__(self) -> Any: ...
+
+
 class SupportsArrayInterface(Protocol):
     """What exports its memory by NumPy's array interface."""
 
@@ -27,7 +38,7 @@ class SupportsArrayInterface(Protocol):
     def __array_interface__(self) -> dict[str, Any]: ...
 
 
-Readable = Array | SupportsDLPack | SupportsArrayInterface
+Readable = Array | SupportsDLPack | SupportsArrayAPI | SupportsArrayInterface
 
 # The beginning of DLPack's structures, https://dmlc.github.io/dlpack/latest/c_api.html.
 

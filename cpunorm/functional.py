@@ -1,9 +1,9 @@
 """Batch, layer, instance, group and RMS normalization as functions, forward and backward.
 
-Names, order and defaults are those of ``torch.nn.functional``; what is ours comes after ``*``.
-Everything here takes float16, bfloat16 (of ``ml_dtypes``), float32 or float64 arrays of any
-strides. Where x is dense, in whatever order its axes lie, the result has x's strides; where it is
-not, the result is in C order.
+Names, order and defaults are those of ``torch.nn.functional``, whose ``input`` is ``x`` here; what
+is ours comes after ``*``. Everything here takes float16, bfloat16 (of ``ml_dtypes``), float32 or
+float64 arrays of any strides. Where x is dense, in whatever order its axes lie, the result has x's
+strides; where it is not, the result is in C order.
 
 With an x of 16 bits, sums, statistics and the affine step are those of float32, and a result is
 rounded once, to nearest even; what float16 cannot hold becomes infinite. Parameters and running
@@ -93,7 +93,10 @@ def batch_norm(
     TypeError
         If an argument is of the wrong kind or an array of the wrong dtype.
     ValueError
-        If a shape or value is wrong, in training also if there is one value per channel.
+        If a shape or value is wrong, or `return_stats` goes with an `activation`, which backward
+        does not differentiate; in training also if there is one value per channel.
+    RuntimeError
+        If the backend is not available here.
 
     Notes
     -----
@@ -237,7 +240,10 @@ def instance_norm(
     TypeError
         If an argument is of the wrong kind or an array of the wrong dtype.
     ValueError
-        If a shape or value is wrong, with `use_input_stats` also if there is one position.
+        If a shape or value is wrong, or `return_stats` goes with an `activation`, which backward
+        does not differentiate; with `use_input_stats` also if there is one position.
+    RuntimeError
+        If the backend is not available here.
 
     References
     ----------
@@ -352,7 +358,10 @@ def group_norm(
     TypeError
         If an argument is of the wrong kind or an array of the wrong dtype.
     ValueError
-        If a shape or value is wrong.
+        If a shape or value is wrong, or `return_stats` goes with an `activation`, which backward
+        does not differentiate.
+    RuntimeError
+        If the backend is not available here.
 
     References
     ----------
@@ -461,6 +470,8 @@ def layer_norm(
         If an argument is of the wrong kind or an array of the wrong dtype.
     ValueError
         If a shape or value is wrong.
+    RuntimeError
+        If the backend is not available here.
 
     References
     ----------
@@ -558,6 +569,8 @@ def rms_norm(
         If an argument is of the wrong kind or an array of the wrong dtype.
     ValueError
         If a shape or value is wrong.
+    RuntimeError
+        If the backend is not available here.
 
     References
     ----------
@@ -648,6 +661,8 @@ def add_layer_norm(
         If an argument is of the wrong kind or an array of the wrong dtype.
     ValueError
         If a shape or value is wrong.
+    RuntimeError
+        If the backend is not available here.
 
     References
     ----------
@@ -741,6 +756,8 @@ def add_rms_norm(
         If an argument is of the wrong kind or an array of the wrong dtype.
     ValueError
         If a shape or value is wrong.
+    RuntimeError
+        If the backend is not available here.
 
     References
     ----------
@@ -835,6 +852,8 @@ def batch_norm_backward(
         If an argument is of the wrong kind or an array of the wrong dtype.
     ValueError
         If a shape or value is wrong.
+    RuntimeError
+        If the backend is not available here.
 
     Examples
     --------
@@ -921,6 +940,8 @@ def instance_norm_backward(
         If an argument is of the wrong kind or an array of the wrong dtype.
     ValueError
         If a shape or value is wrong.
+    RuntimeError
+        If the backend is not available here.
 
     Examples
     --------
@@ -1006,6 +1027,8 @@ def group_norm_backward(
         If an argument is of the wrong kind or an array of the wrong dtype.
     ValueError
         If a shape or value is wrong.
+    RuntimeError
+        If the backend is not available here.
 
     Examples
     --------
@@ -1095,6 +1118,8 @@ def layer_norm_backward(
         If an argument is of the wrong kind or an array of the wrong dtype.
     ValueError
         If a shape or value is wrong.
+    RuntimeError
+        If the backend is not available here.
 
     Examples
     --------
@@ -1185,6 +1210,8 @@ def rms_norm_backward(
         If an argument is of the wrong kind or an array of the wrong dtype.
     ValueError
         If a shape or value is wrong.
+    RuntimeError
+        If the backend is not available here.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-from typing import Literal, overload
+from typing import Literal, TypeAlias, overload
 
 from ._canonical import (
     Activation,
@@ -12,6 +12,10 @@ from ._canonical import (
 )
 from ._interchange import Readable
 
+# What `return_stats` gives, and lists and tuples of three whose length mypy does not know.
+_Stats: TypeAlias = Stats | tuple[Readable | None, Readable]
+_Need: TypeAlias = Need | tuple[bool, ...] | list[bool]
+
 @overload
 def batch_norm(
     x: Readable,
@@ -53,6 +57,26 @@ def batch_norm(
     backend: str | None = None,
 ) -> tuple[Array, Stats]: ...
 @overload
+def batch_norm(
+    x: Readable,
+    running_mean: Readable | None,
+    running_var: Readable | None,
+    weight: Readable | None = None,
+    bias: Readable | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    layout: Layout = "NCHW",
+    activation: Activation | None = None,
+    residual: Readable | None = None,
+    mask: Readable | None = None,
+    convention: ConventionName = "torch",
+    out: Array | None = None,
+    return_stats: bool,
+    backend: str | None = None,
+) -> Array | tuple[Array, Stats]: ...
+@overload
 def instance_norm(
     x: Readable,
     running_mean: Readable | None = None,
@@ -93,6 +117,26 @@ def instance_norm(
     backend: str | None = None,
 ) -> tuple[Array, Stats]: ...
 @overload
+def instance_norm(
+    x: Readable,
+    running_mean: Readable | None = None,
+    running_var: Readable | None = None,
+    weight: Readable | None = None,
+    bias: Readable | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    layout: Layout = "NCHW",
+    activation: Activation | None = None,
+    residual: Readable | None = None,
+    mask: Readable | None = None,
+    convention: ConventionName = "torch",
+    out: Array | None = None,
+    return_stats: bool,
+    backend: str | None = None,
+) -> Array | tuple[Array, Stats]: ...
+@overload
 def group_norm(
     x: Readable,
     num_groups: int,
@@ -125,6 +169,22 @@ def group_norm(
     backend: str | None = None,
 ) -> tuple[Array, Stats]: ...
 @overload
+def group_norm(
+    x: Readable,
+    num_groups: int,
+    weight: Readable | None = None,
+    bias: Readable | None = None,
+    eps: float = 1e-5,
+    *,
+    layout: Layout = "NCHW",
+    activation: Activation | None = None,
+    residual: Readable | None = None,
+    mask: Readable | None = None,
+    out: Array | None = None,
+    return_stats: bool,
+    backend: str | None = None,
+) -> Array | tuple[Array, Stats]: ...
+@overload
 def layer_norm(
     x: Readable,
     normalized_shape: Shape,
@@ -153,6 +213,20 @@ def layer_norm(
     backend: str | None = None,
 ) -> tuple[Array, Stats]: ...
 @overload
+def layer_norm(
+    x: Readable,
+    normalized_shape: Shape,
+    weight: Readable | None = None,
+    bias: Readable | None = None,
+    eps: float = 1e-5,
+    *,
+    axis: Shape | None = None,
+    mask: Readable | None = None,
+    out: Array | None = None,
+    return_stats: bool,
+    backend: str | None = None,
+) -> Array | tuple[Array, Stats]: ...
+@overload
 def rms_norm(
     x: Readable,
     normalized_shape: Shape,
@@ -178,6 +252,19 @@ def rms_norm(
     return_stats: Literal[True],
     backend: str | None = None,
 ) -> tuple[Array, Stats]: ...
+@overload
+def rms_norm(
+    x: Readable,
+    normalized_shape: Shape,
+    weight: Readable | None = None,
+    eps: float | None = None,
+    *,
+    axis: Shape | None = None,
+    mask: Readable | None = None,
+    out: Array | None = None,
+    return_stats: bool,
+    backend: str | None = None,
+) -> Array | tuple[Array, Stats]: ...
 @overload
 def add_layer_norm(
     x: Readable,
@@ -209,6 +296,21 @@ def add_layer_norm(
     backend: str | None = None,
 ) -> tuple[Array, Array, Stats]: ...
 @overload
+def add_layer_norm(
+    x: Readable,
+    residual: Readable,
+    normalized_shape: Shape,
+    weight: Readable | None = None,
+    bias: Readable | None = None,
+    eps: float = 1e-5,
+    *,
+    axis: Shape | None = None,
+    out: Array | None = None,
+    sum_out: Array | None = None,
+    return_stats: bool,
+    backend: str | None = None,
+) -> tuple[Array, Array] | tuple[Array, Array, Stats]: ...
+@overload
 def add_rms_norm(
     x: Readable,
     residual: Readable,
@@ -236,65 +338,79 @@ def add_rms_norm(
     return_stats: Literal[True],
     backend: str | None = None,
 ) -> tuple[Array, Array, Stats]: ...
+@overload
+def add_rms_norm(
+    x: Readable,
+    residual: Readable,
+    normalized_shape: Shape,
+    weight: Readable | None = None,
+    eps: float | None = None,
+    *,
+    axis: Shape | None = None,
+    out: Array | None = None,
+    sum_out: Array | None = None,
+    return_stats: bool,
+    backend: str | None = None,
+) -> tuple[Array, Array] | tuple[Array, Array, Stats]: ...
 def batch_norm_backward(
     grad_y: Readable,
     x: Readable,
-    stats: Stats,
+    stats: _Stats,
     weight: Readable | None = None,
     training: bool = True,
     *,
     layout: Layout = "NCHW",
     mask: Readable | None = None,
-    need: Need = (True, True, True),
+    need: _Need = (True, True, True),
     backend: str | None = None,
 ) -> Gradients: ...
 def instance_norm_backward(
     grad_y: Readable,
     x: Readable,
-    stats: Stats,
+    stats: _Stats,
     weight: Readable | None = None,
     use_input_stats: bool = True,
     *,
     layout: Layout = "NCHW",
     mask: Readable | None = None,
-    need: Need = (True, True, True),
+    need: _Need = (True, True, True),
     backend: str | None = None,
 ) -> Gradients: ...
 def group_norm_backward(
     grad_y: Readable,
     x: Readable,
     num_groups: int,
-    stats: Stats,
+    stats: _Stats,
     weight: Readable | None = None,
     *,
     layout: Layout = "NCHW",
     mask: Readable | None = None,
-    need: Need = (True, True, True),
+    need: _Need = (True, True, True),
     backend: str | None = None,
 ) -> Gradients: ...
 def layer_norm_backward(
     grad_y: Readable,
     x: Readable,
     normalized_shape: Shape,
-    stats: Stats,
+    stats: _Stats,
     weight: Readable | None = None,
     *,
     axis: Shape | None = None,
     grad_sum: Readable | None = None,
     mask: Readable | None = None,
-    need: Need = (True, True, True),
+    need: _Need = (True, True, True),
     backend: str | None = None,
 ) -> Gradients: ...
 def rms_norm_backward(
     grad_y: Readable,
     x: Readable,
     normalized_shape: Shape,
-    stats: Stats,
+    stats: _Stats,
     weight: Readable | None = None,
     *,
     axis: Shape | None = None,
     grad_sum: Readable | None = None,
     mask: Readable | None = None,
-    need: Need = (True, True, True),
+    need: _Need = (True, True, True),
     backend: str | None = None,
 ) -> Gradients: ...
