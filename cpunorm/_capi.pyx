@@ -4,7 +4,7 @@ from libc.math cimport isfinite
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
-from ._channels cimport Channels, settle
+from ._channels cimport Channels, place_axes
 from .backends.cython.call cimport Call, Table
 from .backends.cython.verbs cimport FLOAT32, FLOAT64, new_call, solve, tables, work_of
 
@@ -141,7 +141,7 @@ cdef int channels_of(Channels* c, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, Py_s
         return BAD_ARGUMENT
     c.N, c.C, c.S, c.per_image, c.last = N, C, S, per_image, channels_last
     c.stats[0], c.stats[1] = N if per_image else 1, groups
-    settle(c)
+    place_axes(c)
     return 0
 
 

@@ -9,7 +9,7 @@ cdef struct Channels:
     bint per_image
 
 
-cdef inline void settle(Channels* c) noexcept nogil:
+cdef inline void place_axes(Channels* c) noexcept nogil:
     """From where the channels are in x to the canonical problem."""
     # Where one of them is 1, it does not matter what lies inside what.
     if c.S == 1:

@@ -17,7 +17,7 @@ from libc.math cimport isfinite, sqrt
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
-from ._channels cimport Channels, settle
+from ._channels cimport Channels, place_axes
 from ._memory cimport empty, empty_as
 from .backends.cython.call cimport Call, Table, Verb
 from .backends.cython.verbs cimport (
@@ -585,7 +585,7 @@ cdef bint channels_of(cnp.ndarray x, object layout, bint per_image, Py_ssize_t g
     if c.C % groups:
         return False
     c.stats[0], c.stats[1] = c.N if per_image else 1, groups
-    settle(c)
+    place_axes(c)
     return True
 
 

@@ -282,7 +282,7 @@ cdef inline real* _repeated(const real* parameter, const Call* call, real* out) 
     return out
 
 
-cdef inline int _normalize_short(const Units* u) noexcept nogil:
+cdef inline int _normalize_groups(const Units* u) noexcept nogil:
     """Groups of short planes."""
     cdef:
         Stretches s = _stretches(u)
@@ -308,7 +308,7 @@ cdef inline int normalize(const Call* call) noexcept nogil:
         images = images_of(call, 1, call.N, call.S)
         return normalize_images(&images)
     if short_groups(&u) and call.y is not NULL:
-        return _normalize_short(&u)
+        return _normalize_groups(&u)
     if worth_dealing(call.B * u.slabs, unit_bytes(&u), call.threads):
         team(_normalize_dealt, &u, call.threads)
         return 0
@@ -527,7 +527,7 @@ cdef inline void _backward_cut(void* work, int member, int members) noexcept nog
         sum_parts(u.sums, u.parts, C, 0, 1, <real*> call.grad_weight, <real*> call.grad_bias)
 
 
-cdef inline int _backward_short(const Units* u) noexcept nogil:
+cdef inline int _backward_groups(const Units* u) noexcept nogil:
     """Groups of short planes; the parameters' gradients come S to a channel."""
     cdef:
         const Call* call = u.call
@@ -567,7 +567,7 @@ cdef inline int _backward(const Call* call, bint frozen) noexcept nogil:
         images = images_of(call, 1, call.N, call.S)
         return backward_images(&images, frozen)
     if short_groups(&u) and not frozen:
-        return _backward_short(&u)
+        return _backward_groups(&u)
     u.frozen = frozen
     u.parts = image_parts(call.B, call.S)
     dealt = worth_dealing(u.parts * u.slabs, unit_bytes(&u), call.threads)

@@ -545,9 +545,7 @@ cdef inline void _backward_image(
     cdef:
         Py_ssize_t K = im.channels // im.groups, tasks = im.chunks * im.strips
         Py_ssize_t first = share(tasks, member, members), last = share(tasks, member + 1, members)
-        Py_ssize_t first_group = share(im.groups, member, members)
-        Py_ssize_t last_group = share(im.groups, member + 1, members)
-        Py_ssize_t start = image * im.size, q
+        Py_ssize_t first_group, last_group, start = image * im.size, q
         bint summed = not im.frozen or grad_weight is not NULL
         bint differentiated = im.call.grad_x is not NULL
         Task task
@@ -565,6 +563,8 @@ cdef inline void _backward_image(
             if differentiated:
                 _differentiate(im, start, q, terms, past)
         return
+    first_group = share(im.groups, member, members)
+    last_group = share(im.groups, member + 1, members)
     _set_backward(im, image, first_group, last_group, terms)
     team_barrier(members)
     for q in range(first, last):

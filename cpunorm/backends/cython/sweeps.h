@@ -1405,8 +1405,8 @@ ALWAYS int several_a_vector(ptrdiff_t n)
     return n > 1 && n <= MIN(8, LANES);
 }
 
-/* Whether eps is as much in a real: neither nothing nor infinite. */
-ALWAYS int is_real(double eps)
+/* Whether eps is still something, and not infinite, as a real. */
+ALWAYS int survives(double eps)
 {
     return eps == 0 || (eps > 1e-37 && eps < 1e37);
 }
@@ -1527,7 +1527,7 @@ ALWAYS void rows_of_a_vector(const int width, const int gaps, const int centred,
 }
 
 #define SHORT_ROWS(centred)                                                             \
-    if (several_a_vector(n) && n == length && is_real(eps))                             \
+    if (several_a_vector(n) && n == length && survives(eps))                             \
         switch (n) {                                                                    \
             PACKED(2, 2, 0, centred) PACKED(3, 4, 1, centred) PACKED(4, 4, 0, centred)  \
             PACKED(5, 8, 1, centred) PACKED(6, 8, 1, centred) PACKED(7, 8, 1, centred)  \

@@ -162,7 +162,7 @@ cdef inline array* at(const array* start, Py_ssize_t offset) noexcept nogil:
 
 cdef inline Py_ssize_t share(Py_ssize_t tasks, int member, int members) noexcept nogil:
     """The first of a member's tasks; those of the next member follow."""
-    return tasks * member // members
+    return tasks * member // members if members > 1 else tasks * member
 
 
 cdef inline bint worth_dealing(Py_ssize_t tasks, Py_ssize_t nbytes, int threads) noexcept nogil:
