@@ -5,7 +5,7 @@ import pytest
 
 import cpunorm
 
-from .cases import CASES, SMALL_CASES, channel_cases
+from .cases import CASES, SMALL_CASES, channel_cases, row_cases
 from .support import (
     DTYPES,
     HALF_DTYPES,
@@ -31,6 +31,8 @@ ODD_GROUPS = [
     for shape, groups in (((8, 80, 64), (8,)), ((16, 80, 36), (8,)), ((64, 96, 16), (8,)))
     for c in channel_cases(shape, groups)
 ]
+# Rows of whole vectors, of which some are left when they are taken together.
+ROWS_ONE_BY_ONE = [*row_cases((2, 2, 65), 2, 0), *row_cases((2, 5, 65), 5, 1)]
 REPEATED_CASES = [*SMALL_CASES, *[c for c in THREADED_CASES if np.prod(c.shape) < 2**17][::3]]
 
 
@@ -79,7 +81,7 @@ def test_any_address(case, backend):
 
 
 @pytest.mark.parametrize("dtype", (*DTYPES, *HALF_DTYPES))
-@pytest.mark.parametrize("case", SMALL_CASES, ids=str)
+@pytest.mark.parametrize("case", [*SMALL_CASES, *ROWS_ONE_BY_ONE], ids=str)
 def test_what_else_is_wanted_changes_no_bits_of_a_gradient(case, dtype, backend):
     arrays, grad_y = case.arrays(dtype), case.grad_y().astype(dtype)
     stats = statistics(case, arrays, backend=backend)
