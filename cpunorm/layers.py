@@ -77,8 +77,10 @@ class _Layer(ABC):
             self.dtype = np.dtype(dtype)
         except TypeError:
             raise TypeError(f"dtype must be {DTYPE_NAMES}, got {dtype!r}") from None
-        if dtype is None or not is_supported(self.dtype):
-            raise TypeError(f"dtype must be {DTYPE_NAMES}, got {dtype}")
+        if dtype is None:  # NumPy's float64
+            raise TypeError(f"dtype must be {DTYPE_NAMES}, got None")
+        if not is_supported(self.dtype):
+            raise TypeError(f"dtype must be {DTYPE_NAMES}, got {self.dtype}")
         if min(shape, default=0) < 0:
             raise ValueError(f"a layer's sizes must not be negative, got {shape}")
         self.backend = backend
@@ -440,9 +442,11 @@ class BatchNorm(_ChannelNorm):
 
     def _forward(self, x: Array, mask: Readable | None = None, **options: Any) -> Any:
         count = self.num_batches_tracked
-        # Where no position counts, or one, the statistics stay as they are.
-        moved = x.size and (mask is None or np.count_nonzero(array("mask", mask)) > 1)
-        counted = count if self.training and moved else None
+        counted = None
+        if self.training and x.size:
+            # Where no position counts, or one, the statistics stay as they are.
+            moved = mask is None or np.count_nonzero(array("mask", mask)) > 1
+            counted = count if moved else None
         if counted is not None and not counted.flags.writeable:
             raise ValueError("num_batches_tracked must be writeable, got a read-only array")
         momentum = self.momentum

@@ -18,7 +18,7 @@ import numpy as np
 from llvmlite import binding
 from numba import types
 from numba.core.errors import TypingError
-from numba.extending import get_cython_function_address, overload
+from numba.extending import get_cython_function_address, overload, register_jitable
 
 _NAMES = {types.float32: "float32", types.float64: "float64"}
 _POINTER, _SIZE, _REAL, _INT = types.uintp, types.intp, types.float64, types.int32
@@ -113,6 +113,12 @@ _from_running_mean = _argument("running_mean", written=False)
 _from_running_var = _argument("running_var", written=False)
 
 
+@register_jitable
+def _overlap(a, b):
+    distance = np.intp(a.ctypes.data) - np.intp(b.ctypes.data)
+    return -a.nbytes < distance < b.nbytes
+
+
 def _check_updatable(running_mean, running_var):
     """Raise unless both can be written, each where the other is not."""
     raise NotImplementedError
@@ -133,8 +139,7 @@ def _check_updatable_in_nopython(running_mean, running_var):
         return lambda running_mean, running_var: None
 
     def of_writeable(running_mean, running_var):
-        distance = np.intp(running_mean.ctypes.data) - np.intp(running_var.ctypes.data)
-        if -running_mean.nbytes < distance < running_var.nbytes:
+        if _overlap(running_mean, running_var):
             raise ValueError("running_mean must not overlap running_var")
 
     return of_writeable
@@ -153,8 +158,7 @@ def _new_in_nopython(out, x):
         return lambda out, x: out  # `_into_out` says what is wrong with it
 
     def given(out, x):
-        distance = np.intp(out.ctypes.data) - np.intp(x.ctypes.data)
-        if distance != 0 and -out.nbytes < distance < x.nbytes:
+        if out.ctypes.data != x.ctypes.data and _overlap(out, x):
             raise ValueError("out must be x itself, or not overlap it")
         return out
 
