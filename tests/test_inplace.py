@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+import cpunorm
+
 from .cases import SMALL_CASES
 from .support import (
     assert_close,
@@ -110,6 +112,15 @@ def test_out_is_x(case, lay, backend_or_auto):
     y = first(run(case, arrays | {"x": x}, out=x, backend=backend_or_auto))
     assert y is x
     assert_values_close(x, expected.y)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 5, 6, 7, 11, 13])
+def test_out_is_x_of_groups_side_by_side(channels, backend_or_auto):
+    """No vector ends where a group does: what one writes, the next must not have to read."""
+    x = np.random.default_rng(0).normal(size=(2, 3, 3, 24 * channels)).astype("float32")
+    y = cpunorm.reference.group_norm(x, 24, layout="NHWC").y
+    cpunorm.group_norm(x, 24, layout="NHWC", out=x, backend=backend_or_auto)
+    assert_values_close(x, y)
 
 
 @small_cases

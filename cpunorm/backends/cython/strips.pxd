@@ -20,11 +20,12 @@ from libc.string cimport memcpy, memset
 
 from .call cimport Call
 from .sweeps cimport (
-    FEW_CHANNELS, LANES, STRIP_COLUMNS, TOGETHER, UNITS, affine_block, at, backward_block,
-    backward_group, column_backward_sums, column_moments, column_reals, combine_channels, element,
-    end_seam, evenness, fold_moments, fold_sums, image_parts, merge_columns, new_lines, open_seam,
-    own_lines, plane_moments, real, repeat_each, rows_aligned, seam, set_columns, settle, share,
-    stretch_moments, sum_parts, take_statistics, team, team_barrier, whole_lines, worth_dealing,
+    FEW_CHANNELS, GAPPED_ROWS, LANES, LINE_BYTES, NARROW_ROWS, STRIP_COLUMNS, TOGETHER, UNITS,
+    affine_block, at, backward_block, backward_group, backward_narrow, column_backward_sums, column_moments,
+    column_reals, combine_channels, element, end_seam, evenness, fold_moments, fold_sums,
+    image_parts, merge_columns, new_lines, normalize_narrow, open_seam, own_lines, plane_moments,
+    real, repeat_each, rows_aligned, seam, set_columns, settle, share, stretch_moments, sum_parts,
+    survives, take_statistics, team, team_barrier, whole_lines, worth_dealing,
 )
 
 cdef enum:
@@ -47,7 +48,8 @@ cdef struct Images:
     Py_ssize_t strip_channels, strips
     Py_ssize_t per_cell, cells              # channels measured as one
     Py_ssize_t abreast, in_line
-    bint few                                # rows, of groups that fill vectors
+    bint few                                # rows, of groups that fill vectors,
+    bint narrow                             # groups that do not, in few rows
     bint dealt                              # whole, to a member each
     bint cached                             # whether a second sweep finds everything in L2
     # Scratch: of one image, or of one for each member where they are dealt.
@@ -100,6 +102,15 @@ cdef inline Images images_of(const Call* call, Py_ssize_t count, Py_ssize_t rows
     im.chunk_rows = ((rows + im.chunks - 1) // im.chunks + step - 1) // step * step
     im.chunks = (rows + im.chunk_rows - 1) // im.chunk_rows
     return im
+
+
+cdef inline bint are_narrow(const Images* im) noexcept nogil:
+    cdef Py_ssize_t K = im.channels // im.groups
+    return im.inner == 1 and K <= LANES and im.rows <= (GAPPED_ROWS if LANES % K else NARROW_ROWS)
+
+
+cdef inline bint is_near(const Images* im) noexcept nogil:
+    return im.size * <Py_ssize_t> sizeof(element) <= 2 * NEAR
 
 
 cdef struct Task:
@@ -276,6 +287,21 @@ cdef inline void _finish(const Images* im, Py_ssize_t image, Py_ssize_t first, P
         first += count
 
 
+cdef inline void _normalize_narrow(const Images* im, Py_ssize_t image, const Task* task,
+                                   real* terms, bint plain) noexcept nogil:
+    """What `_measure` and `_finish` find, of the groups of a strip of few rows."""
+    cdef:
+        const Call* call = im.call
+        Py_ssize_t K = im.channels // im.groups, c = task.first_channel
+        Py_ssize_t here = image * im.size + c, g = image * im.groups + c // K
+        element* y = <element*> call.y + here if plain else NULL
+    normalize_narrow(<const element*> call.x + here, y, im.rows, im.channels, K,
+                     task.channels // K, call.eps, at(<const real*> call.weight, c),
+                     at(<const real*> call.bias, c), <real*> call.mean + g,
+                     at(<real*> call.var, g), at(<real*> call.rstd, g), terms + c,
+                     terms + im.pitch + c, terms + 2 * im.pitch + c)
+
+
 cdef inline void _transform(const Images* im, Py_ssize_t start, Py_ssize_t index,
                             const real* terms, seam* past) noexcept nogil:
     cdef:
@@ -309,16 +335,21 @@ cdef inline void _normalize_image(const Images* im, Py_ssize_t image, double* wi
         Py_ssize_t first = share(tasks, member, members), last = share(tasks, member + 1, members)
         Py_ssize_t start = image * im.size, q
         bint transformed = im.call.y is not NULL
+        bint plain = (transformed and im.call.residual is NULL and not im.call.activation
+                      and past is NULL)
         double* mean = wide
         double* m2 = wide + im.chunks * im.cells
         Task task
     if im.chunks == 1:
         for q in range(first, last):
             task = task_of(im, q)
-            _measure(im, start, q, mean, m2)
-            _finish(im, image, task.first_channel // K,
-                    (task.first_channel + task.channels) // K, mean, m2, terms)
-            if transformed:
+            if im.narrow:
+                _normalize_narrow(im, image, &task, terms, plain)
+            else:
+                _measure(im, start, q, mean, m2)
+                _finish(im, image, task.first_channel // K,
+                        (task.first_channel + task.channels) // K, mean, m2, terms)
+            if transformed and not (im.narrow and plain):
                 _transform(im, start, q, terms, past)
         return
     for q in range(first, last):
@@ -347,6 +378,7 @@ cdef inline void _normalize(void* work, int member, int members) noexcept nogil:
 cdef inline int normalize_images(Images* im) noexcept nogil:
     """Moments and, where there is a y, the transform. -1 if out of memory."""
     cdef int places
+    im.narrow = are_narrow(im) and is_near(im) and survives(im.call.eps)
     deal(im, im.count, 1)
     places = im.call.threads if im.dealt else 1
     im.wide_size = own_lines(2 * im.chunks * im.cells)
@@ -537,6 +569,18 @@ cdef inline void _sum_groups(const Images* im, Py_ssize_t image, const Task* tas
     repeat_each(offset, task.channels // K, K, terms + 3 * im.pitch + first)
 
 
+cdef inline void _differentiate_narrow(const Images* im, Py_ssize_t image, const Task* task,
+                                       double* grad_weight, double* grad_bias) noexcept nogil:
+    cdef:
+        const Call* call = im.call
+        Py_ssize_t K = im.channels // im.groups, c = task.first_channel
+        Py_ssize_t here = image * im.size + c, g = image * im.groups + c // K
+    backward_narrow(<const element*> call.grad_y + here, <const element*> call.x + here,
+                    at(<element*> call.grad_x, here), im.rows, im.channels, K, task.channels // K,
+                    at(<const real*> call.weight, c), <const real*> call.mean + g,
+                    <const real*> call.rstd + g, at(grad_weight, c), at(grad_bias, c))
+
+
 cdef inline void _backward_image(
     const Images* im, Py_ssize_t image, double* wide, real* terms, double* grad_weight,
     double* grad_bias, int member, int members, seam* past,
@@ -554,6 +598,9 @@ cdef inline void _backward_image(
             task = task_of(im, q)
             first_group = task.first_channel // K
             last_group = first_group + task.channels // K
+            if im.narrow:
+                _differentiate_narrow(im, image, &task, grad_weight, grad_bias)
+                continue
             _set_backward(im, image, first_group, last_group, terms)
             if im.few and not im.frozen:
                 _sum_groups(im, image, &task, terms, grad_weight, grad_bias)
@@ -607,6 +654,9 @@ cdef inline int backward_images(Images* im, bint frozen) noexcept nogil:
         Py_ssize_t places, sums_size = 0
         double* scratch
     im.frozen = frozen
+    # Vectors of whole lines are worth it even where they are read twice from L2.
+    im.narrow = (are_narrow(im) and (is_near(im) or LANES * sizeof(element) == LINE_BYTES)
+                 and not frozen and not call.streaming)
     im.parts = image_parts(im.count, im.rows * im.inner)
     deal(im, im.parts, 2)
     places = call.threads if im.dealt else 1

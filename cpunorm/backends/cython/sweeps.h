@@ -22,13 +22,14 @@
 #include <omp.h>
 #endif
 
-#define BLOCK ((ptrdiff_t)(16384 / sizeof(real))) /* values summed before the sums go to float64 */
+#define BLOCK ((ptrdiff_t)(MIN(512 * VECTOR_BYTES, 16384) / sizeof(real))) /* values summed before that goes to float64 */
 #define SCRATCH 1024        /* reals that wait in L1 for an activation */
 #define STRIP_COLUMNS 1024  /* of a strip, at most */
 #define COLUMN_VECTORS 4    /* vectors of columns measured together */
 #define SEGMENT 512         /* columns of a wider strip, whose sums stay in L1 */
 #define COLUMN_ROWS 64      /* rows summed before the sums go to float64 */
 #define BACKWARD_ROWS 16    /* the same, where sums may nearly cancel */
+#define NARROW_ROWS 64      /* of groups that are taken several to a vector, at most */
 #define BACKWARD_VECTORS 16 /* and along a stretch */
 #define FEW_SUMS (LANES / 2) /* across vectors, that are found faster one by one than LANES at once */
 #define FEW_CHANNELS 1024   /* of a group whose sums stay in L1 */
@@ -37,11 +38,14 @@
 #define SHORT_VECTORS 8     /* vectors of a row that is kept in registers, of which there are 32 here */
 #define BACKWARD_SHORT 8    /* the same in the backward pass, of which a part may spill into L1 */
 #define STRAIGHT_VECTORS 32 /* vectors of columns that are measured straight down */
+#define GAPPED_ROWS NARROW_ROWS /* where groups do not fill the vector, which masks cost nothing for */
 #else
 #define SHORT_VECTORS 4
 #define BACKWARD_SHORT 6
 #define STRAIGHT_VECTORS COLUMN_VECTORS
+#define GAPPED_ROWS 15
 #endif
+#define ROOTS 64            /* that are taken at once */
 #define ALIGNED_VECTORS 8   /* of a stretch from which on its stores are aligned */
 #define SHORT_PLANE 256     /* bytes of reals of a plane of which several are summed before that */
 #define ROUGH_VECTORS 8     /* vectors that a first guess of a mean is made from */
@@ -571,6 +575,27 @@ SWEEP void fold_sums(const double *restrict columns, ptrdiff_t copies, ptrdiff_t
     }
 }
 
+/* Makes 1 / sqrt(a) of every a, in float64. Of many, a float estimate is made exact by Newton's steps, which takes far
+ * less time than double roots and quotients. */
+EXACT_SWEEP void inverse_roots(double *restrict a, ptrdiff_t n)
+{
+    while (sizeof(real) == sizeof(float) && n >= ROOTS) {
+        int ordinary = 1;
+        for (ptrdiff_t i = 0; i < ROOTS; i++)
+            ordinary &= a[i] > 1e-30 && a[i] < 1e30;
+        if (!ordinary)
+            break;
+        for (ptrdiff_t i = 0; i < ROOTS; i++) {
+            double r = 1 / sqrtf(a[i]);
+            r *= 1.5 - 0.5 * a[i] * r * r;
+            a[i] = r * (1.5 - 0.5 * a[i] * r * r);
+        }
+        a += ROOTS, n -= ROOTS;
+    }
+    for (ptrdiff_t i = 0; i < n; i++)
+        a[i] = 1 / sqrt(a[i]);
+}
+
 /* Of n statistics over `count` values each, from their m2: 1 / sqrt(variance + eps), and what is wanted of them as
  * reals. */
 EXACT_SWEEP void settle(const double *restrict mu, const double *restrict m2, ptrdiff_t n, double count, double eps,
@@ -580,10 +605,11 @@ EXACT_SWEEP void settle(const double *restrict mu, const double *restrict m2, pt
     for (ptrdiff_t i = 0; i < n; i++) {
         /* Rounding can leave m2 a hair below zero; a NaN must pass. */
         const double v = m2[i] < 0 ? 0 : m2[i] * inverse;
-        r[i] = 1 / sqrt(v + eps);
+        r[i] = v + eps;
         if (var)
             var[i] = v;
     }
+    inverse_roots(r, n);
     for (ptrdiff_t i = 0; mean && i < n; i++)
         mean[i] = mu[i];
     for (ptrdiff_t i = 0; rstd && i < n; i++)
@@ -2038,6 +2064,91 @@ SWEEP void backward_group(const element *grad_y, const element *x, ptrdiff_t row
         grad_weight[k] += (double)rstd * gx[k] + t.s * g[k], grad_bias[k] += g[k];
 }
 
+/* Statistics, and y or the terms of set_columns for it, of groups of K channels, at most LANES, in at most NARROW_ROWS
+ * rows: as many groups as fit into a vector are taken at once, each lane has the sums of its group. */
+SWEEP void normalize_narrow(const element *x, element *y, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t K,
+                            ptrdiff_t groups, double eps, const real *weight, const real *bias, real *mean, real *var,
+                            real *rstd, real *pivot, real *scale, real *shift)
+{
+    const ptrdiff_t some = LANES / K, rough = MIN(rows, ROUGH_ROWS);
+    const real inverse = (real)1 / (rows * K), rough_inverse = (real)1 / (rough * K);
+    const bits_vec group = parts_of_lanes(0, K), first = group * (lane_bits)K, each = lanes() * (lane_bits)K;
+    for (ptrdiff_t i = 0; i < groups; i += some) {
+        const ptrdiff_t here = i * K, count = MIN(some, groups - i), left = count * K;
+        vec p = picked(load(x + here, left, 0), first), total = {0}, sum = {0}, squares = {0}, s = {0}, q = {0};
+        for (ptrdiff_t n = 0; n < rough; n++)
+            sum += difference(load(x + here + n * stride, left, 0), p);
+        for (ptrdiff_t k = 0; k < K; k++)
+            total += picked(sum, first + (lane_bits)k);
+        p += total * rough_inverse, sum = splat(0);
+        for (ptrdiff_t n = 0; n < rows;) {
+            const ptrdiff_t end = MIN(rows, n + BACKWARD_ROWS);
+            vec a = {0}, b = {0};
+            for (; n < end; n++)
+                add_one(load(x + here + n * stride, left, 0) - p, &a, &b);
+            sum += a, squares += b;
+        }
+        for (ptrdiff_t k = 0; k < K; k++) {
+            const bits_vec kth = first + (lane_bits)k;
+            s += picked(sum, kth), q += picked(squares, kth);
+        }
+        const vec rest = s * inverse, v = at_least((q - rest * s) * inverse, splat(0));
+        const vec r = 1 / roots(v + (real)eps), a = weight ? r * load_real(weight + here, left, 0) : r;
+        store_real(mean + i, picked(p + rest, each), count);
+        if (var)
+            store_real(var + i, picked(v, each), count);
+        if (rstd)
+            store_real(rstd + i, picked(r, each), count);
+        const vec b = (bias ? load_real(bias + here, left, 0) : splat(0)) - rest * a;
+        if (!y) {
+            store_real(pivot + here, p, left), store_real(scale + here, a, left), store_real(shift + here, b, left);
+            continue;
+        }
+        for (ptrdiff_t n = 0; n < rows; n++)
+            store(y + here + n * stride, fused(load(x + here + n * stride, left, 0) - p, a, b), left);
+    }
+}
+
+/* The gradients of such groups. */
+EXACT_SWEEP void backward_narrow(const element *grad_y, const element *x, element *grad_x, ptrdiff_t rows,
+                                 ptrdiff_t stride, ptrdiff_t K, ptrdiff_t groups, const real *weight,
+                                 const real *mean, const real *rstd, double *grad_weight, double *grad_bias)
+{
+    const ptrdiff_t some = LANES / K;
+    const real inverse = (real)1 / (rows * K);
+    const bits_vec group = parts_of_lanes(0, K), first = group * (lane_bits)K;
+    for (ptrdiff_t i = 0; i < groups; i += some) {
+        const ptrdiff_t here = i * K, count = MIN(some, groups - i), left = count * K;
+        const vec m = picked(load_real(mean + i, count, 0), group), r = picked(load_real(rstd + i, count, 0), group);
+        const vec w = weight ? load_real(weight + here, left, 0) : splat(1);
+        vec g = {0}, gx = {0}, t_ = {0}, g_sum = {0}, gx_sum = {0}, t_sum = {0};
+        for (ptrdiff_t n = 0; n < rows;) {
+            const ptrdiff_t end = MIN(rows, n + BACKWARD_ROWS);
+            vec a = {0}, b = {0}, c = {0};
+            for (; n < end; n++) {
+                const vec t = load(x + here + n * stride, left, 0) - m, y = load(grad_y + here + n * stride, left, 0);
+                a += y, b += y * t, c += t;
+            }
+            g += a, gx += b, t_ += c;
+        }
+        const vec wg = w * g, wgx = w * gx;
+        for (ptrdiff_t k = 0; k < K; k++) {
+            const bits_vec kth = first + (lane_bits)k;
+            g_sum += picked(wg, kth), gx_sum += picked(wgx, kth), t_sum += picked(t_, kth);
+        }
+        const vec rest = t_sum * inverse;
+        const vec b = -r * (r * (gx_sum - rest * g_sum) * inverse), c = -g_sum * inverse - b * rest;
+        if (grad_weight) {
+            add_to_sums(grad_weight + here, r * (gx - rest * g), left);
+            add_to_sums(grad_bias + here, g, left);
+        }
+        for (ptrdiff_t n = 0; grad_x && n < rows; n++) {
+            const vec t = load(x + here + n * stride, left, 0) - m, y = load(grad_y + here + n * stride, left, 0);
+            store(grad_x + here + n * stride, r * (w * y + fused(t, b, c)), left);
+        }
+    }
+}
+
 /* --------------------------------------------------------- the rows of a strip: element by element */
 
 /* Rows are taken TOGETHER, column by column, where they lie close or in the cache, or not side by side: one after
@@ -2306,7 +2417,6 @@ EXACT_SWEEP void move_running(real *running, const real *new_, ptrdiff_t B, ptrd
 SWEEP void repeat_each(const real *values, ptrdiff_t count, ptrdiff_t times, real *out)
 {
     const ptrdiff_t whole = LANES / times, rest = LANES % times, n = count * times;
-    const vec middle = __builtin_convertvector(lanes(), vec) + (real)0.5;
     if (times == 1) {
         memcpy(out, values, count * sizeof(real));
         return;
@@ -2317,8 +2427,8 @@ SWEEP void repeat_each(const real *values, ptrdiff_t count, ptrdiff_t times, rea
         return;
     /* The lanes of a vector begin with what is left of the k-th value. */
     for (ptrdiff_t i = 0, k = 0, gone = 0; i < n; i += LANES) {
-        const bits_vec which = __builtin_convertvector((middle + (real)gone) * ((real)1 / times), bits_vec);
-        store_real(out + i, picked(load_real(values + k, MIN(LANES, count - k), 0), which), MIN(LANES, n - i));
+        const vec some = load_real(values + k, MIN(LANES, count - k), 0);
+        store_real(out + i, picked(some, parts_of_lanes(gone, times)), MIN(LANES, n - i));
         k += whole, gone += rest;
         if (gone >= times)
             gone -= times, k++;

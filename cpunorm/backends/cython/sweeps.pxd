@@ -1,7 +1,5 @@
 # The declarations of sweeps.h, and the few helpers every kernel shares.
 
-from libc.math cimport sqrt
-
 from .call cimport Call
 
 
@@ -13,11 +11,13 @@ cdef extern from "sweeps.h" nogil:
     enum:
         LANES
         LINE_BYTES
+        NARROW_ROWS
         BLOCK
         PAIR
         BACKWARD_ROWS
         BACKWARD_SHORT
         FEW_CHANNELS
+        GAPPED_ROWS
         SHORT_VECTORS
         STRIP_COLUMNS
         TOGETHER
@@ -47,6 +47,7 @@ cdef extern from "sweeps.h" nogil:
     void fold_sums(const double* columns, Py_ssize_t copies, Py_ssize_t channels, Py_ssize_t inner,
                    double* sums) noexcept
 
+    void inverse_roots(double* a, Py_ssize_t n) noexcept
     void settle(const double* mu, const double* m2, Py_ssize_t n, double count, double eps,
                 double* r, real* mean, real* var, real* rstd) noexcept
 
@@ -116,6 +117,15 @@ cdef extern from "sweeps.h" nogil:
                           const real* rstd, double* grad_weight, double* grad_bias, real* b,
                           real* c) noexcept
 
+    bint survives(double eps) noexcept
+    void normalize_narrow(const element* x, element* y, Py_ssize_t rows, Py_ssize_t stride,
+                          Py_ssize_t K, Py_ssize_t groups, double eps, const real* weight,
+                          const real* bias, real* mean, real* var, real* rstd, real* pivot,
+                          real* scale, real* shift) noexcept
+    void backward_narrow(const element* grad_y, const element* x, element* grad_x, Py_ssize_t rows,
+                         Py_ssize_t stride, Py_ssize_t K, Py_ssize_t groups, const real* weight,
+                         const real* mean, const real* rstd, double* grad_weight,
+                         double* grad_bias) noexcept
     void backward_group(const element* grad_y, const element* x, Py_ssize_t rows,
                         Py_ssize_t stride, Py_ssize_t K, const real* weight, real mean, real rstd,
                         double* grad_weight, double* grad_bias, real* b, real* c) noexcept
@@ -202,10 +212,6 @@ cdef inline Py_ssize_t image_parts(Py_ssize_t images, Py_ssize_t values) noexcep
                            min(<Py_ssize_t> IMAGE_PARTS, images * values // PART_VALUES)))
 
 
-cdef inline double rstd_of(double var, double eps) noexcept nogil:
-    return 1 / sqrt(var + eps)
-
-
 cdef inline void take_statistics(const Call* call, Py_ssize_t first, Py_ssize_t count, double* mean,
                                  double* rstd) noexcept nogil:
     """Some of the statistics that are given: mean and rstd, or mean and var, whose rstd goes to
@@ -223,7 +229,10 @@ cdef inline void take_statistics(const Call* call, Py_ssize_t first, Py_ssize_t 
             rstd[i] = given_rstd[i]
         return
     for i in range(count):
-        rstd[i] = <real> rstd_of(given_var[i], eps)
+        rstd[i] = given_var[i] + eps
+    inverse_roots(rstd, count)
+    for i in range(count):
+        rstd[i] = <real> rstd[i]
     if given_rstd is not NULL:
         for i in range(count):
             given_rstd[i] = <real> rstd[i]

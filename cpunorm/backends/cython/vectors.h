@@ -558,6 +558,13 @@ ALWAYS vec lanes_sums(const vec *v)
 #endif
 }
 
+/* Which part each lane belongs to, of parts of `size` lanes, after so many of the first. */
+ALWAYS bits_vec parts_of_lanes(ptrdiff_t gone, ptrdiff_t size)
+{
+    const vec middle = __builtin_convertvector(lanes(), vec) + ((real)0.5 + (real)gone);
+    return __builtin_convertvector(middle * ((real)1 / size), bits_vec);
+}
+
 /* In each lane the lane of v that is asked for. */
 ALWAYS vec picked(vec v, bits_vec which)
 {
@@ -636,6 +643,23 @@ ALWAYS vec at_least(vec v, vec floor)
     return (vec)_mm256_max_pd((__m256d)floor, (__m256d)v);
 #else
     return choose(v < floor, floor, v);
+#endif
+}
+
+/* Adds `left` lanes to as many sums. */
+ALWAYS void add_to_sums(double *sums, vec v, ptrdiff_t left)
+{
+#if defined(__AVX512F__) && !defined(ELEMENT_FLOAT64)
+    const __mmask16 mask = (__mmask16)((1u << left) - 1);
+    const __mmask8 high = mask >> 8;
+    const __m512d a = _mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v));
+    const __m512d b = _mm512_cvtps_pd((__m256)_mm512_extractf64x4_pd((__m512d)v, 1));
+    _mm512_mask_storeu_pd(sums, (__mmask8)mask, a + _mm512_maskz_loadu_pd((__mmask8)mask, sums));
+    if (high)
+        _mm512_mask_storeu_pd(sums + 8, high, b + _mm512_maskz_loadu_pd(high, sums + 8));
+#else
+    for (ptrdiff_t k = 0; k < left; k++)
+        sums[k] += v[k];
 #endif
 }
 
