@@ -103,6 +103,7 @@ def extensions():
     *common, kernels = cythonize(
         [Extension(name, [name.replace(".", "/") + ".pyx"]) for name in names],
         language_level=3,
+        force=True,  # Cython does not see that kernels.pyx depends on what its .pxd files include
         compiler_directives={"boundscheck": False, "wraparound": False, "cdivision": True},
     )
     for module in common:

@@ -28,7 +28,12 @@ FEW_UNITS = [
 # Groups whose planes fill no vectors of sums: what is beside them changes with who is dealt what.
 ODD_GROUPS = [
     c
-    for shape, groups in (((8, 80, 64), (8,)), ((16, 80, 36), (8,)), ((64, 96, 16), (8,)))
+    for shape, groups in (
+        ((8, 80, 64), (8,)),
+        ((16, 80, 36), (8,)),
+        ((64, 96, 16), (8,)),
+        ((1, 1290, 64), (30,)),
+    )
     for c in channel_cases(shape, groups)
 ]
 # Rows of whole vectors, of which some are left when they are taken together.

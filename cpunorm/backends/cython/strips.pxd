@@ -21,11 +21,12 @@ from libc.string cimport memcpy, memset
 from .call cimport Call
 from .sweeps cimport (
     FEW_CHANNELS, GAPPED_ROWS, LANES, LINE_BYTES, NARROW_ROWS, STRIP_COLUMNS, TOGETHER, UNITS,
-    affine_block, at, backward_block, backward_group, backward_narrow, column_backward_sums, column_moments,
-    column_reals, combine_channels, element, end_seam, evenness, fold_moments, fold_sums,
-    image_parts, merge_columns, new_lines, normalize_narrow, open_seam, own_lines, plane_moments,
-    real, repeat_each, rows_aligned, seam, set_columns, settle, share, stretch_moments, sum_parts,
-    survives, take_statistics, team, team_barrier, whole_lines, worth_dealing,
+    affine_block, at, backward_block, backward_group, backward_narrow, column_backward_sums,
+    column_moments, column_reals, combine_channels, element, end_seam, evenness, fold_moments,
+    fold_sums, image_parts, merge_columns, new_lines, normalize_narrow, open_seam, own_lines,
+    plane_moments, real, repeat_each, rows_aligned, seam, set_columns, settle, share,
+    stretch_moments, sum_parts, survives, take_statistics, team, team_barrier, whole_lines,
+    worth_dealing,
 )
 
 cdef enum:
@@ -36,6 +37,7 @@ cdef enum:
     CHUNKS = 64             # at most
     ROWS = 64               # of a chunk, at least
     MANY = 8                # strips that are enough for the team, or tasks for each of it
+    FEW_STRIPS = 4          # that are enough for it
     FEW_ROWS = 16           # too few to measure columns,
     NEAR = 1 << 14          # of strips of so many bytes, which stay in L1
 
@@ -68,7 +70,7 @@ cdef inline Images images_of(const Call* call, Py_ssize_t count, Py_ssize_t rows
     """`inner` is at most STRIP_COLUMNS, and 1 where a group has several channels."""
     cdef:
         Images im
-        Py_ssize_t width = call.C * inner, K = call.C // call.G, row_bytes, step
+        Py_ssize_t width = call.C * inner, K = call.C // call.G, row_bytes, step, work
     memset(&im, 0, sizeof(im))
     im.call, im.count, im.size = call, count, rows * width
     im.rows, im.channels, im.inner, im.groups = rows, call.C, inner, call.G
@@ -90,6 +92,16 @@ cdef inline Images images_of(const Call* call, Py_ssize_t count, Py_ssize_t rows
         im.strip_channels = min(im.strip_channels,
                                 max(<Py_ssize_t> 1, NEAR // (rows * K * sizeof(element))) * K)
     im.strips = (call.C + im.strip_channels - 1) // im.strip_channels
+    work = im.size * <Py_ssize_t> sizeof(element) * (1 if call.grad_y is NULL else 2)
+    if count == 1 and rows <= ROWS and call.G >= FEW_STRIPS and work >= CHUNK_BYTES:
+        # One chunk, of which each of the team is to have as much, in whole lines.
+        im.strips = max(im.strips, min(<Py_ssize_t> FEW_STRIPS, width // LINE))
+        step = K
+        while step % LANES and 2 * step * im.strips <= call.C:
+            step *= 2
+        im.strip_channels = min(im.strip_channels, ((call.C + im.strips - 1) // im.strips
+                                                    + step - 1) // step * step)
+        im.strips = (call.C + im.strip_channels - 1) // im.strip_channels
     row_bytes = im.strip_channels * inner * <Py_ssize_t> sizeof(element)
     if im.strips >= MANY and 2 * rows * row_bytes <= call.slab:
         im.chunks = 1
