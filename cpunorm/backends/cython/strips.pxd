@@ -4,13 +4,14 @@
 # These are NHWC images (inner = 1); a whole NHWC batch under batch norm; and a whole NCHW batch
 # whose planes are too short for vectors of their own (a row is then an image, inner = S).
 #
-# The matrix is cut into chunks of rows and strips of channels, by shape alone. A task is one chunk
-# of one strip: its columns are measured straight down, with vectors of columns in registers, and
-# folded into channels; or, where the channels of a group fill vectors, along the rows, group by
-# group. Such cells are merged over the chunks, then into groups, in float64. A member of the team
-# transforms the tasks it has measured, backwards, to meet what is left in its cache. Many
-# images are dealt to the team whole; the bits are the same either way. Inference needs no strips:
-# where wide rows end within lines, past the caches, there is one.
+# The matrix is cut into chunks of rows and strips of channels, by shape alone. A task is one
+# chunk of one strip: its columns are measured straight down, with vectors of columns in
+# registers, and folded into channels; or, where the channels of a group fill vectors, along the
+# rows, group by group. Such cells are merged over the chunks, then into groups, in float64. Where
+# images are small, a few groups at a time are done at once, from their sums to what is written. A
+# member of the team transforms the tasks it has measured, backwards, to meet what is left in its
+# cache. Many images are dealt to the team whole; the bits are the same either way. Inference
+# needs no strips: where wide rows end within lines, past the caches, there is one.
 #
 # Rows of few columns are taken side by side: `abreast` of them fill a measured strip, and
 # `in_line` a row of the transform.
@@ -21,9 +22,9 @@ from libc.string cimport memcpy, memset
 from .call cimport Call
 from .sweeps cimport (
     FEW_CHANNELS, GAPPED_ROWS, LANES, LINE_BYTES, NARROW_ROWS, STRIP_COLUMNS, TOGETHER, UNITS,
-    affine_block, at, backward_block, backward_group, backward_narrow, column_backward_sums,
-    column_moments, column_reals, combine_channels, element, end_seam, evenness, fold_moments,
-    fold_sums, image_parts, merge_columns, new_lines, normalize_narrow, open_seam, own_lines,
+    affine_block, at, backward_block, backward_groups, column_backward_sums, column_moments,
+    column_reals, combine_channels, element, end_seam, evenness, fold_moments, fold_sums,
+    image_parts, in_vectors, merge_columns, new_lines, normalize_groups, open_seam, own_lines,
     plane_moments, real, repeat_each, rows_aligned, seam, set_columns, settle, share,
     stretch_moments, sum_parts, survives, take_statistics, team, team_barrier, whole_lines,
     worth_dealing,
@@ -50,8 +51,8 @@ cdef struct Images:
     Py_ssize_t strip_channels, strips
     Py_ssize_t per_cell, cells              # channels measured as one
     Py_ssize_t abreast, in_line
-    bint few                                # rows, of groups that fill vectors,
-    bint narrow                             # groups that do not, in few rows
+    bint few                                # rows, of groups that fill vectors
+    bint at_once                            # each few groups of a strip, from sums to output
     bint dealt                              # whole, to a member each
     bint cached                             # whether a second sweep finds everything in L2
     # Scratch: of one image, or of one for each member where they are dealt.
@@ -116,9 +117,12 @@ cdef inline Images images_of(const Call* call, Py_ssize_t count, Py_ssize_t rows
     return im
 
 
-cdef inline bint are_narrow(const Images* im) noexcept nogil:
-    cdef Py_ssize_t K = im.channels // im.groups
-    return im.inner == 1 and K <= LANES and im.rows <= (GAPPED_ROWS if LANES % K else NARROW_ROWS)
+cdef inline bint is_small(const Images* im) noexcept nogil:
+    """Whether groups may be done at once."""
+    cdef:
+        Py_ssize_t K = im.channels // im.groups
+        bint gaps = LANES % K != 0 and K % LANES != 0
+    return im.inner == 1 and K <= FEW_CHANNELS and im.rows <= (GAPPED_ROWS if gaps else NARROW_ROWS)
 
 
 cdef inline bint is_near(const Images* im) noexcept nogil:
@@ -299,17 +303,17 @@ cdef inline void _finish(const Images* im, Py_ssize_t image, Py_ssize_t first, P
         first += count
 
 
-cdef inline void _normalize_narrow(const Images* im, Py_ssize_t image, const Task* task,
-                                   real* terms, bint plain) noexcept nogil:
-    """What `_measure` and `_finish` find, of the groups of a strip of few rows."""
+cdef inline void _normalize_groups(const Images* im, Py_ssize_t image, const Task* task,
+                                   real* terms, bint plain, seam* past) noexcept nogil:
+    """What `_measure` and `_finish` find and, where it is plain, y of the groups of a strip."""
     cdef:
         const Call* call = im.call
         Py_ssize_t K = im.channels // im.groups, c = task.first_channel
         Py_ssize_t here = image * im.size + c, g = image * im.groups + c // K
         element* y = <element*> call.y + here if plain else NULL
-    normalize_narrow(<const element*> call.x + here, y, im.rows, im.channels, K,
+    normalize_groups(<const element*> call.x + here, y, im.rows, im.channels, K,
                      task.channels // K, call.eps, at(<const real*> call.weight, c),
-                     at(<const real*> call.bias, c), <real*> call.mean + g,
+                     at(<const real*> call.bias, c), past, <real*> call.mean + g,
                      at(<real*> call.var, g), at(<real*> call.rstd, g), terms + c,
                      terms + im.pitch + c, terms + 2 * im.pitch + c)
 
@@ -347,21 +351,22 @@ cdef inline void _normalize_image(const Images* im, Py_ssize_t image, double* wi
         Py_ssize_t first = share(tasks, member, members), last = share(tasks, member + 1, members)
         Py_ssize_t start = image * im.size, q
         bint transformed = im.call.y is not NULL
-        bint plain = (transformed and im.call.residual is NULL and not im.call.activation
-                      and past is NULL)
+        bint plain = (im.at_once and transformed and im.call.residual is NULL
+                      and not im.call.activation
+                      and (past is NULL or in_vectors(<element*> im.call.y, im.channels, K)))
         double* mean = wide
         double* m2 = wide + im.chunks * im.cells
         Task task
     if im.chunks == 1:
         for q in range(first, last):
             task = task_of(im, q)
-            if im.narrow:
-                _normalize_narrow(im, image, &task, terms, plain)
+            if im.at_once:
+                _normalize_groups(im, image, &task, terms, plain, past)
             else:
                 _measure(im, start, q, mean, m2)
                 _finish(im, image, task.first_channel // K,
                         (task.first_channel + task.channels) // K, mean, m2, terms)
-            if transformed and not (im.narrow and plain):
+            if transformed and not plain:
                 _transform(im, start, q, terms, past)
         return
     for q in range(first, last):
@@ -390,7 +395,8 @@ cdef inline void _normalize(void* work, int member, int members) noexcept nogil:
 cdef inline int normalize_images(Images* im) noexcept nogil:
     """Moments and, where there is a y, the transform. -1 if out of memory."""
     cdef int places
-    im.narrow = are_narrow(im) and is_near(im) and survives(im.call.eps)
+    im.at_once = (is_small(im) and is_near(im) and im.channels // im.groups <= LANES
+                  and survives(im.call.eps))
     deal(im, im.count, 1)
     places = im.call.threads if im.dealt else 1
     im.wide_size = own_lines(2 * im.chunks * im.cells)
@@ -563,34 +569,18 @@ cdef inline void _combine(const Images* im, Py_ssize_t image, Py_ssize_t first, 
         first += count
 
 
-cdef inline void _sum_groups(const Images* im, Py_ssize_t image, const Task* task, real* terms,
-                             double* grad_weight, double* grad_bias) noexcept nogil:
-    """What `_sum` and `_combine` find, of the groups of a strip of few rows."""
-    cdef:
-        Py_ssize_t C = im.channels, K = C // im.groups, first = task.first_channel, here, c, g
-        real slope[STRIP_COLUMNS]
-        real offset[STRIP_COLUMNS]
-    for g in range(task.channels // K):
-        c = first + g * K
-        here = image * im.size + c
-        backward_group(<const element*> im.call.grad_y + here, <const element*> im.call.x + here,
-                       im.rows, C, K, at(<const real*> im.call.weight, c), terms[c],
-                       terms[im.pitch + c], at(grad_weight, c), at(grad_bias, c), slope + g,
-                       offset + g)
-    repeat_each(slope, task.channels // K, K, terms + 2 * im.pitch + first)
-    repeat_each(offset, task.channels // K, K, terms + 3 * im.pitch + first)
-
-
-cdef inline void _differentiate_narrow(const Images* im, Py_ssize_t image, const Task* task,
-                                       double* grad_weight, double* grad_bias) noexcept nogil:
+cdef inline void _differentiate_groups(const Images* im, Py_ssize_t image, const Task* task,
+                                       double* grad_weight, double* grad_bias,
+                                       seam* past) noexcept nogil:
+    """All of a strip."""
     cdef:
         const Call* call = im.call
         Py_ssize_t K = im.channels // im.groups, c = task.first_channel
         Py_ssize_t here = image * im.size + c, g = image * im.groups + c // K
-    backward_narrow(<const element*> call.grad_y + here, <const element*> call.x + here,
+    backward_groups(<const element*> call.grad_y + here, <const element*> call.x + here,
                     at(<element*> call.grad_x, here), im.rows, im.channels, K, task.channels // K,
                     at(<const real*> call.weight, c), <const real*> call.mean + g,
-                    <const real*> call.rstd + g, at(grad_weight, c), at(grad_bias, c))
+                    <const real*> call.rstd + g, past, at(grad_weight, c), at(grad_bias, c))
 
 
 cdef inline void _backward_image(
@@ -610,13 +600,11 @@ cdef inline void _backward_image(
             task = task_of(im, q)
             first_group = task.first_channel // K
             last_group = first_group + task.channels // K
-            if im.narrow:
-                _differentiate_narrow(im, image, &task, grad_weight, grad_bias)
+            if im.at_once:
+                _differentiate_groups(im, image, &task, grad_weight, grad_bias, past)
                 continue
             _set_backward(im, image, first_group, last_group, terms)
-            if im.few and not im.frozen:
-                _sum_groups(im, image, &task, terms, grad_weight, grad_bias)
-            elif summed:
+            if summed:
                 _sum(im, start, q, terms, wide)
                 _combine(im, image, first_group, last_group, wide, terms, grad_weight, grad_bias)
             if differentiated:
@@ -662,13 +650,14 @@ cdef inline int backward_images(Images* im, bint frozen) noexcept nogil:
     """-1 if out of memory."""
     cdef:
         const Call* call = im.call
-        bint parameters = call.grad_weight is not NULL or call.grad_bias is not NULL
-        Py_ssize_t places, sums_size = 0
+        bint parameters = call.grad_weight is not NULL or call.grad_bias is not NULL, worthwhile
+        Py_ssize_t K = im.channels // im.groups, places, sums_size = 0
         double* scratch
     im.frozen = frozen
-    # Vectors of whole lines are worth it even where they are read twice from L2.
-    im.narrow = (are_narrow(im) and (is_near(im) or LANES * sizeof(element) == LINE_BYTES)
-                 and not frozen and not call.streaming)
+    # Where it is not near, of groups together whole lines are read, of others what stays in L1.
+    worthwhile = LANES * sizeof(element) == LINE_BYTES if K <= LANES else im.rows < FEW_ROWS
+    im.at_once = (is_small(im) and not frozen and (worthwhile or is_near(im))
+                  and (not call.streaming or in_vectors(<element*> call.grad_x, im.channels, K)))
     im.parts = image_parts(im.count, im.rows * im.inner)
     deal(im, im.parts, 2)
     places = call.threads if im.dealt else 1

@@ -2028,125 +2028,162 @@ SWEEP void combine_channels(ptrdiff_t K, ptrdiff_t groups, const double *g, cons
 #undef GROUPS
 }
 
-/* The same, from the sums on, for one group of K channels in at most BACKWARD_ROWS rows: they stay in L1. K is
- * at most FEW_CHANNELS. */
-SWEEP void backward_group(const element *grad_y, const element *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t K,
-                          const real *weight, real mean, real rstd, double *grad_weight, double *grad_bias, real *b,
-                          real *c)
+/* ------------------------------------------------------------------- groups of few rows, at once */
+
+/* Groups of K channels in at most NARROW_ROWS rows, G of them side by side: as many as fit into a vector together, each
+ * lane with the sums of its group; larger ones by themselves. What is read twice stays in L1. */
+
+/* Whether groups end and begin where vectors do that are aligned. */
+ALWAYS int in_vectors(const element *y, ptrdiff_t stride, ptrdiff_t K)
 {
-    real g[FEW_CHANNELS], gx[FEW_CHANNELS];
-    const int few = (K + LANES - 1) / LANES * rows <= BACKWARD_VECTORS;
-    ptrdiff_t added = 0;
-    backward_vecs sum = {{0}, {0}, {0}};
-    backward_wides wide;
-    clear(&wide);
-    FOR_VECTORS(j, left, K, {
-        vec g_ = {0}, gx_ = {0}, x_ = {0};
-        for (ptrdiff_t r = 0; r < rows; r++) {
-            const ptrdiff_t i = r * stride + j, next = i + 4 * LANES;
-            if (j + 4 * LANES < K)
-                prefetch(x + next), prefetch(grad_y + next);
-            const vec t = load(x + i, left, mean) - mean, y = load(grad_y + i, left, 0);
-            g_ += y, gx_ += y * t, x_ += t;
-        }
-        store_real(g + j, g_, left), store_real(gx + j, gx_, left);
-        const vec w = weight ? load_real(weight + j, left, 0) : splat(1);
-        sum.g += w * g_, sum.gx += w * gx_, sum.x += x_;
-        if (!few && (added += rows) >= BACKWARD_VECTORS)
-            flush(&wide, &sum), added = 0;
-    })
-    double g_sum = lanes_sum(sum.g), gx_sum = lanes_sum(sum.gx), x_sum = lanes_sum(sum.x);
-    if (!few)
-        add_wides(&wide, &g_sum, &gx_sum, &x_sum);
-    const row_terms t = terms_of_row(g_sum, gx_sum, x_sum, 1.0 / (rows * K), 1, rstd);
-    *b = t.b, *c = t.c;
-    for (ptrdiff_t k = 0; grad_weight && k < K; k++)
-        grad_weight[k] += (double)rstd * gx[k] + t.s * g[k], grad_bias[k] += g[k];
+    return rows_aligned(y, stride) && (LANES % K == 0 || K % LANES == 0);
 }
 
-/* Statistics, and y or the terms of set_columns for it, of groups of K channels, at most LANES, in at most NARROW_ROWS
- * rows: as many groups as fit into a vector are taken at once, each lane has the sums of its group. */
-SWEEP void normalize_narrow(const element *x, element *y, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t K,
-                            ptrdiff_t groups, double eps, const real *weight, const real *bias, real *mean, real *var,
-                            real *rstd, real *pivot, real *scale, real *shift)
+/* Statistics of groups of at most LANES channels, and y or, without one, the terms of set_columns for it. */
+EXACT_SWEEP void normalize_groups(const element *x, element *y, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t K, ptrdiff_t G,
+                                  double eps, const real *weight, const real *bias, seam *past, real *mean, real *var,
+                                  real *rstd, real *pivot, real *scale, real *shift)
 {
+    const int streaming = past && in_vectors(y, stride, K);
     const ptrdiff_t some = LANES / K, rough = MIN(rows, ROUGH_ROWS);
     const real inverse = (real)1 / (rows * K), rough_inverse = (real)1 / (rough * K);
     const bits_vec group = parts_of_lanes(0, K), first = group * (lane_bits)K, each = lanes() * (lane_bits)K;
-    for (ptrdiff_t i = 0; i < groups; i += some) {
-        const ptrdiff_t here = i * K, count = MIN(some, groups - i), left = count * K;
-        vec p = picked(load(x + here, left, 0), first), total = {0}, sum = {0}, squares = {0}, s = {0}, q = {0};
+    for (ptrdiff_t g = 0; g < G; g += some) {
+        const ptrdiff_t j = g * K, count = MIN(some, G - g), left = count * K;
+        vec p = picked(load(x + j, left, 0), first), guess = {0}, total = {0}, sum = {0}, squares = {0}, s = {0}, q = {0};
         for (ptrdiff_t n = 0; n < rough; n++)
-            sum += difference(load(x + here + n * stride, left, 0), p);
+            guess += difference(load(x + j + n * stride, left, 0), p);
         for (ptrdiff_t k = 0; k < K; k++)
-            total += picked(sum, first + (lane_bits)k);
-        p += total * rough_inverse, sum = splat(0);
+            total += picked(guess, first + (lane_bits)k);
+        p += total * rough_inverse;
         for (ptrdiff_t n = 0; n < rows;) {
             const ptrdiff_t end = MIN(rows, n + BACKWARD_ROWS);
             vec a = {0}, b = {0};
-            for (; n < end; n++)
-                add_one(load(x + here + n * stride, left, 0) - p, &a, &b);
+            for (; n < end; n++) {
+                const vec t = load(x + j + n * stride, left, 0) - p;
+                a += t, b = fused(t, t, b);
+            }
             sum += a, squares += b;
         }
         for (ptrdiff_t k = 0; k < K; k++) {
             const bits_vec kth = first + (lane_bits)k;
             s += picked(sum, kth), q += picked(squares, kth);
         }
-        const vec rest = s * inverse, v = at_least((q - rest * s) * inverse, splat(0));
-        const vec r = 1 / roots(v + (real)eps), a = weight ? r * load_real(weight + here, left, 0) : r;
-        store_real(mean + i, picked(p + rest, each), count);
+        const vec rest = s * inverse, v = at_least((q - rest * s) * inverse, splat(0)), r = 1 / roots(v + (real)eps);
+        store_real(mean + g, picked(p + rest, each), count);
         if (var)
-            store_real(var + i, picked(v, each), count);
+            store_real(var + g, picked(v, each), count);
         if (rstd)
-            store_real(rstd + i, picked(r, each), count);
-        const vec b = (bias ? load_real(bias + here, left, 0) : splat(0)) - rest * a;
-        if (!y) {
-            store_real(pivot + here, p, left), store_real(scale + here, a, left), store_real(shift + here, b, left);
-            continue;
-        }
-        for (ptrdiff_t n = 0; n < rows; n++)
-            store(y + here + n * stride, fused(load(x + here + n * stride, left, 0) - p, a, b), left);
+            store_real(rstd + g, picked(r, each), count);
+        const vec a = weight ? r * load_real(weight + j, left, 0) : r;
+        const vec b = (bias ? load_real(bias + j, left, 0) : splat(0)) - rest * a;
+        if (!y)
+            store_real(pivot + j, p, left), store_real(scale + j, a, left), store_real(shift + j, b, left);
+        for (ptrdiff_t n = 0, i = j; y && n < rows; n++, i += stride)
+            put(y + i, fused(load(x + i, left, 0) - p, a, b), left, streaming);
     }
 }
 
-/* The gradients of such groups. */
-EXACT_SWEEP void backward_narrow(const element *grad_y, const element *x, element *grad_x, ptrdiff_t rows,
-                                 ptrdiff_t stride, ptrdiff_t K, ptrdiff_t groups, const real *weight,
-                                 const real *mean, const real *rstd, double *grad_weight, double *grad_bias)
+/* The sums down `left` columns that gradients are made of. */
+ALWAYS backward_vecs columns_sums(const element *grad_y, const element *x, ptrdiff_t rows, ptrdiff_t stride,
+                                  ptrdiff_t left, real fill, vec mean)
+{
+    backward_vecs sum = {{0}, {0}, {0}};
+    for (ptrdiff_t n = 0; n < rows;) {
+        const ptrdiff_t end = MIN(rows, n + BACKWARD_ROWS);
+        vec a = {0}, b = {0}, c = {0};
+        for (; n < end; n++) {
+            const vec t = load(x + n * stride, left, fill) - mean, g = load(grad_y + n * stride, left, 0);
+            a += g, b = fused(g, t, b), c += t;
+        }
+        sum.g += a, sum.gx += b, sum.x += c;
+    }
+    return sum;
+}
+
+/* grad_x, unless NULL, of `left` columns, and what they add to the gradients of the parameters, unless NULL: from the
+ * terms of their groups and their own sums. */
+ALWAYS void differentiate_columns(const element *grad_y, const element *x, element *grad_x, ptrdiff_t rows,
+                                  ptrdiff_t stride, ptrdiff_t left, vec mean, vec r, vec w, vec b, vec c, vec rest, vec g,
+                                  vec gx, int streaming, double *grad_weight, double *grad_bias)
+{
+    if (grad_weight)
+        add_to_sums(grad_weight, r * (gx - rest * g), left), add_to_sums(grad_bias, g, left);
+    for (ptrdiff_t n = 0, i = 0; grad_x && n < rows; n++, i += stride) {
+        const vec t = load(x + i, left, 0) - mean, y = load(grad_y + i, left, 0);
+        put(grad_x + i, r * (w * y + fused(t, b, c)), left, streaming);
+    }
+}
+
+ALWAYS void backward_together(const element *grad_y, const element *x, element *grad_x, ptrdiff_t rows, ptrdiff_t stride,
+                              ptrdiff_t K, ptrdiff_t G, const real *weight, const real *mean, const real *rstd,
+                              int streaming, double *grad_weight, double *grad_bias)
 {
     const ptrdiff_t some = LANES / K;
     const real inverse = (real)1 / (rows * K);
     const bits_vec group = parts_of_lanes(0, K), first = group * (lane_bits)K;
-    for (ptrdiff_t i = 0; i < groups; i += some) {
-        const ptrdiff_t here = i * K, count = MIN(some, groups - i), left = count * K;
+    for (ptrdiff_t i = 0; i < G; i += some) {
+        const ptrdiff_t j = i * K, count = MIN(some, G - i), left = count * K;
         const vec m = picked(load_real(mean + i, count, 0), group), r = picked(load_real(rstd + i, count, 0), group);
-        const vec w = weight ? load_real(weight + here, left, 0) : splat(1);
-        vec g = {0}, gx = {0}, t_ = {0}, g_sum = {0}, gx_sum = {0}, t_sum = {0};
-        for (ptrdiff_t n = 0; n < rows;) {
-            const ptrdiff_t end = MIN(rows, n + BACKWARD_ROWS);
-            vec a = {0}, b = {0}, c = {0};
-            for (; n < end; n++) {
-                const vec t = load(x + here + n * stride, left, 0) - m, y = load(grad_y + here + n * stride, left, 0);
-                a += y, b += y * t, c += t;
-            }
-            g += a, gx += b, t_ += c;
-        }
-        const vec wg = w * g, wgx = w * gx;
+        const vec w = weight ? load_real(weight + j, left, 0) : splat(1);
+        const backward_vecs sum = columns_sums(grad_y + j, x + j, rows, stride, left, 0, m);
+        const vec wg = w * sum.g, wgx = w * sum.gx;
+        vec g_sum = {0}, gx_sum = {0}, x_sum = {0};
         for (ptrdiff_t k = 0; k < K; k++) {
             const bits_vec kth = first + (lane_bits)k;
-            g_sum += picked(wg, kth), gx_sum += picked(wgx, kth), t_sum += picked(t_, kth);
+            g_sum += picked(wg, kth), gx_sum += picked(wgx, kth), x_sum += picked(sum.x, kth);
         }
-        const vec rest = t_sum * inverse;
-        const vec b = -r * (r * (gx_sum - rest * g_sum) * inverse), c = -g_sum * inverse - b * rest;
-        if (grad_weight) {
-            add_to_sums(grad_weight + here, r * (gx - rest * g), left);
-            add_to_sums(grad_bias + here, g, left);
-        }
-        for (ptrdiff_t n = 0; grad_x && n < rows; n++) {
-            const vec t = load(x + here + n * stride, left, 0) - m, y = load(grad_y + here + n * stride, left, 0);
-            store(grad_x + here + n * stride, r * (w * y + fused(t, b, c)), left);
-        }
+        /* As in terms_of_row. */
+        const vec rest = x_sum * inverse, b = -r * (r * (gx_sum - rest * g_sum) * inverse);
+        const vec c = -g_sum * inverse - b * rest;
+        differentiate_columns(grad_y + j, x + j, NTH(1, grad_x, j), rows, stride, left, m, r, w, b, c, rest, sum.g, sum.gx,
+                              streaming, NTH(1, grad_weight, j), NTH(1, grad_bias, j));
     }
+}
+
+ALWAYS void backward_one(const element *grad_y, const element *x, element *grad_x, ptrdiff_t rows, ptrdiff_t stride,
+                         ptrdiff_t K, const real *weight, real mean, real rstd, int streaming, double *grad_weight,
+                         double *grad_bias)
+{
+    const vec m = splat(mean), r = splat(rstd);
+    real g[FEW_CHANNELS], gx[FEW_CHANNELS];
+    double g_sum = 0, gx_sum = 0, x_sum = 0;
+    ptrdiff_t added = 0;
+    backward_vecs all = {{0}, {0}, {0}};
+    backward_wides wide;
+    clear(&wide);
+    FOR_VECTORS(j, left, K, {
+        const backward_vecs sum = columns_sums(grad_y + j, x + j, rows, stride, left, mean, m);
+        const vec w = weight ? load_real(weight + j, left, 0) : splat(1);
+        store_real(g + j, sum.g, left), store_real(gx + j, sum.gx, left);
+        all.g += w * sum.g, all.gx += w * sum.gx, all.x += sum.x;
+        if ((added += rows) >= BACKWARD_VECTORS)
+            flush(&wide, &all), added = 0;
+    })
+    flush(&wide, &all);
+    add_wides(&wide, &g_sum, &gx_sum, &x_sum);
+    const row_terms t = terms_of_row(g_sum, gx_sum, x_sum, 1.0 / (rows * K), 1, rstd);
+    const vec b = splat(t.b), c = splat(t.c), rest = splat(x_sum / (rows * K));
+    FOR_VECTORS(j, left, K, {
+        differentiate_columns(grad_y + j, x + j, NTH(1, grad_x, j), rows, stride, left, m, r,
+                              weight ? load_real(weight + j, left, 0) : splat(1), b, c, rest, load_real(g + j, left, 0),
+                              load_real(gx + j, left, 0), streaming, NTH(1, grad_weight, j), NTH(1, grad_bias, j));
+    })
+}
+
+/* The gradients: grad_x, unless NULL; those of the parameters, unless NULL, are added to. K is at most FEW_CHANNELS. */
+EXACT_SWEEP void backward_groups(const element *grad_y, const element *x, element *grad_x, ptrdiff_t rows,
+                                 ptrdiff_t stride, ptrdiff_t K, ptrdiff_t G, const real *weight, const real *mean,
+                                 const real *rstd, seam *past, double *grad_weight, double *grad_bias)
+{
+    const int streaming = past && in_vectors(grad_x, stride, K);
+    if (K <= LANES) {
+        backward_together(grad_y, x, grad_x, rows, stride, K, G, weight, mean, rstd, streaming, grad_weight, grad_bias);
+        return;
+    }
+    for (ptrdiff_t g = 0, j = 0; g < G; g++, j += K)
+        backward_one(grad_y + j, x + j, NTH(1, grad_x, j), rows, stride, K, NTH(1, weight, j), mean[g], rstd[g],
+                     streaming, NTH(1, grad_weight, j), NTH(1, grad_bias, j));
 }
 
 /* --------------------------------------------------------- the rows of a strip: element by element */

@@ -118,17 +118,15 @@ cdef extern from "sweeps.h" nogil:
                           real* c) noexcept
 
     bint survives(double eps) noexcept
-    void normalize_narrow(const element* x, element* y, Py_ssize_t rows, Py_ssize_t stride,
-                          Py_ssize_t K, Py_ssize_t groups, double eps, const real* weight,
-                          const real* bias, real* mean, real* var, real* rstd, real* pivot,
-                          real* scale, real* shift) noexcept
-    void backward_narrow(const element* grad_y, const element* x, element* grad_x, Py_ssize_t rows,
-                         Py_ssize_t stride, Py_ssize_t K, Py_ssize_t groups, const real* weight,
-                         const real* mean, const real* rstd, double* grad_weight,
+    bint in_vectors(const element* y, Py_ssize_t stride, Py_ssize_t K) noexcept
+    void normalize_groups(const element* x, element* y, Py_ssize_t rows, Py_ssize_t stride,
+                          Py_ssize_t K, Py_ssize_t G, double eps, const real* weight,
+                          const real* bias, seam* past, real* mean, real* var, real* rstd,
+                          real* pivot, real* scale, real* shift) noexcept
+    void backward_groups(const element* grad_y, const element* x, element* grad_x, Py_ssize_t rows,
+                         Py_ssize_t stride, Py_ssize_t K, Py_ssize_t G, const real* weight,
+                         const real* mean, const real* rstd, seam* past, double* grad_weight,
                          double* grad_bias) noexcept
-    void backward_group(const element* grad_y, const element* x, Py_ssize_t rows,
-                        Py_ssize_t stride, Py_ssize_t K, const real* weight, real mean, real rstd,
-                        double* grad_weight, double* grad_bias, real* b, real* c) noexcept
 
     void affine_block(const element* x, const element* residual, element* y, Py_ssize_t rows,
                       Py_ssize_t stride, Py_ssize_t width, const real* pivot, const real* scale,
