@@ -155,6 +155,8 @@ FOLDS = (
     ("channels_first", (2, 5, 4099), (2, 5)),
     ("channels_first", (5, 3, 1), (1, 3)),
     ("channels_first", (1, 1, 17), (1, 1)),
+    ("channels_first", (70, 6, 100), (1, 6)),
+    ("channels_first", (900, 5, 241), (1, 5)),
     ("channels_last", (3, 35, 6), (1, 6)),
     ("channels_last", (3, 35, 6), (3, 6)),
     ("channels_last", (3, 35, 6), (3, 2)),

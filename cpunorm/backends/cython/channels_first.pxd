@@ -32,7 +32,10 @@ cdef enum:
     MANY = 1 << 9           # units of a slab of groups in backward
     SLABS = 4               # slabs of a tensor that L2 does not hold
     SHORT = 8               # elements of a plane that is too short,
-    LONGEST = 4             # and vectors of one that is where there are many
+    LONGEST = 4             # and vectors of one that is where there are many,
+    SHORT_IMAGE = 1 << 12   # or elements of images that are short, and then of a plane
+    NEAR_PLANE = 1 << 7     # in the caches
+    FAR_PLANE = 1 << 9      # or past L2
 
 
 cdef struct Units:
@@ -128,7 +131,14 @@ cdef inline Chunk chunk_of(const Units* u, Py_ssize_t index) noexcept nogil:
 
 
 cdef inline bint short_planes(const Call* call, Py_ssize_t longest) noexcept nogil:
-    return call.S <= SHORT or call.S <= min(longest, LONGEST * <Py_ssize_t> LANES)
+    """Whether they are, at most `longest`; or images so short that no few planes of them, which lie
+    side by side, are a long run of memory."""
+    cdef Py_ssize_t image = call.C * call.S, most = LONGEST * <Py_ssize_t> LANES
+    if image <= SHORT_IMAGE:
+        most = NEAR_PLANE
+        if call.N * image * <Py_ssize_t> sizeof(element) >= SLABS * call.slab:
+            most = FAR_PLANE
+    return call.S <= SHORT or call.S <= min(longest, most)
 
 
 cdef inline bint short_groups(const Units* u) noexcept nogil:
