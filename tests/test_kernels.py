@@ -163,6 +163,8 @@ FOLDS = (
     ("channels_last", (3, 9, 32), (3, 2)),
     ("channels_last", (5, 9, 90), (5, 15)),
     ("channels_last", (4, 64, 40), (4, 8)),
+    ("channels_last", (3, 200, 32), (3, 4)),
+    ("channels_last", (3, 100, 64), (3, 2)),
     ("channels_last", (9, 35, 64), (9, 16)),
     ("channels_last", (1, 4099, 33), (1, 33)),
     ("channels_last", (2, 131, 130), (2, 10)),

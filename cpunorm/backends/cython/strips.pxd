@@ -51,7 +51,6 @@ cdef struct Images:
     Py_ssize_t strip_channels, strips
     Py_ssize_t per_cell, cells              # channels measured as one
     Py_ssize_t abreast, in_line
-    bint few                                # rows, of groups that fill vectors
     bint at_once                            # each few groups of a strip, from sums to output
     bint dealt                              # whole, to a member each
     bint cached                             # whether a second sweep finds everything in L2
@@ -72,6 +71,7 @@ cdef inline Images images_of(const Call* call, Py_ssize_t count, Py_ssize_t rows
     cdef:
         Images im
         Py_ssize_t width = call.C * inner, K = call.C // call.G, row_bytes, step, work
+        bint few        # rows, of groups that fill vectors
     memset(&im, 0, sizeof(im))
     im.call, im.count, im.size = call, count, rows * width
     im.rows, im.channels, im.inner, im.groups = rows, call.C, inner, call.G
@@ -81,15 +81,15 @@ cdef inline Images images_of(const Call* call, Py_ssize_t count, Py_ssize_t rows
             im.abreast *= 2
     while im.in_line * width < LINE and IN_LINE_ROWS * im.in_line <= rows:
         im.in_line *= 2
-    im.few = rows < FEW_ROWS and 1 < K <= FEW_CHANNELS and 2 * K >= LANES
-    if K == call.C or K >= 4 * LANES or (im.few and K >= 2 * LANES):
+    few = rows < FEW_ROWS and 1 < K <= FEW_CHANNELS and 2 * K >= LANES
+    if K == call.C or K >= 4 * LANES or (few and K >= 2 * LANES):
         im.per_cell = K
     else:
         im.per_cell = 1
     im.cells = call.C // im.per_cell
     # Whole groups.
     im.strip_channels = min(call.C, max(<Py_ssize_t> 1, STRIP_COLUMNS // inner // K) * K)
-    if im.few and not call.streaming:
+    if few and not call.streaming:
         im.strip_channels = min(im.strip_channels,
                                 max(<Py_ssize_t> 1, NEAR // (rows * K * sizeof(element))) * K)
     im.strips = (call.C + im.strip_channels - 1) // im.strip_channels
@@ -655,7 +655,10 @@ cdef inline int backward_images(Images* im, bint frozen) noexcept nogil:
         double* scratch
     im.frozen = frozen
     # Where it is not near, of groups together whole lines are read, of others what stays in L1.
-    worthwhile = LANES * sizeof(element) == LINE_BYTES if K <= LANES else im.rows < FEW_ROWS
+    if K <= LANES:
+        worthwhile = im.rows <= ROWS and LANES * sizeof(element) == LINE_BYTES
+    else:
+        worthwhile = im.rows < FEW_ROWS
     im.at_once = (is_small(im) and not frozen and (worthwhile or is_near(im))
                   and (not call.streaming or in_vectors(<element*> call.grad_x, im.channels, K)))
     im.parts = image_parts(im.count, im.rows * im.inner)

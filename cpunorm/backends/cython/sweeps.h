@@ -22,14 +22,15 @@
 #include <omp.h>
 #endif
 
-#define BLOCK ((ptrdiff_t)(MIN(512 * VECTOR_BYTES, 16384) / sizeof(real))) /* values summed before that goes to float64 */
+/* Values summed before the sums go to float64: of short vectors, which are fewer sums, half as many. */
+#define BLOCK ((ptrdiff_t)(MIN(512 * VECTOR_BYTES, 16384) / sizeof(real)))
 #define SCRATCH 1024        /* reals that wait in L1 for an activation */
 #define STRIP_COLUMNS 1024  /* of a strip, at most */
 #define COLUMN_VECTORS 4    /* vectors of columns measured together */
 #define SEGMENT 512         /* columns of a wider strip, whose sums stay in L1 */
 #define COLUMN_ROWS 64      /* rows summed before the sums go to float64 */
 #define BACKWARD_ROWS 16    /* the same, where sums may nearly cancel */
-#define NARROW_ROWS 64      /* of groups that are taken several to a vector, at most */
+#define NARROW_ROWS 256     /* of groups that are done at once, at most */
 #define BACKWARD_VECTORS 16 /* and along a stretch */
 #define FEW_SUMS (LANES / 2) /* across vectors, that are found faster one by one than LANES at once */
 #define FEW_CHANNELS 1024   /* of a group whose sums stay in L1 */
@@ -38,14 +39,13 @@
 #define SHORT_VECTORS 8     /* vectors of a row that is kept in registers, of which there are 32 here */
 #define BACKWARD_SHORT 8    /* the same in the backward pass, of which a part may spill into L1 */
 #define STRAIGHT_VECTORS 32 /* vectors of columns that are measured straight down */
-#define GAPPED_ROWS NARROW_ROWS /* where groups do not fill the vector, which masks cost nothing for */
+#define GAPPED_ROWS 64      /* rows of groups that are done at once and do not fill vectors: masks are cheap here */
 #else
 #define SHORT_VECTORS 4
 #define BACKWARD_SHORT 6
 #define STRAIGHT_VECTORS COLUMN_VECTORS
 #define GAPPED_ROWS 15
 #endif
-#define ROOTS 64            /* that are taken at once */
 #define ALIGNED_VECTORS 8   /* of a stretch from which on its stores are aligned */
 #define SHORT_PLANE 256     /* bytes of reals of a plane of which several are summed before that */
 #define ROUGH_VECTORS 8     /* vectors that a first guess of a mean is made from */
@@ -575,27 +575,6 @@ SWEEP void fold_sums(const double *restrict columns, ptrdiff_t copies, ptrdiff_t
     }
 }
 
-/* Makes 1 / sqrt(a) of every a, in float64. Of many, a float estimate is made exact by Newton's steps, which takes far
- * less time than double roots and quotients. */
-EXACT_SWEEP void inverse_roots(double *restrict a, ptrdiff_t n)
-{
-    while (sizeof(real) == sizeof(float) && n >= ROOTS) {
-        int ordinary = 1;
-        for (ptrdiff_t i = 0; i < ROOTS; i++)
-            ordinary &= a[i] > 1e-30 && a[i] < 1e30;
-        if (!ordinary)
-            break;
-        for (ptrdiff_t i = 0; i < ROOTS; i++) {
-            double r = 1 / sqrtf(a[i]);
-            r *= 1.5 - 0.5 * a[i] * r * r;
-            a[i] = r * (1.5 - 0.5 * a[i] * r * r);
-        }
-        a += ROOTS, n -= ROOTS;
-    }
-    for (ptrdiff_t i = 0; i < n; i++)
-        a[i] = 1 / sqrt(a[i]);
-}
-
 /* Of n statistics over `count` values each, from their m2: 1 / sqrt(variance + eps), and what is wanted of them as
  * reals. */
 EXACT_SWEEP void settle(const double *restrict mu, const double *restrict m2, ptrdiff_t n, double count, double eps,
@@ -605,11 +584,10 @@ EXACT_SWEEP void settle(const double *restrict mu, const double *restrict m2, pt
     for (ptrdiff_t i = 0; i < n; i++) {
         /* Rounding can leave m2 a hair below zero; a NaN must pass. */
         const double v = m2[i] < 0 ? 0 : m2[i] * inverse;
-        r[i] = v + eps;
+        r[i] = 1 / sqrt(v + eps);
         if (var)
             var[i] = v;
     }
-    inverse_roots(r, n);
     for (ptrdiff_t i = 0; mean && i < n; i++)
         mean[i] = mu[i];
     for (ptrdiff_t i = 0; rstd && i < n; i++)
@@ -812,7 +790,7 @@ SWEEP void plane_moments(const element *x, ptrdiff_t planes, ptrdiff_t stride, p
         count += length, i += length;
         if (i == n)
             i = 0, p++;
-        if (count < BLOCK && p < planes)
+        if (count < BLOCK && (i || p % COLUMN_ROWS) && p < planes)
             continue;
         for (ptrdiff_t u = 0; u < units; u++) {
             if (done == 0 && far_off(count, lanes_sum(sum[u]), lanes_sum(squares[u]))) {
@@ -2040,9 +2018,9 @@ ALWAYS int in_vectors(const element *y, ptrdiff_t stride, ptrdiff_t K)
 }
 
 /* Statistics of groups of at most LANES channels, and y or, without one, the terms of set_columns for it. */
-EXACT_SWEEP void normalize_groups(const element *x, element *y, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t K, ptrdiff_t G,
-                                  double eps, const real *weight, const real *bias, seam *past, real *mean, real *var,
-                                  real *rstd, real *pivot, real *scale, real *shift)
+EXACT_SWEEP void normalize_groups(const element *x, element *y, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t K,
+                                  ptrdiff_t G, double eps, const real *weight, const real *bias, seam *past,
+                                  real *mean, real *var, real *rstd, real *pivot, real *scale, real *shift)
 {
     const int streaming = past && in_vectors(y, stride, K);
     const ptrdiff_t some = LANES / K, rough = MIN(rows, ROUGH_ROWS);
@@ -2050,7 +2028,8 @@ EXACT_SWEEP void normalize_groups(const element *x, element *y, ptrdiff_t rows, 
     const bits_vec group = parts_of_lanes(0, K), first = group * (lane_bits)K, each = lanes() * (lane_bits)K;
     for (ptrdiff_t g = 0; g < G; g += some) {
         const ptrdiff_t j = g * K, count = MIN(some, G - g), left = count * K;
-        vec p = picked(load(x + j, left, 0), first), guess = {0}, total = {0}, sum = {0}, squares = {0}, s = {0}, q = {0};
+        vec p = picked(load(x + j, left, 0), first), guess = {0}, total = {0};
+        vec sum = {0}, squares = {0}, s = {0}, q = {0};
         for (ptrdiff_t n = 0; n < rough; n++)
             guess += difference(load(x + j + n * stride, left, 0), p);
         for (ptrdiff_t k = 0; k < K; k++)
@@ -2104,8 +2083,8 @@ ALWAYS backward_vecs columns_sums(const element *grad_y, const element *x, ptrdi
 /* grad_x, unless NULL, of `left` columns, and what they add to the gradients of the parameters, unless NULL: from the
  * terms of their groups and their own sums. */
 ALWAYS void differentiate_columns(const element *grad_y, const element *x, element *grad_x, ptrdiff_t rows,
-                                  ptrdiff_t stride, ptrdiff_t left, vec mean, vec r, vec w, vec b, vec c, vec rest, vec g,
-                                  vec gx, int streaming, double *grad_weight, double *grad_bias)
+                                  ptrdiff_t stride, ptrdiff_t left, vec mean, vec r, vec w, vec b, vec c, vec rest,
+                                  vec g, vec gx, int streaming, double *grad_weight, double *grad_bias)
 {
     if (grad_weight)
         add_to_sums(grad_weight, r * (gx - rest * g), left), add_to_sums(grad_bias, g, left);
@@ -2115,9 +2094,9 @@ ALWAYS void differentiate_columns(const element *grad_y, const element *x, eleme
     }
 }
 
-ALWAYS void backward_together(const element *grad_y, const element *x, element *grad_x, ptrdiff_t rows, ptrdiff_t stride,
-                              ptrdiff_t K, ptrdiff_t G, const real *weight, const real *mean, const real *rstd,
-                              int streaming, double *grad_weight, double *grad_bias)
+ALWAYS void backward_together(const element *grad_y, const element *x, element *grad_x, ptrdiff_t rows,
+                              ptrdiff_t stride, ptrdiff_t K, ptrdiff_t G, const real *weight, const real *mean,
+                              const real *rstd, int streaming, double *grad_weight, double *grad_bias)
 {
     const ptrdiff_t some = LANES / K;
     const real inverse = (real)1 / (rows * K);
@@ -2136,8 +2115,8 @@ ALWAYS void backward_together(const element *grad_y, const element *x, element *
         /* As in terms_of_row. */
         const vec rest = x_sum * inverse, b = -r * (r * (gx_sum - rest * g_sum) * inverse);
         const vec c = -g_sum * inverse - b * rest;
-        differentiate_columns(grad_y + j, x + j, NTH(1, grad_x, j), rows, stride, left, m, r, w, b, c, rest, sum.g, sum.gx,
-                              streaming, NTH(1, grad_weight, j), NTH(1, grad_bias, j));
+        differentiate_columns(grad_y + j, x + j, NTH(1, grad_x, j), rows, stride, left, m, r, w, b, c, rest, sum.g,
+                              sum.gx, streaming, NTH(1, grad_weight, j), NTH(1, grad_bias, j));
     }
 }
 

@@ -1,5 +1,7 @@
 # The declarations of sweeps.h, and the few helpers every kernel shares.
 
+from libc.math cimport sqrt
+
 from .call cimport Call
 
 
@@ -47,7 +49,6 @@ cdef extern from "sweeps.h" nogil:
     void fold_sums(const double* columns, Py_ssize_t copies, Py_ssize_t channels, Py_ssize_t inner,
                    double* sums) noexcept
 
-    void inverse_roots(double* a, Py_ssize_t n) noexcept
     void settle(const double* mu, const double* m2, Py_ssize_t n, double count, double eps,
                 double* r, real* mean, real* var, real* rstd) noexcept
 
@@ -227,10 +228,7 @@ cdef inline void take_statistics(const Call* call, Py_ssize_t first, Py_ssize_t 
             rstd[i] = given_rstd[i]
         return
     for i in range(count):
-        rstd[i] = given_var[i] + eps
-    inverse_roots(rstd, count)
-    for i in range(count):
-        rstd[i] = <real> rstd[i]
+        rstd[i] = <real> (1 / sqrt(given_var[i] + eps))
     if given_rstd is not NULL:
         for i in range(count):
             given_rstd[i] = <real> rstd[i]
