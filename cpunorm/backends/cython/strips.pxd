@@ -51,7 +51,8 @@ cdef struct Images:
     Py_ssize_t strip_channels, strips
     Py_ssize_t per_cell, cells              # channels measured as one
     Py_ssize_t abreast, in_line
-    bint at_once                            # each few groups of a strip, from sums to output
+    bint at_once                            # each few groups of a strip, from sums to output:
+    bint plain                              # forward, where nothing follows
     bint dealt                              # whole, to a member each
     bint cached                             # whether a second sweep finds everything in L2
     # Scratch: of one image, or of one for each member where they are dealt.
@@ -304,13 +305,13 @@ cdef inline void _finish(const Images* im, Py_ssize_t image, Py_ssize_t first, P
 
 
 cdef inline void _normalize_groups(const Images* im, Py_ssize_t image, const Task* task,
-                                   real* terms, bint plain, seam* past) noexcept nogil:
+                                   real* terms, seam* past) noexcept nogil:
     """What `_measure` and `_finish` find and, where it is plain, y of the groups of a strip."""
     cdef:
         const Call* call = im.call
         Py_ssize_t K = im.channels // im.groups, c = task.first_channel
         Py_ssize_t here = image * im.size + c, g = image * im.groups + c // K
-        element* y = <element*> call.y + here if plain else NULL
+        element* y = <element*> call.y + here if im.plain else NULL
     normalize_groups(<const element*> call.x + here, y, im.rows, im.channels, K,
                      task.channels // K, call.eps, at(<const real*> call.weight, c),
                      at(<const real*> call.bias, c), past, <real*> call.mean + g,
@@ -351,9 +352,6 @@ cdef inline void _normalize_image(const Images* im, Py_ssize_t image, double* wi
         Py_ssize_t first = share(tasks, member, members), last = share(tasks, member + 1, members)
         Py_ssize_t start = image * im.size, q
         bint transformed = im.call.y is not NULL
-        bint plain = (im.at_once and transformed and im.call.residual is NULL
-                      and not im.call.activation
-                      and (past is NULL or in_vectors(<element*> im.call.y, im.channels, K)))
         double* mean = wide
         double* m2 = wide + im.chunks * im.cells
         Task task
@@ -361,12 +359,12 @@ cdef inline void _normalize_image(const Images* im, Py_ssize_t image, double* wi
         for q in range(first, last):
             task = task_of(im, q)
             if im.at_once:
-                _normalize_groups(im, image, &task, terms, plain, past)
+                _normalize_groups(im, image, &task, terms, past)
             else:
                 _measure(im, start, q, mean, m2)
                 _finish(im, image, task.first_channel // K,
                         (task.first_channel + task.channels) // K, mean, m2, terms)
-            if transformed and not plain:
+            if transformed and not im.plain:
                 _transform(im, start, q, terms, past)
         return
     for q in range(first, last):
@@ -394,9 +392,13 @@ cdef inline void _normalize(void* work, int member, int members) noexcept nogil:
 
 cdef inline int normalize_images(Images* im) noexcept nogil:
     """Moments and, where there is a y, the transform. -1 if out of memory."""
-    cdef int places
-    im.at_once = (is_small(im) and is_near(im) and im.channels // im.groups <= LANES
-                  and survives(im.call.eps))
+    cdef:
+        const Call* call = im.call
+        Py_ssize_t K = im.channels // im.groups
+        int places
+    im.at_once = is_small(im) and is_near(im) and K <= LANES and survives(call.eps)
+    im.plain = (im.at_once and call.y is not NULL and call.residual is NULL and not call.activation
+                and (not call.streaming or in_vectors(<element*> call.y, im.channels, K)))
     deal(im, im.count, 1)
     places = im.call.threads if im.dealt else 1
     im.wide_size = own_lines(2 * im.chunks * im.cells)
@@ -598,11 +600,11 @@ cdef inline void _backward_image(
     if im.chunks == 1:
         for q in range(first, last):
             task = task_of(im, q)
-            first_group = task.first_channel // K
-            last_group = first_group + task.channels // K
             if im.at_once:
                 _differentiate_groups(im, image, &task, grad_weight, grad_bias, past)
                 continue
+            first_group = task.first_channel // K
+            last_group = first_group + task.channels // K
             _set_backward(im, image, first_group, last_group, terms)
             if summed:
                 _sum(im, start, q, terms, wide)

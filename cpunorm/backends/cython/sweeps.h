@@ -1531,7 +1531,7 @@ ALWAYS void rows_of_a_vector(const int width, const int gaps, const int centred,
 }
 
 #define SHORT_ROWS(centred)                                                             \
-    if (several_a_vector(n) && n == length && survives(eps))                             \
+    if (several_a_vector(n) && n == length && survives(eps))                            \
         switch (n) {                                                                    \
             PACKED(2, 2, 0, centred) PACKED(3, 4, 1, centred) PACKED(4, 4, 0, centred)  \
             PACKED(5, 8, 1, centred) PACKED(6, 8, 1, centred) PACKED(7, 8, 1, centred)  \
@@ -1617,10 +1617,8 @@ ALWAYS void backward_in_registers(const int vectors, const element *grad_y, cons
             end_row(past, grad_x + here, n, p, over);
         if (grad_weight && (m % BACKWARD_ROWS == BACKWARD_ROWS - 1 || m == M - 1))
             for (int v = 0; v < vectors; v++) {
-                for (ptrdiff_t k = 0; k < LEFT(v); k++) {
-                    grad_weight[v * LANES + k] += weight_sum[v][k];
-                    grad_bias[v * LANES + k] += bias_sum[v][k];
-                }
+                add_to_sums(grad_weight + v * LANES, weight_sum[v], LEFT(v));
+                add_to_sums(grad_bias + v * LANES, bias_sum[v], LEFT(v));
                 weight_sum[v] = bias_sum[v] = splat(0);
             }
     }
@@ -1808,8 +1806,7 @@ ALWAYS void vectors_squares(const int vectors, const ptrdiff_t left, const eleme
             sum[v] += t * t;
         }
     for (int v = 0; v < vectors; v++)
-        for (ptrdiff_t k = 0; k < left; k++)
-            squares[v * LANES + k] += sum[v][k];
+        add_to_sums(squares + v * LANES, sum[v], left);
 }
 
 /* Adds the sum of squares of every column of a strip. */
@@ -1841,13 +1838,12 @@ ALWAYS void vectors_backward_sums(const int vectors, const ptrdiff_t left, const
             a[v] += g, b[v] += g * t, c[v] += t;
         }
     }
-    for (int v = 0; v < vectors; v++)
-        for (ptrdiff_t k = 0; k < left; k++) {
-            g_sum[v * LANES + k] += a[v][k];
-            gx_sum[v * LANES + k] += b[v][k];
-            if (x_sum)
-                x_sum[v * LANES + k] += c[v][k];
-        }
+    for (int v = 0; v < vectors; v++) {
+        add_to_sums(g_sum + v * LANES, a[v], left);
+        add_to_sums(gx_sum + v * LANES, b[v], left);
+        if (x_sum)
+            add_to_sums(x_sum + v * LANES, c[v], left);
+    }
 }
 
 /* How far away the columns lie that are summed next: to the right, or the first ones of the `count` rows below. What
@@ -2083,11 +2079,11 @@ ALWAYS backward_vecs columns_sums(const element *grad_y, const element *x, ptrdi
 /* grad_x, unless NULL, of `left` columns, and what they add to the gradients of the parameters, unless NULL: from the
  * terms of their groups and their own sums. */
 ALWAYS void differentiate_columns(const element *grad_y, const element *x, element *grad_x, ptrdiff_t rows,
-                                  ptrdiff_t stride, ptrdiff_t left, vec mean, vec r, vec w, vec b, vec c, vec rest,
+                                  ptrdiff_t stride, ptrdiff_t left, vec mean, vec r, vec w, vec b, vec c, vec s,
                                   vec g, vec gx, int streaming, double *grad_weight, double *grad_bias)
 {
     if (grad_weight)
-        add_to_sums(grad_weight, r * (gx - rest * g), left), add_to_sums(grad_bias, g, left);
+        add_to_sums(grad_weight, r * gx + s * g, left), add_to_sums(grad_bias, g, left);
     for (ptrdiff_t n = 0, i = 0; grad_x && n < rows; n++, i += stride) {
         const vec t = load(x + i, left, 0) - mean, y = load(grad_y + i, left, 0);
         put(grad_x + i, r * (w * y + fused(t, b, c)), left, streaming);
@@ -2115,7 +2111,7 @@ ALWAYS void backward_together(const element *grad_y, const element *x, element *
         /* As in terms_of_row. */
         const vec rest = x_sum * inverse, b = -r * (r * (gx_sum - rest * g_sum) * inverse);
         const vec c = -g_sum * inverse - b * rest;
-        differentiate_columns(grad_y + j, x + j, NTH(1, grad_x, j), rows, stride, left, m, r, w, b, c, rest, sum.g,
+        differentiate_columns(grad_y + j, x + j, NTH(1, grad_x, j), rows, stride, left, m, r, w, b, c, -rest * r, sum.g,
                               sum.gx, streaming, NTH(1, grad_weight, j), NTH(1, grad_bias, j));
     }
 }
@@ -2142,10 +2138,10 @@ ALWAYS void backward_one(const element *grad_y, const element *x, element *grad_
     flush(&wide, &all);
     add_wides(&wide, &g_sum, &gx_sum, &x_sum);
     const row_terms t = terms_of_row(g_sum, gx_sum, x_sum, 1.0 / (rows * K), 1, rstd);
-    const vec b = splat(t.b), c = splat(t.c), rest = splat(x_sum / (rows * K));
+    const vec b = splat(t.b), c = splat(t.c), s = splat(t.s);
     FOR_VECTORS(j, left, K, {
         differentiate_columns(grad_y + j, x + j, NTH(1, grad_x, j), rows, stride, left, m, r,
-                              weight ? load_real(weight + j, left, 0) : splat(1), b, c, rest, load_real(g + j, left, 0),
+                              weight ? load_real(weight + j, left, 0) : splat(1), b, c, s, load_real(g + j, left, 0),
                               load_real(gx + j, left, 0), streaming, NTH(1, grad_weight, j), NTH(1, grad_bias, j));
     })
 }
