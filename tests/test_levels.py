@@ -170,6 +170,8 @@ def test_an_eps_that_only_float64_holds(width, eps, level):
     x = np.full((5, width), 3, "float32")
     assert (cpunorm.layer_norm(x, width, eps=eps, backend="cython") == 0).all()
     assert (cpunorm.rms_norm(np.zeros_like(x), width, eps=eps, backend="cython") == 0).all()
+    given = np.full(width, 3, "float32"), np.zeros(width, "float32")
+    assert (cpunorm.batch_norm(x, *given, eps=eps, backend="cython") == 0).all()
 
 
 @pytest.mark.parametrize("positions", [3, 9, 16, 49, 100, 600])

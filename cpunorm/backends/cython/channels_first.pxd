@@ -20,7 +20,7 @@ from .sweeps cimport (
     LANES, LINE_BYTES, UNITS, affine, at, backward_affine, combine_channels, element, end_seam,
     image_parts, merge_moments, new_lines, open_seam, own_lines, plane_backward_sums, plane_moments,
     real, repeat_each, seam, settle, share, stretch_moments, stretches_backward_sums, sum_parts,
-    take_statistics, team, team_barrier, whole_lines, worth_dealing,
+    take_rstd, team, team_barrier, whole_lines, worth_dealing,
 )
 
 cdef enum:
@@ -361,15 +361,19 @@ cdef inline int apply(const Call* call) noexcept nogil:
     cdef:
         Units u = units_of(call, False)
         Images images
-        Py_ssize_t units = call.B * call.G
+        Py_ssize_t units = call.B * call.G, i
+        real* rstd
     if (call.B == 1 and u.K == 1 and call.S < 2 * <Py_ssize_t> LANES
             and short_planes(call, 16 * call.N)):
         images = images_of(call, 1, call.N, call.S)
         return apply_images(&images)
-    u.scratch = <double*> malloc(2 * units * sizeof(double))
+    u.scratch = <double*> malloc(units * (2 * sizeof(double) + sizeof(real)))
     if u.scratch is NULL:
         return -1
-    take_statistics(call, 0, units, u.scratch, u.scratch + units)
+    rstd = <real*> (u.scratch + 2 * units)
+    take_rstd(call, 0, units, rstd)
+    for i in range(units):
+        u.scratch[i], u.scratch[units + i] = (<const real*> call.mean)[i], rstd[i]
     team(_apply, &u, call.threads)
     free(u.scratch)
     return 0

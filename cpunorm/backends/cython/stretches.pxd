@@ -4,7 +4,8 @@
 # short for loops of their own. Weight and bias run along the stretch; they are `period` * D long,
 # and the m-th stretch takes the (m % period)-th part.
 #
-#   many stretches      dealt to the team; each is swept from cache: moments, then transform
+#   many stretches      dealt to the team; each is swept from cache: moments, then transform, of
+#                       long ones from the last piece to the first
 #   few, long ones      one at a time, cut into pieces for the whole team, moments merged between
 #   short ones          of RMS norm and of groups: one at a time, in registers; of a few values,
 #                       several at a time
@@ -25,6 +26,7 @@ from .sweeps cimport (
 )
 
 cdef enum:
+    CLOSE = 1 << 13     # bytes of a stretch that stay in L1 with as many of weight and of y
     LONG = 1 << 14      # elements from which a stretch is worth cutting
     FEW = 32            # stretches that are dealt too unevenly to be left whole
     PIECES = 64         # at most, of one stretch
@@ -87,8 +89,10 @@ cdef inline void _measure(const Stretches* s, Py_ssize_t start, Py_ssize_t count
                           double* mu, double* m2) noexcept nogil:
     """`count` stretches of n elements."""
     cdef const element* x = s.x + start
-    cdef const element* y = NULL if s.streaming else s.y + start
+    cdef const element* y = s.y + start
     cdef Py_ssize_t k
+    if s.streaming or s.D * <Py_ssize_t> sizeof(element) > CLOSE:
+        y = NULL
     if s.addend is not NULL:
         add(x, s.addend + start, s.total + start, count * n)
         x = s.total + start
@@ -110,12 +114,22 @@ cdef inline void _transform(const Stretches* s, Py_ssize_t m, Py_ssize_t start, 
                  terms.scale, terms.shift, s.activation, s.far, past, ahead)
 
 
+cdef inline void _transform_back(const Stretches* s, Py_ssize_t m, Py_ssize_t first,
+                                 Py_ssize_t last, const Terms* terms, seam* past,
+                                 Py_ssize_t ahead) noexcept nogil:
+    """Pieces of a stretch, backwards, to meet what the first sweep left in the cache."""
+    cdef Py_ssize_t p
+    for p in range(last - 1, first - 1, -1):
+        _transform(s, m, p * s.piece, 1, min(s.piece, s.D - p * s.piece), terms, past, ahead)
+
+
 cdef inline void _normalize_whole(void* work, int member, int members) noexcept nogil:
     """A few stretches at a time: many sums are under way at once, and all is still in L1."""
     cdef:
         const Stretches* s = <const Stretches*> work
         Py_ssize_t m = share(s.M, member, members), last = share(s.M, member + 1, members)
-        Py_ssize_t some = max(1, min(<Py_ssize_t> UNITS, BLOCK // (2 * s.D))), count
+        Py_ssize_t some = max(1, min(<Py_ssize_t> UNITS, BLOCK // (2 * s.D))), count, ahead
+        Py_ssize_t pieces = (s.D + s.piece - 1) // s.piece
         double mu[UNITS]
         double m2[UNITS]
         Terms terms
@@ -125,8 +139,11 @@ cdef inline void _normalize_whole(void* work, int member, int members) noexcept 
         count = min(some, last - m)
         _measure(s, m * s.D, count, s.D, mu, m2)
         _finish(s, m, count, mu, m2, &terms)
-        _transform(s, m, 0, count, s.D, &terms, past,
-                   count * s.D if m + 2 * count <= s.M else 0)
+        ahead = count * s.D if m + 2 * count <= s.M else 0
+        if pieces > 1:
+            _transform_back(s, m, 0, pieces, &terms, past, ahead)
+        else:
+            _transform(s, m, 0, count, s.D, &terms, past, ahead)
         m += count
     end_seam(past)
 
@@ -179,9 +196,7 @@ cdef inline void _normalize_pieces(void* work, int member, int members) noexcept
             else:
                 m2 += piece_m2[p]
         _finish(s, m, 1, &mu, &m2, &terms)
-        # Backwards, to meet what the first sweep left in the cache.
-        for p in range(last - 1, first - 1, -1):
-            _transform(s, m, p * s.piece, 1, min(s.piece, s.D - p * s.piece), &terms, past, 0)
+        _transform_back(s, m, first, last, &terms, past, 0)
     end_seam(past)
 
 
@@ -222,6 +237,8 @@ cdef inline void normalize_stretches(Stretches* s, int threads) noexcept nogil:
           and (s.mean is NULL or s.period > 1 or several_a_vector(s.D))):
         team(_normalize_short, s, threads)
     else:
+        # The hardware fetches what is far away better from the first element to the last.
+        s.piece = s.D if s.far or s.streaming else CLOSE // <Py_ssize_t> sizeof(element)
         team(_normalize_whole, s, threads)
     free(s.lined)
 

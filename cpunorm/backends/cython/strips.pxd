@@ -25,8 +25,8 @@ from .sweeps cimport (
     affine_block, at, backward_block, backward_groups, column_backward_sums, column_moments,
     column_reals, combine_channels, element, end_seam, evenness, fold_moments, fold_sums,
     image_parts, in_vectors, merge_columns, new_lines, normalize_groups, open_seam, own_lines,
-    plane_moments, real, repeat_each, rows_aligned, seam, set_columns, settle, share,
-    stretch_moments, sum_parts, survives, take_statistics, team, team_barrier, whole_lines,
+    plane_moments, real, repeat_each, rows_aligned, seam, set_columns, set_given_columns, settle,
+    share, stretch_moments, sum_parts, survives, take_rstd, team, team_barrier, whole_lines,
     worth_dealing,
 )
 
@@ -418,14 +418,18 @@ cdef inline void _take_terms(const Images* im, Py_ssize_t first, Py_ssize_t last
                              real* terms) noexcept nogil:
     """The terms of some of the B * G groups whose statistics are given."""
     cdef:
-        Py_ssize_t g, count
-        double mean[STRIP_COLUMNS]
-        double rstd[STRIP_COLUMNS]
+        Py_ssize_t K = im.channels // im.groups, g, c, count
+        real* of_image
+        column_reals rstd
+        const Call* call = im.call
     while first < last:
         g = first % im.groups
         count = min(min(last - first, im.groups - g), <Py_ssize_t> STRIP_COLUMNS)
-        take_statistics(im.call, first, count, mean, rstd)
-        _set_terms(im, g, count, mean, rstd, terms + first // im.groups * im.terms_size)
+        c, of_image = g * K, terms + first // im.groups * im.terms_size
+        take_rstd(call, first, count, rstd)
+        set_given_columns(K, <const real*> call.mean + first, rstd,
+                          at(<const real*> call.weight, c), at(<const real*> call.bias, c), count,
+                          of_image + c, of_image + im.pitch + c, of_image + 2 * im.pitch + c)
         first += count
 
 

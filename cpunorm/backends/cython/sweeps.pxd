@@ -1,6 +1,6 @@
 # The declarations of sweeps.h, and the few helpers every kernel shares.
 
-from libc.math cimport sqrt
+from libc.string cimport memcpy
 
 from .call cimport Call
 
@@ -110,6 +110,10 @@ cdef extern from "sweeps.h" nogil:
     void set_columns(Py_ssize_t K, const double* mean, const double* rstd, const real* weight,
                      const real* bias, Py_ssize_t groups, real* pivot, real* scale,
                      real* shift) noexcept
+    void set_given_columns(Py_ssize_t K, const real* mean, const real* rstd, const real* weight,
+                           const real* bias, Py_ssize_t groups, real* pivot, real* scale,
+                           real* shift) noexcept
+    void invert_roots(const real* var, Py_ssize_t n, double eps, real* rstd) noexcept
     void finish_backward(const double* g_sum, const double* gx_sum, const double* x_sum,
                          Py_ssize_t n, Py_ssize_t rows, const real* rstd, int centred,
                          real* shift, real* b, real* c) noexcept
@@ -211,27 +215,17 @@ cdef inline Py_ssize_t image_parts(Py_ssize_t images, Py_ssize_t values) noexcep
                            min(<Py_ssize_t> IMAGE_PARTS, images * values // PART_VALUES)))
 
 
-cdef inline void take_statistics(const Call* call, Py_ssize_t first, Py_ssize_t count, double* mean,
-                                 double* rstd) noexcept nogil:
-    """Some of the statistics that are given: mean and rstd, or mean and var, whose rstd goes to
-    where there is a place for it."""
-    cdef:
-        const real* given_mean = <const real*> call.mean + first
-        real* given_rstd = at(<real*> call.rstd, first)
-        const real* given_var = at(<const real*> call.var, first)
-        double eps = call.eps
-        Py_ssize_t i
-    for i in range(count):
-        mean[i] = given_mean[i]
-    if given_var is NULL:
-        for i in range(count):
-            rstd[i] = given_rstd[i]
+cdef inline void take_rstd(const Call* call, Py_ssize_t first, Py_ssize_t count,
+                           real* rstd) noexcept nogil:
+    """Some of the statistics that are given: rstd, or var, whose rstd goes to where there is a
+    place for it."""
+    cdef real* given = at(<real*> call.rstd, first)
+    if call.var is NULL:
+        memcpy(rstd, given, count * sizeof(real))
         return
-    for i in range(count):
-        rstd[i] = <real> (1 / sqrt(given_var[i] + eps))
-    if given_rstd is not NULL:
-        for i in range(count):
-            given_rstd[i] = <real> rstd[i]
+    invert_roots(<const real*> call.var + first, count, call.eps, rstd)
+    if given is not NULL:
+        memcpy(given, rstd, count * sizeof(real))
 
 
 cdef inline void sum_parts(double* sums, Py_ssize_t parts, Py_ssize_t length, int member,
