@@ -697,7 +697,9 @@ def channel_norm(
     if frozen:
         with np.errstate(all="ignore"):
             mean = statistics["running_mean"].astype(acc).reshape(channels.stats)
-            rstd = 1 / np.sqrt(statistics["running_var"].astype(np.float64) + eps)
+            # In the dtype that is wanted, as compiled kernels do, where it holds eps.
+            kind = acc if eps == 0 or eps >= np.finfo(np.float32).tiny else np.dtype(np.float64)
+            rstd = 1 / np.sqrt(statistics["running_var"].astype(kind) + kind.type(eps))
             rstd = rstd.astype(acc).reshape(channels.stats)
     else:
         new_statistics = np.empty if x.size and mask is None else np.zeros

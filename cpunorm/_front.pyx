@@ -12,8 +12,8 @@ from cpython.float cimport PyFloat_AS_DOUBLE, PyFloat_CheckExact
 from cpython.long cimport PyLong_AsSsize_t, PyLong_CheckExact
 from cpython.tuple cimport PyTuple_CheckExact
 from cpython.unicode cimport PyUnicode_CheckExact
-from libc.float cimport DBL_EPSILON, FLT_EPSILON
-from libc.math cimport isfinite, sqrt
+from libc.float cimport DBL_EPSILON, FLT_EPSILON, FLT_MIN
+from libc.math cimport isfinite, sqrt, sqrtf
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
@@ -253,6 +253,10 @@ cdef object view(const void* data, int ndim, const cnp.npy_intp* shape, int type
 
 cdef void invert(const real* var, double eps, Py_ssize_t count, real* rstd) noexcept nogil:
     cdef Py_ssize_t i
+    if real is float and (eps == 0 or eps >= FLT_MIN):
+        for i in range(count):
+            rstd[i] = 1 / sqrtf(var[i] + <float> eps)
+        return
     for i in range(count):
         rstd[i] = <real> (1 / sqrt(var[i] + eps))
 

@@ -488,16 +488,23 @@ cdef inline void _backward_dealt(void* work, int member, int members) noexcept n
         const Units* u = <const Units*> work
         const Call* call = u.call
         double* sums = u.scratch + member * u.size
-        Py_ssize_t tasks = u.parts * u.slabs, C = call.C, task, part, g, image, last
+        Py_ssize_t tasks = u.parts * u.slabs, C = call.C, task, part, g, count, image, last
+        double* grad_weight
+        double* grad_bias
         seam joint
         seam* past = open_seam(&joint, u.call.streaming)
     for task in range(share(tasks, member, members), share(tasks, member + 1, members)):
         part, g = task // u.slabs, task % u.slabs * u.some
+        count = min(u.some, call.G - g)
         image, last = call.B * part // u.parts, call.B * (part + 1) // u.parts
+        grad_weight = at(u.sums, 2 * part * C)
+        grad_bias = at(grad_weight, C)
+        if u.sums is not NULL:
+            memset(grad_weight + g * u.K, 0, width_of(u, count) * sizeof(double))
+            memset(grad_bias + g * u.K, 0, width_of(u, count) * sizeof(double))
         while image < last:
-            backward_slab(u, image * call.G + g, min(u.some, call.G - g),
-                          min(u.images, last - image), sums, at(u.sums, 2 * part * C),
-                          at(u.sums, (2 * part + 1) * C), past)
+            backward_slab(u, image * call.G + g, count, min(u.images, last - image), sums,
+                          grad_weight, grad_bias, past)
             image += u.images
     end_seam(past)
     sum_parts(u.sums, u.parts, C, member, members, <real*> call.grad_weight,
@@ -517,6 +524,8 @@ cdef inline void _backward_cut(void* work, int member, int members) noexcept nog
         real b, c
         seam joint
         seam* past = open_seam(&joint, u.call.streaming)
+    if kept is not NULL:
+        memset(kept, 0, 2 * u.parts * C * sizeof(double))
     for unit in range(call.B * call.G):
         # The part whose images end after this one.
         part = ((unit // call.G + 1) * u.parts - 1) // call.B
@@ -595,7 +604,7 @@ cdef inline int _backward(const Call* call, bint frozen) noexcept nogil:
     if u.scratch is NULL:
         return -1
     if call.grad_weight is not NULL or call.grad_bias is not NULL:
-        u.sums = <double*> calloc(2 * u.parts * call.C, sizeof(double))
+        u.sums = <double*> new_lines(2 * u.parts * call.C * sizeof(double))
         if u.sums is NULL:
             free(u.scratch)
             return -1

@@ -4,14 +4,14 @@
 # the moments, one for the transform. For backward the strips are dealt to parts, each of which
 # keeps its own sums for the parameters, in float64.
 
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport free
 from libc.string cimport memcpy, memset
 
 from .call cimport Call
 from .sweeps cimport (
     LANES, add, affine_strip, at, backward_strip, column_backward_sums, column_moments,
-    column_reals, column_squares, element, end_seam, finish_backward, open_seam, real, seam,
-    set_columns, settle, share, sum_parts, team,
+    column_reals, column_squares, element, end_seam, finish_backward, new_lines, open_seam, real,
+    seam, set_columns, settle, share, sum_parts, team,
 )
 
 cdef enum:
@@ -170,6 +170,8 @@ cdef inline void _backward(void* work, int member, int members) noexcept nogil:
         seam joint
         seam* past = open_seam(&joint, call.streaming)
     for p in range(share(parts, member, members), share(parts, member + 1, members)):
+        if columns.sums is not NULL:
+            memset(columns.sums + 2 * p * D, 0, 2 * D * sizeof(double))
         for task in range(tasks * p // parts, tasks * (p + 1) // parts):
             s = task % columns.strips * columns.width
             _backward_strip(columns, task // columns.strips, s, min(columns.width, call.S - s),
@@ -182,7 +184,7 @@ cdef inline void _backward(void* work, int member, int members) noexcept nogil:
 cdef inline int backward(const Call* call) noexcept nogil:
     cdef Columns work = _columns(call, 3)
     if call.grad_weight is not NULL or call.grad_bias is not NULL:
-        work.sums = <double*> calloc(2 * work.parts * call.D, sizeof(double))
+        work.sums = <double*> new_lines(2 * work.parts * call.D * sizeof(double))
         if work.sums is NULL:
             return -1
     team(_backward, &work, call.threads)

@@ -638,10 +638,14 @@ cdef inline void _backward(void* work, int member, int members) noexcept nogil:
     cdef:
         const Images* im = <const Images*> work
         Turn turn = turn_of(im, im.parts, member, members)
-        Py_ssize_t C = im.channels, p, n
+        Py_ssize_t C = im.channels, p, n, first = share(2 * C, turn.member, turn.members)
+        Py_ssize_t last = share(2 * C, turn.member + 1, turn.members)
         seam joint
         seam* past = open_seam(&joint, im.call.streaming)
     for p in range(turn.first, turn.last):
+        if im.sums is not NULL:
+            memset(im.sums + 2 * p * C + first, 0, (last - first) * sizeof(double))
+            team_barrier(turn.members)
         for n in range(im.count * p // im.parts, im.count * (p + 1) // im.parts):
             _backward_image(im, n, turn.wide, turn.terms, at(im.sums, 2 * p * C),
                             at(im.sums, (2 * p + 1) * C), turn.member, turn.members, past)
@@ -680,7 +684,6 @@ cdef inline int backward_images(Images* im, bint frozen) noexcept nogil:
         + sums_size * sizeof(double))
     if scratch is NULL:
         return -1
-    memset(scratch, 0, sums_size * sizeof(double))
     im.sums = scratch if parameters else NULL
     im.wide = scratch + sums_size
     im.terms = <real*> (im.wide + places * im.wide_size)

@@ -2461,10 +2461,11 @@ SWEEP void set_given_columns(ptrdiff_t K, const real *restrict mean, const real 
         shift[i] = bias ? bias[i] : 0;
 }
 
-/* rstd of variances that are given: in reals where they hold eps, which takes a third of the time. */
+/* rstd of variances that are given: in reals where they hold eps, which takes a third of the time. What the kernels are
+ * not told themselves is found alike by _front.pyx, for Numba, and by _canonical.py. */
 SWEEP void invert_roots(const real *restrict var, ptrdiff_t n, double eps, real *restrict rstd)
 {
-    if (survives(eps))
+    if (eps == 0 || eps >= FLT_MIN)
         for (ptrdiff_t i = 0; i < n; i++) {
             const real v = var[i] + (real)eps;
             rstd[i] = 1 / (sizeof(real) == sizeof(double) ? __builtin_sqrt(v) : __builtin_sqrtf(v));

@@ -8,6 +8,7 @@
 #ifndef CPUNORM_VECTORS_H
 #define CPUNORM_VECTORS_H
 
+#include <float.h>
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
