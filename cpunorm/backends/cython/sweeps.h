@@ -1997,6 +1997,8 @@ SWEEP void combine_channels(ptrdiff_t K, ptrdiff_t groups, const double *g, cons
         GROUPS(1, 1);
     else if (through)
         GROUPS(K, 1);
+    else if (K == 1)
+        GROUPS(1, 0);
     else
         GROUPS(K, 0);
 #undef GROUPS
