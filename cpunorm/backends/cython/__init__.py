@@ -15,7 +15,7 @@ import platform
 from functools import partial
 from types import SimpleNamespace
 
-from ..caches import far_bytes, slab_bytes, stream_bytes
+from ..caches import far_bytes, fetching, slab_bytes, stream_bytes
 from . import verbs
 
 # Of each level, what it adds to the one before; Linux and NumPy spell these features alike.
@@ -57,7 +57,7 @@ def install(level: str) -> None:
         for home, t in zip(homes, _TYPES, strict=True)
     ]
     tables = [module.TABLE for module in modules]
-    verbs.install(tables, slab_bytes(), far_bytes(), stream_bytes())
+    verbs.install(tables, slab_bytes(), far_bytes(), stream_bytes(), fetching())
 
 
 def _install_best() -> str:

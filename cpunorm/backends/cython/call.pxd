@@ -28,6 +28,7 @@ cdef struct Call:
     int threads
     bint far                    # whether x is in good part not in the caches
     bint streaming              # whether y or grad_x is stored past them
+    bint fetching               # whether planes are fetched before they are needed
     Py_ssize_t slab             # bytes that stay in a core's cache between two sweeps
 
 

@@ -29,6 +29,7 @@ cdef enum:
     LARGER = 8              # though it be so many times too large for L2: the last cache is near
     SMALL = 1 << 14         # bytes of a slab of groups that stay in L1,
     NEAR = 1 << 15          # and of one so near that the next may be fetched meanwhile
+    BRIEF = 1 << 11         # bytes of a unit whose y no processor foresees
     MANY = 1 << 9           # units of a slab of groups in backward
     SLABS = 4               # slabs of a tensor that L2 does not hold
     SHORT = 8               # elements of a plane that is too short,
@@ -92,8 +93,10 @@ cdef inline Units units_of(const Call* call, bint backward) noexcept nogil:
                      LARGER * call.slab // unit_bytes(&u))
         u.some = min(u.some, <Py_ssize_t> UNITS)
     elif backward and u.chunks == 1:
-        # Of two arrays, runs so short as those that stay in L1 cost more than L2 does.
-        u.some = min(call.slab // 2 // unit_bytes(&u), <Py_ssize_t> MANY)
+        # Of two arrays, runs so short as those that stay in L1 cost more than L2 does, but where
+        # the processor foresees them.
+        u.some = (call.slab // 2 if call.fetching else <Py_ssize_t> SMALL) // unit_bytes(&u)
+        u.some = min(u.some, <Py_ssize_t> MANY)
     else:
         u.some = min(SMALL // unit_bytes(&u), <Py_ssize_t> UNITS)
     u.some = max(1, min(u.some, (call.B * call.G + tasks - 1) // tasks))
@@ -116,8 +119,10 @@ cdef inline Py_ssize_t next_slab(const Units* u, Py_ssize_t unit, Py_ssize_t cou
     cdef Py_ssize_t length = unit_at(u, count), units = call.B * call.G
     if units * unit_bytes(u) < SLABS * call.slab or unit + 2 * count > units:
         return 0
-    # What lies side by side the processor foresees, but not while it writes.
-    return length if u.batch or length * <Py_ssize_t> sizeof(element) <= NEAR else 0
+    if u.batch:
+        return length if call.fetching else 0
+    # What lies side by side any processor foresees, but not while it writes.
+    return length if length * <Py_ssize_t> sizeof(element) <= NEAR else 0
 
 
 cdef inline Chunk chunk_of(const Units* u, Py_ssize_t index) noexcept nogil:
@@ -157,7 +162,9 @@ cdef inline Py_ssize_t measure_chunk(const Units* u, Py_ssize_t unit, Py_ssize_t
         Chunk chunk = chunk_of(u, index)
         Py_ssize_t here = unit_at(u, unit) + chunk.offset
         const element* x = <const element*> u.call.x + here
-        const element* y = NULL if u.call.streaming else at(<const element*> u.call.y, here)
+        const element* y = NULL
+    if not u.call.streaming and (u.call.fetching or unit_bytes(u) <= BRIEF):
+        y = at(<const element*> u.call.y, here)
     if u.batch:
         plane_moments(x, chunk.planes, u.stride, count, chunk.length, mean, m2)
     else:
@@ -399,8 +406,8 @@ cdef inline void sum_chunk(const Units* u, Py_ssize_t unit, Py_ssize_t count, Py
         const real* mean = <const real*> u.call.mean + unit
     if u.batch:
         sums += index % pieces
-        plane_backward_sums(grad_y, x, chunk.planes, u.stride, count, chunk.length, mean, sums,
-                            sums + length, sums + 2 * length)
+        plane_backward_sums(grad_y, x, chunk.planes, u.stride, count, chunk.length, mean,
+                            u.call.fetching, sums, sums + length, sums + 2 * length)
     else:
         # Units of more than one chunk come one at a time.
         sums += chunk.first * pieces + index % pieces

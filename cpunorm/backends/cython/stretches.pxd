@@ -61,7 +61,7 @@ cdef struct Stretches:
     real* grad_weight
     real* grad_bias
     Py_ssize_t parts, splits    # of the stretches, and of each period
-    bint cached                 # whether what is read and written stays in the team's caches
+    bint fetching               # whether grad_x and what is read next are fetched early
     # Scratch of the whole team.
     Py_ssize_t piece
     double* wide
@@ -250,11 +250,11 @@ cdef inline void _backward_together(const Stretches* s, Py_ssize_t m, Py_ssize_t
         double sums[3 * PAIR]
         Py_ssize_t here = m * s.D, along = (m % s.period) * s.D
     pair_backward_sums(s.grad_y + here, s.x + here, at(s.weight, along), count, s.D, at(s.mean, m),
-                       sums, NULL if s.cached or s.streaming else at(s.grad_x, here))
+                       sums, at(s.grad_x, here) if s.fetching and not s.streaming else NULL)
     backward_affine_along(s.grad_y + here, s.x + here, at(s.weight, along),
                           at(s.grad_total, here), at(s.grad_x, here), count, s.D, at(s.mean, m),
                           s.rstd + m, sums, 1.0 / s.D, grad_weight, grad_bias, past,
-                          s.cached or m + count + PAIR > s.M)
+                          s.fetching and m + count + PAIR <= s.M)
 
 
 cdef inline void _backward_part(const Stretches* s, Py_ssize_t part, Py_ssize_t split,
@@ -339,7 +339,7 @@ cdef inline void _backward_pieces(void* work, int member, int members) noexcept 
                                   at(s.grad_total, here), at(s.grad_x, here), 1,
                                   min(s.piece, s.D - start), at(s.mean, m), s.rstd + m, total,
                                   1.0 / s.D, at(s.sums, start), at(s.sums, s.pitch + start),
-                                  past, True)
+                                  past, False)
     end_seam(past)
     for p in range(first, last):
         start = p * s.piece
@@ -366,7 +366,9 @@ cdef inline int backward_stretches(Stretches* s, Py_ssize_t slab, int threads) n
     s.splits = min(s.period, <Py_ssize_t> SPLITS) if s.parts < FEW_PARTS else 1
     # To turn vectors costs more than stores past the caches bring where much is still in them.
     s.streaming = s.streaming and (s.far or rows_aligned(s.grad_x, s.D))
-    s.cached = 3 * s.M * s.D * <Py_ssize_t> sizeof(element) <= slab * threads
+    # Not what stays in the team's caches, nor what would push out the rows at work.
+    s.fetching = (3 * s.M * s.D * <Py_ssize_t> sizeof(element) > slab * threads
+                  and s.D * <Py_ssize_t> (5 * PAIR * sizeof(element) + 3 * sizeof(real)) <= 2 * slab)
     if parameters:
         nbytes = own_lines(2 * s.pitch) * (1 if pieces else threads) * sizeof(real)
         s.sums = <real*> new_lines(nbytes)

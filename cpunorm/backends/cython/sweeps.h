@@ -1003,11 +1003,12 @@ SWEEP void stretches_backward_sums(const element *grad_y, const element *x, ptrd
 }
 
 /* The same for up to UNITS units of `planes` stretches each, with a mean each; units lie side by side, planes
- * `stride` apart. */
+ * `stride` apart, and the next are fetched if so wanted. */
 SWEEP void plane_backward_sums(const element *grad_y, const element *x, ptrdiff_t planes, ptrdiff_t stride,
-                               ptrdiff_t units, ptrdiff_t n, const real *mean, double *g_sum, double *gx_sum,
-                               double *x_sum)
+                               ptrdiff_t units, ptrdiff_t n, const real *mean, int fetching, double *g_sum,
+                               double *gx_sum, double *x_sum)
 {
+    const ptrdiff_t fetched = fetching ? planes - 1 : 0;
     double found[3][UNITS] = {{0}};
     if (n * (ptrdiff_t)sizeof(real) > SHORT_PLANE) {
         backward_wides wide[UNITS];
@@ -1015,7 +1016,7 @@ SWEEP void plane_backward_sums(const element *grad_y, const element *x, ptrdiff_
             clear(wide + u);
         for (ptrdiff_t p = 0; p < planes; p++, grad_y += stride, x += stride)
             for (ptrdiff_t u = 0; u < units; u++)
-                add_long(grad_y + u * n, x + u * n, 0, n, mean[u], NEXT_PLANE(p), 0, wide + u);
+                add_long(grad_y + u * n, x + u * n, 0, n, mean[u], p < fetched ? stride : 0, 0, wide + u);
         for (ptrdiff_t u = 0; u < units; u++)
             add_wides(wide + u, found[0] + u, found[1] + u, found[2] + u);
     } else {
@@ -1026,7 +1027,7 @@ SWEEP void plane_backward_sums(const element *grad_y, const element *x, ptrdiff_
                 clear_units(&sum, units);
             for (ptrdiff_t u = 0; u < units; u++) {
                 backward_vecs one = {sum.g[u], sum.gx[u], sum.x[u]};
-                add_backward(grad_y + u * n, x + u * n, 0, n, mean[u], NEXT_PLANE(p), 0, &one);
+                add_backward(grad_y + u * n, x + u * n, 0, n, mean[u], p < fetched ? stride : 0, 0, &one);
                 sum.g[u] = one.g, sum.gx[u] = one.gx, sum.x[u] = one.x;
             }
             if (p % some == some - 1 || p == planes - 1)
@@ -1311,9 +1312,9 @@ ALWAYS row_terms terms_of_row(double g, double gx, double x, double inverse, int
 }
 
 /* The same for some rows with a weight running along, and grad_total added; grad_weight and grad_bias get the sums of
- * grad_y * x_hat and of grad_y. The rows after these are fetched, unless `cached`. `all` says that there is everything
- * but a grad_total. */
-ALWAYS void backward_rows(const int rows, const int all, const int way, const int cached, const element *grad_y,
+ * grad_y * x_hat and of grad_y. The rows after these are fetched if so wanted. `all` says that there is everything but a
+ * grad_total. */
+ALWAYS void backward_rows(const int rows, const int all, const int way, const int fetching, const element *grad_y,
                           const element *x, const real *weight, const element *grad_total, element *grad_x,
                           ptrdiff_t n, const real *mean, const real *rstd, const double *sums, double inverse,
                           real *grad_weight, real *grad_bias, seam *past)
@@ -1333,7 +1334,7 @@ ALWAYS void backward_rows(const int rows, const int all, const int way, const in
         _Pragma("GCC unroll 2") /* or what is kept of each row would lie in memory */
         for (int k = 0; k < rows; k++) {
             const vec g = load(grad_y + k * n + i, left, 0), t = load(x + k * n + i, left, 0) - pivot[k];
-            if (!cached)
+            if (fetching)
                 prefetch(x + (rows + k) * n + i), prefetch(grad_y + (rows + k) * n + i);
             if (all || grad_x) {
                 vec out = r[k] * (g * w + fused(t, b[k], c[k]));
@@ -1365,22 +1366,22 @@ ALWAYS void backward_rows(const int rows, const int all, const int way, const in
 EXACT_SWEEP void backward_affine_along(const element *grad_y, const element *x, const real *weight,
                                        const element *grad_total, element *grad_x, ptrdiff_t rows, ptrdiff_t n,
                                        const real *mean, const real *rstd, const double *sums, double inverse,
-                                       real *grad_weight, real *grad_bias, seam *past, int cached)
+                                       real *grad_weight, real *grad_bias, seam *past, int fetching)
 {
     const int all = weight && grad_x && grad_weight && !grad_total;
     const int way = n < LANES ? PLAIN : way_of(past, grad_x, n, n);
-#define ROWS(all, rows, way, cached)                                                    \
-    backward_rows(rows, all, way, cached, grad_y, x, weight, grad_total, grad_x, n, mean, rstd, sums, inverse, \
+#define ROWS(all, rows, way, fetching)                                                  \
+    backward_rows(rows, all, way, fetching, grad_y, x, weight, grad_total, grad_x, n, mean, rstd, sums, inverse, \
                   grad_weight, grad_bias, past)
 #define BY_ANY_WAY(rows)                                                                \
     if (way == JOINED)                                                                  \
-        ROWS(0, rows, JOINED, cached);                                                  \
+        ROWS(0, rows, JOINED, fetching);                                                \
     else                                                                                \
-        ROWS(0, rows, way, cached);
+        ROWS(0, rows, way, fetching);
     if (rows == PAIR && all && way != JOINED) {
-        SPECIALIZE(way, cached, ROWS, PAIR)
+        SPECIALIZE(way, fetching, ROWS, PAIR)
     } else if (rows == PAIR && all) {
-        ROWS(1, PAIR, JOINED, cached);
+        ROWS(1, PAIR, JOINED, fetching);
     } else if (rows == PAIR) {
         BY_ANY_WAY(PAIR)
     } else {

@@ -66,7 +66,7 @@ cdef extern from "sweeps.h" nogil:
                                  double* gx_sum, double* x_sum) noexcept
     void plane_backward_sums(const element* grad_y, const element* x, Py_ssize_t planes,
                              Py_ssize_t stride, Py_ssize_t units, Py_ssize_t n, const real* mean,
-                             double* g_sum, double* gx_sum, double* x_sum) noexcept
+                             bint fetching, double* g_sum, double* gx_sum, double* x_sum) noexcept
 
     void add(const element* x, const element* residual, element* total, Py_ssize_t n) noexcept
     void affine(const element* x, const element* residual, element* y, Py_ssize_t planes,
@@ -86,7 +86,7 @@ cdef extern from "sweeps.h" nogil:
                                const element* grad_total, element* grad_x, Py_ssize_t rows,
                                Py_ssize_t n, const real* mean, const real* rstd,
                                const double* sums, double inverse, real* grad_weight,
-                               real* grad_bias, seam* past, int cached) noexcept
+                               real* grad_bias, seam* past, int fetching) noexcept
     void flush_reals(double* wide, real* sums, Py_ssize_t n) noexcept
 
     bint several_a_vector(Py_ssize_t n) noexcept

@@ -15,6 +15,7 @@ cdef Table* tables[ELEMENTS]
 cdef Py_ssize_t slab_bytes, far_bytes
 cdef Py_ssize_t stream_bytes[2]   # forward, backward
 cdef Py_ssize_t image_bytes
+cdef bint fetching
 
 cdef inline Py_ssize_t work_of(Py_ssize_t nbytes, bint backward,
                                Py_ssize_t images) noexcept nogil:

@@ -15,12 +15,12 @@ cdef int bfloat16_number = -1  # NumPy's number for the type of ml_dtypes, once 
 image_bytes = IMAGE_BYTES
 
 
-def install(capsules, Py_ssize_t slab, Py_ssize_t far, stream):
-    """Take the tables of the element types, in the order of `Element`, and the machine's sizes."""
-    global slab_bytes, far_bytes
+def install(capsules, Py_ssize_t slab, Py_ssize_t far, stream, bint fetches):
+    """Take the tables of the element types, in the order of `Element`, and what the machine says."""
+    global slab_bytes, far_bytes, fetching
     for i, capsule in enumerate(capsules):
         tables[i] = <Table*> PyCapsule_GetPointer(capsule, "cpunorm.Table")
-    slab_bytes, far_bytes = slab, far
+    slab_bytes, far_bytes, fetching = slab, far, fetches
     stream_bytes[0], stream_bytes[1] = stream
 
 
@@ -46,7 +46,7 @@ cdef Call new_call(Py_ssize_t nbytes, bint backward, int threads) noexcept nogil
     cdef Call call
     memset(&call, 0, sizeof(call))
     call.threads = threads
-    call.slab = slab_bytes
+    call.slab, call.fetching = slab_bytes, fetching
     call.far = nbytes >= far_bytes
     call.streaming = nbytes >= stream_bytes[backward]
     return call
