@@ -8,13 +8,15 @@
 #
 # Planes too short for vectors of their own belong to wider problems: a batch is then a matrix of N
 # rows whose S neighbouring columns make a channel (strips.pxd), a group a stretch of K * S elements
-# with weight and bias repeated S times along it (stretches.pxd).
+# with weight and bias repeated S times along it (groups.pxd).
 
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
 
 from .call cimport Call
-from .stretches cimport Stretches, backward_stretches, normalize_stretches
+from .groups cimport (
+    backward_groups_as_stretches, is_laid_out_for_few, normalize_groups_as_stretches, short_images,
+)
 from .strips cimport Images, apply_images, backward_images, images_of, normalize_images
 from .sweeps cimport (
     LANES, LINE_BYTES, UNITS, affine, at, backward_affine, combine_channels, element, end_seam,
@@ -146,10 +148,16 @@ cdef inline bint short_planes(const Call* call, Py_ssize_t longest) noexcept nog
     return call.S <= SHORT or call.S <= min(longest, most)
 
 
-cdef inline bint short_groups(const Units* u) noexcept nogil:
+cdef inline bint short_groups(const Units* u, bint backward) noexcept nogil:
     """Whether groups, or the channels of images that have few, are stretches."""
-    return ((u.K > 1 or (not u.batch and u.call.C < LANES))
-            and (u.call.S <= SHORT or u.call.S < LANES))
+    cdef const Call* call = u.call
+    if short_images(call, backward):
+        return True
+    if u.K == 1 and (u.batch or call.C >= LANES):
+        return False
+    if is_laid_out_for_few(call, backward):
+        return False
+    return call.S <= SHORT or call.S < LANES
 
 
 # -------------------------------------------------------------------------------------- forward
@@ -276,46 +284,6 @@ cdef inline void _normalize_cut(void* work, int member, int members) noexcept no
     end_seam(past)
 
 
-cdef inline Stretches _stretches(const Units* u) noexcept nogil:
-    cdef:
-        const Call* call = u.call
-        Stretches s
-    memset(&s, 0, sizeof(s))
-    s.M, s.D, s.period = call.B * call.G, u.K * call.S, call.G
-    s.x, s.y = <const element*> call.x, <element*> call.y
-    s.residual = <const element*> call.residual
-    s.weight, s.bias = <const real*> call.weight, <const real*> call.bias
-    s.mean, s.var, s.rstd = <real*> call.mean, <real*> call.var, <real*> call.rstd
-    s.eps, s.activation = call.eps, call.activation
-    s.far, s.streaming = call.far, call.streaming
-    return s
-
-
-cdef inline real* _repeated(const real* parameter, const Call* call, real* out) noexcept nogil:
-    """Weight or bias as stretches want them: S times each."""
-    if parameter is NULL:
-        return NULL
-    repeat_each(parameter, call.C, call.S, out)
-    return out
-
-
-cdef inline int _normalize_groups(const Units* u) noexcept nogil:
-    """Groups of short planes."""
-    cdef:
-        Stretches s = _stretches(u)
-        Py_ssize_t length = whole_lines(u.call.C * u.call.S)
-        real* repeated = NULL
-    if u.call.S > 1:
-        repeated = <real*> new_lines(2 * length * sizeof(real))
-        if repeated is NULL:
-            return -1
-        s.weight = _repeated(s.weight, u.call, repeated)
-        s.bias = _repeated(s.bias, u.call, repeated + length)
-    normalize_stretches(&s, u.call.threads)
-    free(repeated)
-    return 0
-
-
 cdef inline int normalize(const Call* call) noexcept nogil:
     """Of moments alone, there is no y."""
     cdef:
@@ -324,8 +292,8 @@ cdef inline int normalize(const Call* call) noexcept nogil:
     if u.batch and short_planes(call, 2 * call.N):
         images = images_of(call, 1, call.N, call.S)
         return normalize_images(&images)
-    if short_groups(&u) and call.y is not NULL:
-        return _normalize_groups(&u)
+    if short_groups(&u, False) and call.y is not NULL:
+        return normalize_groups_as_stretches(call, call.S)
     if worth_dealing(call.B * u.slabs, unit_bytes(&u), call.threads):
         team(_normalize_dealt, &u, call.threads)
         return 0
@@ -557,36 +525,6 @@ cdef inline void _backward_cut(void* work, int member, int members) noexcept nog
         sum_parts(u.sums, u.parts, C, 0, 1, <real*> call.grad_weight, <real*> call.grad_bias)
 
 
-cdef inline int _backward_groups(const Units* u) noexcept nogil:
-    """Groups of short planes; the parameters' gradients come S to a channel."""
-    cdef:
-        const Call* call = u.call
-        Stretches s = _stretches(u)
-        Py_ssize_t length = whole_lines(call.C * call.S), c, i
-        double weight_sum, bias_sum
-        real* scratch = <real*> new_lines(3 * length * sizeof(real))
-        int failed
-    if scratch is NULL:
-        return -1
-    s.weight = _repeated(s.weight, call, scratch)
-    s.grad_y, s.grad_x = <const element*> call.grad_y, <element*> call.grad_x
-    s.grad_weight = NULL if call.grad_weight is NULL else scratch + length
-    s.grad_bias = NULL if call.grad_bias is NULL else scratch + 2 * length
-    failed = backward_stretches(&s, call.slab, call.threads)
-    if not failed:
-        for c in range(call.C):
-            weight_sum = bias_sum = 0
-            for i in range(c * call.S, (c + 1) * call.S):
-                weight_sum += 0 if s.grad_weight is NULL else s.grad_weight[i]
-                bias_sum += 0 if s.grad_bias is NULL else s.grad_bias[i]
-            if s.grad_weight is not NULL:
-                (<real*> call.grad_weight)[c] = <real> weight_sum
-            if s.grad_bias is not NULL:
-                (<real*> call.grad_bias)[c] = <real> bias_sum
-    free(scratch)
-    return failed
-
-
 cdef inline int _backward(const Call* call, bint frozen) noexcept nogil:
     cdef:
         Units u = units_of(call, True)
@@ -596,8 +534,8 @@ cdef inline int _backward(const Call* call, bint frozen) noexcept nogil:
     if u.batch and short_planes(call, 2 * call.N):
         images = images_of(call, 1, call.N, call.S)
         return backward_images(&images, frozen)
-    if short_groups(&u) and not frozen:
-        return _backward_groups(&u)
+    if short_groups(&u, True) and not frozen:
+        return backward_groups_as_stretches(call, call.S)
     u.frozen = frozen
     u.parts = image_parts(call.B, call.S)
     dealt = worth_dealing(u.parts * u.slabs, unit_bytes(&u), call.threads)

@@ -300,11 +300,13 @@ cdef inline void _backward_whole(void* work, int member, int members) noexcept n
     cdef:
         const Stretches* s = <const Stretches*> work
         Py_ssize_t length = s.period * s.D, tasks = s.parts * s.splits, p
+        real* sums = at(s.sums, member * own_lines(2 * s.pitch))
         seam joint
         seam* past = open_seam(&joint, s.streaming)
+    if sums is not NULL:
+        memset(sums, 0, 2 * s.pitch * sizeof(real))
     for p in range(share(tasks, member, members), share(tasks, member + 1, members)):
-        _backward_part(s, p // s.splits, p % s.splits, at(s.sums, member * own_lines(2 * s.pitch)),
-                       past)
+        _backward_part(s, p // s.splits, p % s.splits, sums, past)
     end_seam(past)
     sum_parts(s.wide, s.parts, length, member, members, s.grad_weight, s.grad_bias)
 
@@ -316,10 +318,14 @@ cdef inline void _backward_pieces(void* work, int member, int members) noexcept 
         Py_ssize_t pieces = (s.D + s.piece - 1) // s.piece
         Py_ssize_t first = share(pieces, member, members)
         Py_ssize_t last = share(pieces, member + 1, members), m, p, n, start, here, i
+        Py_ssize_t own = min(last * s.piece, s.D) - first * s.piece
         double* sums
         double total[3]
         seam joint
         seam* past = open_seam(&joint, s.streaming)
+    if s.sums is not NULL and own > 0:
+        memset(s.sums + first * s.piece, 0, own * sizeof(real))
+        memset(s.sums + s.pitch + first * s.piece, 0, own * sizeof(real))
     for m in range(s.M):
         sums = s.wide + (m % 2) * 3 * PIECES
         for p in range(first, last):
@@ -371,15 +377,11 @@ cdef inline int backward_stretches(Stretches* s, Py_ssize_t slab, int threads) n
                   and s.D * <Py_ssize_t> (5 * PAIR * sizeof(element) + 3 * sizeof(real)) <= 2 * slab)
     if parameters:
         nbytes = own_lines(2 * s.pitch) * (1 if pieces else threads) * sizeof(real)
-        s.sums = <real*> new_lines(nbytes)
+        # One block: of several, free might give back what the next call would fault in again.
+        s.sums = <real*> new_lines(nbytes + (0 if pieces else 2 * s.parts * length * sizeof(double)))
         if s.sums is NULL:
             return -1
-        memset(s.sums, 0, nbytes)
-        if not pieces:
-            s.wide = <double*> new_lines(2 * s.parts * length * sizeof(double))
-            if s.wide is NULL:
-                free(s.sums)
-                return -1
+        s.wide = <double*> (<char*> s.sums + nbytes)
     _line_up(s)
     if pieces:
         s.wide = wide
@@ -387,7 +389,6 @@ cdef inline int backward_stretches(Stretches* s, Py_ssize_t slab, int threads) n
         team(_backward_pieces, s, threads)
     else:
         team(_backward_whole, s, threads)
-        free(s.wide)
     free(s.lined)
     free(s.sums)
     return 0

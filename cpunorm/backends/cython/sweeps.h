@@ -575,6 +575,26 @@ SWEEP void fold_sums(const double *restrict columns, ptrdiff_t copies, ptrdiff_t
     }
 }
 
+/* Of each channel the sum of what `copies` rows of channels * inner reals have. */
+SWEEP void add_up(const real *restrict laid, ptrdiff_t copies, ptrdiff_t channels, ptrdiff_t inner,
+                  real *restrict sums)
+{
+    for (ptrdiff_t first = 0; first < channels; first += UNITS) {
+        const ptrdiff_t some = MIN(UNITS, channels - first);
+        double total[UNITS] = {0};
+        for (ptrdiff_t k = 0; k < copies; k++) {
+            const real *const here = laid + (k * channels + first) * inner;
+            for (ptrdiff_t c = 0; inner == 1 && c < some; c++)
+                total[c] += here[c];
+            for (ptrdiff_t c = 0; inner > 1 && c < some; c++)
+                for (ptrdiff_t s = 0; s < inner; s++)
+                    total[c] += here[c * inner + s];
+        }
+        for (ptrdiff_t c = 0; c < some; c++)
+            sums[first + c] = total[c];
+    }
+}
+
 /* Of n statistics over `count` values each, from their m2: 1 / sqrt(variance + eps), and what is wanted of them as
  * reals. */
 EXACT_SWEEP void settle(const double *restrict mu, const double *restrict m2, ptrdiff_t n, double count, double eps,

@@ -153,6 +153,8 @@ cdef extern from "sweeps.h" nogil:
     void move_running(real* running, const real* new_, Py_ssize_t B, Py_ssize_t stride,
                       Py_ssize_t n, double factor, double momentum) noexcept
 
+    void add_up(const real* laid, Py_ssize_t copies, Py_ssize_t channels, Py_ssize_t inner,
+                real* sums) noexcept
     void repeat_each(const real* values, Py_ssize_t count, Py_ssize_t times, real* out) noexcept
     void widen_stretch(const element* x, real* y, Py_ssize_t n) noexcept
     void narrow_stretch(const real* x, element* y, Py_ssize_t n) noexcept
