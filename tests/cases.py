@@ -182,6 +182,25 @@ SMALL_CASES: tuple[Case, ...] = (
     *row_cases((2, 6, 5, 7), 6, 1),
 )
 
+# Images so small, or so few of short planes, that groups of theirs are taken another way.
+SMALL_IMAGES: tuple[Case, ...] = tuple(
+    case
+    for shape, groups in (
+        ((20, 3, 5, 5), (1, 3)),
+        ((5, 8, 7, 7), (1, 2)),
+        ((4, 40, 6, 6), (1,)),
+        ((400, 2, 7, 7), (1,)),
+        ((66, 3, 15, 20), (1,)),
+        ((1, 40, 3, 3), (4,)),
+        ((2, 40, 2, 4), (4,)),
+        ((8, 480, 3, 3), (32,)),
+        ((3, 1400, 3, 3), (28,)),
+        ((2, 2048, 2, 3), (32,)),
+    )
+    for case in channel_cases(shape, groups)
+    if case.op in ("group_norm", "instance_norm")
+)
+
 # Small enough for one finite difference per element.
 TINY_CASES: tuple[Case, ...] = (
     *channel_cases((3, 4, 2, 3), (1, 2, 4)),

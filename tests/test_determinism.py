@@ -5,7 +5,7 @@ import pytest
 
 import cpunorm
 
-from .cases import CASES, SMALL_CASES, channel_cases, row_cases
+from .cases import CASES, SMALL_CASES, SMALL_IMAGES, channel_cases, row_cases
 from .support import (
     DTYPES,
     HALF_DTYPES,
@@ -39,7 +39,11 @@ ODD_GROUPS = [
 ]
 # Rows of whole vectors, of which some are left when they are taken together.
 ROWS_ONE_BY_ONE = [*row_cases((2, 2, 65), 2, 0), *row_cases((2, 5, 65), 5, 1)]
-REPEATED_CASES = [*SMALL_CASES, *[c for c in THREADED_CASES if np.prod(c.shape) < 2**17][::3]]
+REPEATED_CASES = [
+    *SMALL_CASES,
+    *SMALL_IMAGES[::2],
+    *[c for c in THREADED_CASES if np.prod(c.shape) < 2**17][::3],
+]
 
 
 def everything(case, arrays, grad_y, backend):
@@ -55,7 +59,7 @@ def everything(case, arrays, grad_y, backend):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("case", [*THREADED_CASES, *FEW_UNITS, *ODD_GROUPS], ids=str)
+@pytest.mark.parametrize("case", [*THREADED_CASES, *FEW_UNITS, *ODD_GROUPS, *SMALL_IMAGES], ids=str)
 def test_any_number_of_threads(case, dtype, backend, restore_threads):
     arrays, grad_y = case.arrays(dtype), case.grad_y(dtype)
     cpunorm.set_num_threads(1)

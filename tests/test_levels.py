@@ -11,7 +11,7 @@ import pytest
 
 import cpunorm
 
-from .cases import CASES, SMALL_CASES
+from .cases import CASES, SMALL_CASES, SMALL_IMAGES, channel_cases
 from .support import (
     AVAILABLE,
     DTYPES,
@@ -53,6 +53,17 @@ def past_the_caches(monkeypatch):
     cython.install(cython.ISA)
 
 
+@pytest.fixture(params=["0", "1"])
+def fetching(request, monkeypatch):
+    """Have planes fetched early, or not, which are many to a small L2."""
+    monkeypatch.setenv("CPUNORM_FETCH", request.param)
+    monkeypatch.setenv("CPUNORM_L2", str(1 << 16))
+    cython.install(cython.ISA)
+    yield
+    monkeypatch.undo()
+    cython.install(cython.ISA)
+
+
 @pytest.fixture
 def both_ways(level, monkeypatch):
     """Compute something with the stores of small arrays, and with those of large ones."""
@@ -80,8 +91,8 @@ def assert_right(case, dtype):
 @pytest.mark.parametrize(
     ("case", "dtype"),
     [
-        *product([*SMALL_CASES, *CASES[::3]], DTYPES),
-        *product([*SMALL_CASES, *CASES[::30]], HALF_DTYPES),
+        *product([*SMALL_CASES, *SMALL_IMAGES, *CASES[::3]], DTYPES),
+        *product([*SMALL_CASES, *SMALL_IMAGES[::3], *CASES[::30]], HALF_DTYPES),
     ],
     ids=str,
 )
@@ -99,6 +110,15 @@ def test_values_and_gradients(case, dtype, level):
 )
 def test_stored_past_the_caches(case, dtype, past_the_caches):
     assert_right(case, dtype)
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_groups"),
+    [((9, 40, 14, 14), 8), ((3, 7, 23, 31), 7), ((40, 300, 7, 7), 4), ((2, 3, 150, 150), 1)],
+)
+def test_planes_with_and_without_fetching(shape, num_groups, fetching):
+    for case in channel_cases(shape, (num_groups,)):
+        assert_right(case, "float32")
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
