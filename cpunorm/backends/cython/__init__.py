@@ -3,7 +3,7 @@
     verbs.pyx                                         arrays in, pointers and sizes down
     x86_64_v4/float32/kernels, ...                    kernels.pyx, once per instruction set and type
         rows  columns  channels_first  channels_last  the problems (.pxd)
-        stretches.pxd    strips.pxd                   cutting and merging that they share
+        stretches.pxd  groups.pxd  strips.pxd         cutting and merging that they share
         sweeps.h    vectors.h                         the innermost loops; registers, half types
 
 The instruction set is the best the CPU has, or CPUNORM_ISA where that names one.

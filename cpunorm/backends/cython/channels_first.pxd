@@ -15,7 +15,7 @@ from libc.string cimport memset
 
 from .call cimport Call
 from .groups cimport (
-    backward_groups_as_stretches, is_laid_out_for_few, normalize_groups_as_stretches, short_images,
+    backward_groups_as_stretches, normalize_groups_as_stretches, short_images, too_few_to_lay_out,
 )
 from .strips cimport Images, apply_images, backward_images, images_of, normalize_images
 from .sweeps cimport (
@@ -155,7 +155,7 @@ cdef inline bint short_groups(const Units* u, bint backward) noexcept nogil:
         return True
     if u.K == 1 and (u.batch or call.C >= LANES):
         return False
-    if is_laid_out_for_few(call, backward):
+    if too_few_to_lay_out(call, backward):
         return False
     return call.S <= SHORT or call.S < LANES
 

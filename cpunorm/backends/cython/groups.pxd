@@ -12,15 +12,15 @@ from .sweeps cimport (
 )
 
 cdef enum:
-    SHORT_IMAGE = 1 << 9    # elements of one that is laid out, where so many for each group are
-    GROUP = 1 << 6          # added,
-    SMALL_IMAGE = 1 << 11   # or where channels lie side by side
-    LARGE_IMAGE = 3 << 12   # that another thread had better not read from this one's cache,
-    LAID_IMAGE = 1 << 12    # and whose gradients of parameters take time
-    FEW_IMAGES = 4          # too few for that,
-    FEW_GRADIENTS = 8
-    FEW_BACKWARD = 16       # or for their gradients,
-    FEW_SMALL = 64          # or for those of one that is not short
+    SHORT_IMAGE = 1 << 9    # elements of one that is short, each of its groups counting as so many
+    GROUP = 1 << 6
+    SMALL_IMAGE = 1 << 11   # the same where channels lie side by side
+    FEW_IMAGES = 4          # not worth it forward,
+    FEW_BACKWARD = 16       # backward,
+    FEW_SMALL = 64          # or backward where images are small, but not short
+    FEW_PLANES = 8          # images of planes that may have vectors of their own in backward,
+    LAID_IMAGE = 1 << 12    # if they have as many elements
+    LARGE_IMAGE = 3 << 12   # forward: what is laid out is read from the cache of another thread
 
 
 cdef inline Py_ssize_t image_of(const Call* call) noexcept nogil:
@@ -37,15 +37,6 @@ cdef inline bint short_images(const Call* call, bint backward) noexcept nogil:
     return image_of(call) + call.G * GROUP <= SHORT_IMAGE
 
 
-cdef inline bint is_laid_out_for_few(const Call* call, bint backward) noexcept nogil:
-    """Whether planes are not so short, for so few images, that to lay out would be worth it."""
-    if not backward:
-        return 1 < call.N <= FEW_IMAGES and image_of(call) >= LARGE_IMAGE
-    if call.N <= 2:
-        return call.S >= 4 * call.N
-    return call.N <= FEW_GRADIENTS and call.S > 8 and image_of(call) >= LAID_IMAGE
-
-
 cdef inline bint small_images(const Call* call, bint backward) noexcept nogil:
     """The same of NHWC images, each of which is one group."""
     if call.G > 1 or call.B < call.N or image_of(call) > SMALL_IMAGE:
@@ -54,6 +45,15 @@ cdef inline bint small_images(const Call* call, bint backward) noexcept nogil:
         return (short_images(call, True)
                 or (2 * call.C < <Py_ssize_t> LANES and call.N >= FEW_SMALL))
     return call.N >= FEW_IMAGES
+
+
+cdef inline bint too_few_to_lay_out(const Call* call, bint backward) noexcept nogil:
+    """Whether there are so few images that short planes had better be swept one by one."""
+    if not backward:
+        return 1 < call.N <= FEW_IMAGES and image_of(call) >= LARGE_IMAGE
+    if call.N <= 2:
+        return call.S >= 4 * call.N
+    return call.N <= FEW_PLANES and call.S > 8 and image_of(call) >= LAID_IMAGE
 
 
 cdef inline Stretches _stretches(const Call* call) noexcept nogil:

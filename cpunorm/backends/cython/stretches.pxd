@@ -361,9 +361,10 @@ cdef inline int backward_stretches(Stretches* s, Py_ssize_t slab, int threads) n
     """grad_weight and grad_bias, where wanted, are `period` * D long. -1 if out of memory."""
     cdef:
         Py_ssize_t length = s.period * s.D, repeats = s.M // s.period
+        Py_ssize_t row_bytes = s.D * sizeof(element), at_work
         bint parameters = s.grad_weight is not NULL or s.grad_bias is not NULL
         bint pieces = s.D >= LONG and s.M < FEW and s.period == 1
-        size_t nbytes
+        size_t nbytes, wide_bytes
         double wide[6 * PIECES]
     s.wide, s.sums, s.pitch = NULL, NULL, whole_lines(length)
     s.parts = max(1, min(repeats // PAIR_ROWS, <Py_ssize_t> 2),
@@ -373,12 +374,13 @@ cdef inline int backward_stretches(Stretches* s, Py_ssize_t slab, int threads) n
     # To turn vectors costs more than stores past the caches bring where much is still in them.
     s.streaming = s.streaming and (s.far or rows_aligned(s.grad_x, s.D))
     # Not what stays in the team's caches, nor what would push out the rows at work.
-    s.fetching = (3 * s.M * s.D * <Py_ssize_t> sizeof(element) > slab * threads
-                  and s.D * <Py_ssize_t> (5 * PAIR * sizeof(element) + 3 * sizeof(real)) <= 2 * slab)
+    at_work = s.D * (5 * PAIR * sizeof(element) + 3 * sizeof(real))
+    s.fetching = 3 * row_bytes * s.M > slab * threads and at_work <= 2 * slab
     if parameters:
         nbytes = own_lines(2 * s.pitch) * (1 if pieces else threads) * sizeof(real)
         # One block: of several, free might give back what the next call would fault in again.
-        s.sums = <real*> new_lines(nbytes + (0 if pieces else 2 * s.parts * length * sizeof(double)))
+        wide_bytes = 0 if pieces else 2 * s.parts * length * sizeof(double)
+        s.sums = <real*> new_lines(nbytes + wide_bytes)
         if s.sums is NULL:
             return -1
         s.wide = <double*> (<char*> s.sums + nbytes)
