@@ -16,7 +16,7 @@ image_bytes = IMAGE_BYTES
 
 
 def install(capsules, Py_ssize_t slab, Py_ssize_t far, stream, bint fetches):
-    """Take the tables of the element types, in the order of `Element`, and what the machine says."""
+    """Take the tables of the element types, in the order of `Element`, and what the machine is."""
     global slab_bytes, far_bytes, fetching
     for i, capsule in enumerate(capsules):
         tables[i] = <Table*> PyCapsule_GetPointer(capsule, "cpunorm.Table")
