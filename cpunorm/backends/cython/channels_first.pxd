@@ -21,8 +21,8 @@ from .strips cimport Images, apply_images, backward_images, images_of, normalize
 from .sweeps cimport (
     LANES, LINE_BYTES, UNITS, affine, at, backward_affine, combine_channels, element, end_seam,
     image_parts, merge_moments, new_lines, open_seam, own_lines, plane_backward_sums, plane_moments,
-    real, repeat_each, seam, settle, share, stretch_moments, stretches_backward_sums, sum_parts,
-    take_rstd, team, team_barrier, whole_lines, worth_dealing,
+    real, seam, settle, share, stretch_moments, stretches_backward_sums, sum_parts, take_rstd, team,
+    team_barrier, worth_dealing,
 )
 
 cdef enum:

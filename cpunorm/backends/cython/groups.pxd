@@ -7,9 +7,7 @@ from libc.string cimport memcpy, memset
 
 from .call cimport Call
 from .stretches cimport Stretches, backward_stretches, normalize_stretches
-from .sweeps cimport (
-    LANES, add_up, at, element, new_lines, real, repeat_each, whole_lines,
-)
+from .sweeps cimport LANES, add_up, element, new_lines, real, repeat_each, whole_lines
 
 cdef enum:
     SHORT_IMAGE = 1 << 9    # elements of one that is short, each of its groups counting as so many
