@@ -16,6 +16,8 @@
 
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if defined(__AVX512F__)
@@ -612,6 +614,10 @@ ALWAYS vec fused(vec a, vec b, vec c)
     sum += c;
     __asm__("" : "+x"(sum));
     return sum;
+#elif defined(__aarch64__) && defined(ELEMENT_FLOAT64)
+    return (vec)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+#elif defined(__aarch64__)
+    return (vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
     return a * b + c;
 #endif
