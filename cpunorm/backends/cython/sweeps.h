@@ -2008,9 +2008,9 @@ ALWAYS void combine_groups(const ptrdiff_t K, const int through, ptrdiff_t group
 
 /* The b and c of backward_affine for `groups` groups of K channels, statistics over n values, from the sums of
  * the channels; adds to the gradients of the parameters, unless NULL. */
-SWEEP void combine_channels(ptrdiff_t K, ptrdiff_t groups, const double *g, const double *gx, const double *x,
-                            const real *weight, double n, int through, const real *rstd, double *grad_weight,
-                            double *grad_bias, real *b, real *c)
+EXACT_SWEEP void combine_channels(ptrdiff_t K, ptrdiff_t groups, const double *g, const double *gx, const double *x,
+                                  const real *weight, double n, int through, const real *rstd, double *grad_weight,
+                                  double *grad_bias, real *b, real *c)
 {
 #define GROUPS(K, through)                                                              \
     combine_groups(K, through, groups, g, gx, x, weight, n, rstd, grad_weight, grad_bias, b, c)
