@@ -257,6 +257,11 @@ cdef inline void _backward_together(const Stretches* s, Py_ssize_t m, Py_ssize_t
                           s.fetching and m + count + PAIR <= s.M)
 
 
+cdef inline bint in_registers(const Stretches* s) noexcept nogil:
+    """Whether stretches stay there between their sums and grad_x, and add to `wide` themselves."""
+    return s.D <= BACKWARD_SHORT * LANES
+
+
 cdef inline void _backward_part(const Stretches* s, Py_ssize_t part, Py_ssize_t split,
                                 real* sums, seam* past) noexcept nogil:
     """`sums` are this member's, zero before and after."""
@@ -273,7 +278,7 @@ cdef inline void _backward_part(const Stretches* s, Py_ssize_t part, Py_ssize_t 
         memset(wide + along, 0, n * sizeof(double))
         memset(wide + length + along, 0, n * sizeof(double))
     m = first
-    if s.D <= BACKWARD_SHORT * LANES:
+    if in_registers(s):
         some = last - first if s.period == 1 else BACKWARD_ROWS * s.period
         while m < last:
             for g in range(g_first, g_last):
@@ -303,7 +308,7 @@ cdef inline void _backward_whole(void* work, int member, int members) noexcept n
         real* sums = at(s.sums, member * own_lines(2 * s.pitch))
         seam joint
         seam* past = open_seam(&joint, s.streaming)
-    if sums is not NULL:
+    if sums is not NULL and not in_registers(s):
         memset(sums, 0, 2 * s.pitch * sizeof(real))
     for p in range(share(tasks, member, members), share(tasks, member + 1, members)):
         _backward_part(s, p // s.splits, p % s.splits, sums, past)

@@ -1028,7 +1028,6 @@ SWEEP void plane_backward_sums(const element *grad_y, const element *x, ptrdiff_
                                ptrdiff_t units, ptrdiff_t n, const real *mean, int fetching, double *g_sum,
                                double *gx_sum, double *x_sum)
 {
-    const ptrdiff_t fetched = fetching ? planes - 1 : 0;
     double found[3][UNITS] = {{0}};
     if (n * (ptrdiff_t)sizeof(real) > SHORT_PLANE) {
         backward_wides wide[UNITS];
@@ -1036,7 +1035,7 @@ SWEEP void plane_backward_sums(const element *grad_y, const element *x, ptrdiff_
             clear(wide + u);
         for (ptrdiff_t p = 0; p < planes; p++, grad_y += stride, x += stride)
             for (ptrdiff_t u = 0; u < units; u++)
-                add_long(grad_y + u * n, x + u * n, 0, n, mean[u], p < fetched ? stride : 0, 0, wide + u);
+                add_long(grad_y + u * n, x + u * n, 0, n, mean[u], fetching ? NEXT_PLANE(p) : 0, 0, wide + u);
         for (ptrdiff_t u = 0; u < units; u++)
             add_wides(wide + u, found[0] + u, found[1] + u, found[2] + u);
     } else {
@@ -1047,7 +1046,7 @@ SWEEP void plane_backward_sums(const element *grad_y, const element *x, ptrdiff_
                 clear_units(&sum, units);
             for (ptrdiff_t u = 0; u < units; u++) {
                 backward_vecs one = {sum.g[u], sum.gx[u], sum.x[u]};
-                add_backward(grad_y + u * n, x + u * n, 0, n, mean[u], p < fetched ? stride : 0, 0, &one);
+                add_backward(grad_y + u * n, x + u * n, 0, n, mean[u], fetching ? NEXT_PLANE(p) : 0, 0, &one);
                 sum.g[u] = one.g, sum.gx[u] = one.gx, sum.x[u] = one.x;
             }
             if (p % some == some - 1 || p == planes - 1)
